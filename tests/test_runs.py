@@ -1,0 +1,168 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cli
+import runs
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = {"flags": {"lr": 1e-4, "rank": 16, "targets": ("qkv", "proj")}, "data": {"fingerprint": "abc"},
+          "encoder": {"name": "demo"}, "environment": {"commit": "x"}}
+
+
+def test_atomic_keeps_the_old_file_on_an_error(tmp_path):
+    path = tmp_path / "a" / "file.txt"
+    runs.write_text(path, "old")
+    with pytest.raises(ZeroDivisionError), runs.atomic(path) as temporary:
+        temporary.write_text("half")
+        1 / 0
+    assert path.read_text() == "old"
+    assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_atomic_file_is_readable_by_others(tmp_path):
+    runs.write_text(tmp_path / "x", "1")
+    (tmp_path / "y").write_text("1")
+    assert (tmp_path / "x").stat().st_mode == (tmp_path / "y").stat().st_mode
+
+
+def test_run_path_names_what_is_not_default(tmp_path):
+    path = runs.run_path(tmp_path, "midog2022", "h-optimus-0", "lora", 0.1, 3, suffixes=("r8", "byannotation"))
+    assert path == tmp_path / "midog2022" / "h-optimus-0-lora-r8-byannotation" / "frac0.1-fold3"
+    assert runs.run_path(tmp_path, "d", "m", "probe", 1.0, 0, domain="A").name == "domainA-fold0"
+    assert runs.run_path(tmp_path, "d", "m", "probe", 0.001, 0).name == "frac0.001-fold0"
+
+
+def test_run_path_stays_in_its_root(tmp_path):
+    for name in ("../../etc", "..", "a/b", "/abs"):
+        path = runs.run_path(tmp_path / "runs", name, name, "probe", 1.0, 0, domain=name)
+        assert (tmp_path / "runs").resolve() in path.resolve().parents
+        assert ".." not in path.relative_to(tmp_path).parts
+
+
+def test_second_start_of_a_finished_run_finds_it_finished(tmp_path):
+    with runs.open_run(tmp_path / "r", CONFIG) as run:
+        assert not run.finished
+        run.checkpoint.write_text("x")
+        run.finish({"test": {"auroc": 0.5}})
+        assert not run.checkpoint.exists()
+    with runs.open_run(tmp_path / "r", CONFIG) as run:
+        assert run.finished
+
+
+def test_an_unfinished_run_wants_resume(tmp_path):
+    runs.open_run(tmp_path / "r", CONFIG).close()
+    with pytest.raises(cli.UserError, match="--resume"):
+        runs.open_run(tmp_path / "r", CONFIG)
+    with runs.open_run(tmp_path / "r", CONFIG, resume=True) as run:
+        assert not run.finished
+    with runs.open_run(tmp_path / "new", CONFIG, resume=True) as run:  # harmless where nothing exists
+        assert not run.finished
+
+
+def test_another_setting_under_the_same_name_is_named(tmp_path):
+    with runs.open_run(tmp_path / "r", CONFIG) as run:
+        run.finish({})
+    other = json.loads(json.dumps(CONFIG))
+    other["flags"]["lr"] = 3e-4
+    for resume in (False, True):
+        with pytest.raises(cli.UserError, match=r"--lr \(was 0.0001, now 0.0003\).*--force"):
+            runs.open_run(tmp_path / "r", other, resume=resume)
+    with runs.open_run(tmp_path / "r", other, force=True) as run:
+        assert not run.finished and run.config["flags"]["lr"] == 3e-4
+
+
+def test_the_environment_is_not_compared(tmp_path):
+    with runs.open_run(tmp_path / "r", CONFIG) as run:
+        run.finish({})
+    with runs.open_run(tmp_path / "r", CONFIG | {"environment": {"commit": "y"}}) as run:
+        assert run.finished
+
+
+def test_a_failed_open_releases_the_lock(tmp_path):
+    runs.open_run(tmp_path / "r", CONFIG).close()
+    with pytest.raises(cli.UserError, match="--resume"):
+        runs.open_run(tmp_path / "r", CONFIG)
+    runs.open_run(tmp_path / "r", CONFIG, resume=True).close()
+
+
+def test_lock_keeps_a_second_process_off_and_dies_with_its_owner(tmp_path):
+    script = textwrap.dedent(f"""
+        import sys, time; sys.path.insert(0, {str(ROOT)!r})
+        import runs
+        run = runs.open_run({str(tmp_path / 'r')!r}, {CONFIG!r})
+        print("locked", flush=True); time.sleep(60)
+    """)
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "locked\n"
+        with pytest.raises(cli.UserError, match="another process"):
+            runs.open_run(tmp_path / "r", CONFIG, resume=True)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    for _ in range(100):
+        try:
+            runs.open_run(tmp_path / "r", CONFIG, resume=True).close()
+            break
+        except cli.UserError:
+            time.sleep(0.05)
+    else:
+        pytest.fail("the lock outlived its owner")
+
+
+def test_log_and_truncate(tmp_path):
+    with runs.open_run(tmp_path / "r", CONFIG) as run:
+        for epoch in range(5):
+            run.log({"epoch": epoch, "loss": np.float32(0.5)})
+        run.truncate_log(2)
+        run.log({"epoch": 2, "loss": 0.25})
+        assert (run.path / "log.csv").read_text() == "epoch,loss\n0,0.5\n1,0.5\n2,0.25\n"
+        run.truncate_log(0)
+        run.log({"epoch": 0, "loss": 1.0})
+        assert (run.path / "log.csv").read_text() == "epoch,loss\n0,1.0\n"
+
+
+def test_predictions_keep_all_digits(tmp_path):
+    rows = {"set": ["val", "test"], "id": ["1", "a,b\n\"c"], "case": ["x", "y"], "domain": ["", "ä"], "label": [0, 1],
+            "logit": [0.1 + 0.2, -1e-17], "probability": [1 / 3, 0.5]}
+    runs.write_predictions(tmp_path / "p.csv", rows)
+    back = runs.read_predictions(tmp_path / "p.csv")
+    for name in runs.PREDICTION_COLUMNS:
+        assert list(back[name]) == rows[name]
+
+
+@pytest.mark.parametrize("text", ["", "a,b\n", "set,id,case,domain,label,logit,probability\nval,1,c,d,1,0.5\n",
+                                  "set,id,case,domain,label,logit,probability\nval,1,c,d,x,0.5,0.5\n"])
+def test_broken_predictions_are_refused(tmp_path, text):
+    (tmp_path / "p.csv").write_text(text)
+    with pytest.raises(cli.UserError, match="p.csv"):
+        runs.read_predictions(tmp_path / "p.csv")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100000])
+def test_broken_json_is_refused(tmp_path, text):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(cli.UserError, match="x.json"):
+        runs.read_json(tmp_path / "x.json")
+
+
+def test_command_ends_with_one_line(tmp_path):
+    script = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport cli\ndef main(): raise %s\ncli.command(main)"
+    for raised, status, line in [("cli.UserError('wrong\\nthing')", 2, "error: wrong thing\n"),
+                                 ("OSError(28, 'x', 'out.bin')", 2, "error: out.bin: the disk is full"),
+                                 ("PermissionError(13, 'x', 'out.bin')", 2, "error: out.bin: no permission\n"),
+                                 ("KeyboardInterrupt", 130, "stopped")]:
+        result = subprocess.run([sys.executable, "-c", script % raised], capture_output=True, text=True)
+        assert result.returncode == status
+        assert result.stderr.startswith(line) and result.stderr.count("\n") == 1
+    result = subprocess.run([sys.executable, "-c", script % "ValueError('a bug')"], capture_output=True, text=True)
+    assert result.returncode == 1 and "Traceback" in result.stderr  # bugs stay visible
