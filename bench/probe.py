@@ -110,7 +110,7 @@ def torch_fit(X, y, rows):
         return loss
     start = time.perf_counter()
     optimizer.step(closure)
-    return time.perf_counter() - start, float(objective())
+    return time.perf_counter() - start, objective().item()
 
 
 def main():
