@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import json
 import queue
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -360,8 +361,8 @@ def resolve_device(name="auto"):
         device = torch.device(name)
         torch.zeros(1, device=device)  # the only reliable sign that it works
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"--device {name}: not usable here ({reason}); use --device cpu or auto") from None
+        raise UserError(f"--device {name}: not usable here ({published.first_line(error)}); use --device cpu or "
+                        "auto") from None
     return device
 
 
@@ -384,7 +385,6 @@ def resolve_dtype(name, device, spec=None):
 
 
 def note(text):
-    import sys
     print(text, file=sys.stderr, flush=True)
 
 
@@ -615,9 +615,8 @@ def load_run(path, weights=None, device="cpu", merge=False):
 
 def table():
     header = ("name", "parameters", "embedding", "layers", "patch", "stored", "licence", "gated", "weights here")
-    network = published.Network()
     rows = [(s.name, f"{s.params / 1e6:,.1f} M", s.embed_dim, s.depth or "–", s.patch or "–", f"{s.stored} px",
-             s.licence, "yes" if s.gated else "no", published.availability(s, network, here=Path(__file__).parent))
+             s.licence, "yes" if s.gated else "no", published.availability(s, here=Path(__file__).parent))
             for s in ENCODERS.values()]
     return cli.table(rows, header, right=(1, 2, 3, 4, 5))
 

@@ -5,7 +5,10 @@ weights_only=True, memory-mapped); names of timm, of transformers (4 and 5: ViTM
 Dinov2WithRegistersModel) and of torchvision; fp16, bf16 and fp32. Nothing of a file is ever executed.
 """
 
+import contextlib
 import ctypes
+import errno
+import functools
 import hashlib
 import json
 import math
@@ -14,6 +17,7 @@ import pickle
 import re
 import socket
 import sys
+import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -106,6 +110,11 @@ def _torchvision(name):
     return TORCHVISION.get(name, name), 0
 
 
+def first_line(error):
+    text = str(error).strip()
+    return text.splitlines()[0][:160] if text else type(error).__name__
+
+
 def listing(missing=(), unexpected=(), shapes=()):
     """What differs, in one line that stays readable: the first four of each kind and the count."""
     found = []
@@ -130,16 +139,15 @@ def read_tensors(file):
             if "mmap" not in str(error):
                 raise
             content = torch.load(file, map_location="cpu", weights_only=True)  # the format before torch 1.6
-    except (PermissionError, FileNotFoundError, IsADirectoryError):
-        raise  # one clear line each already
+    except PermissionError:
+        raise UserError(f"{file}: no permission to read it") from None
     except pickle.UnpicklingError as error:
         if "weights_only" in str(error) or "Unsupported" in str(error):
             raise UserError(f"{file}: holds more than tensors (Python objects or code), which is never loaded; ask for "
                             "the weights as safetensors") from None
         raise UserError(f"{file}: truncated or not a weights file; download it again") from None
     except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        raise UserError(f"{file}: truncated or not a weights file ({reason}); download it again") from None
+        raise UserError(f"{file}: truncated or not a weights file ({first_line(error)}); download it again") from None
     for wrapper in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
@@ -163,8 +171,8 @@ def local_files(path, spec):
     if path.is_file() and not path.name.endswith(".index.json"):
         return [path]
     if path.is_dir():
-        inside = [path / name for name in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
-                                           "pytorch_model.bin.index.json", *spec.files) if (path / name).is_file()]
+        inside = [path / name for name in ("model.safetensors", INDICES[0], "pytorch_model.bin", INDICES[1],
+                                           *spec.files) if (path / name).is_file()]
         if not inside:
             inside = [p for p in sorted(path.iterdir()) if p.suffix in (".safetensors", ".bin", ".pth", ".pt")]
             if len(inside) > 1:
@@ -179,14 +187,22 @@ def local_files(path, spec):
     return shards(path) if path.name.endswith(".index.json") else [path]
 
 
-def shards(index):
-    """The files that an index names; they lie beside it."""
+INDICES = "model.safetensors.index.json", "pytorch_model.bin.index.json"
+
+
+def shard_names(index):
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         if not names or any(Path(name).name != name for name in names):
             raise ValueError("names of files expected")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{index}: not an index of weights files ({error})") from None
+        raise UserError(f"{index}: not an index of weights files ({first_line(error)})") from None
+    return names
+
+
+def shards(index):
+    """The files that an index names; they lie beside it."""
+    names = shard_names(index)
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise UserError(f"{index}: {listing(missing)} beside it; download the model again")
@@ -332,53 +348,105 @@ def offline():
                for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
 
 
+@functools.cache
+def reachable():
+    """Whether the Hub can be reached at all; asked once, and answered within three seconds."""
+    from huggingface_hub import constants
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True  # through a proxy; whether it works is seen when something is asked for
+    url = urllib.parse.urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection((url.hostname, url.port or (80 if url.scheme == "http" else 443)), timeout=3).close()
+    except OSError:
+        return False
+    return True
+
+
+def cached(spec, revision=None):
+    """Files of `spec` in the Hub's cache on this machine, or None: asks no network."""
+    import huggingface_hub
+    for name in (*spec.files, *INDICES):
+        file = huggingface_hub.try_to_load_from_cache(spec.repo, name, revision=revision)
+        if isinstance(file, str):
+            with contextlib.suppress(UserError):  # an index without its shards is no cached model
+                return shards(Path(file)) if name in INDICES else [Path(file)]
+    return None
+
+
 def download(spec, revision=None):
-    """Files of `spec` from the Hub or its cache. UserError that says which of the many things went wrong."""
+    """Files of `spec` from the Hub, or from its cache. UserError that says which of the many things went wrong."""
     import huggingface_hub
     from huggingface_hub import errors
 
     aside = f"or download it elsewhere from {spec.page} and give it with --weights PATH"
-    version = f"revision {revision} of " if revision else ""
-    unreachable = None
-    indices = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-    for name in (*spec.files, *indices):
-        try:
-            file = Path(huggingface_hub.hf_hub_download(spec.repo, name, revision=revision,
-                                                        local_files_only=unreachable is not None))
-            if name in indices:
-                for shard in sorted(set(json.loads(file.read_text())["weight_map"].values())):
-                    huggingface_hub.hf_hub_download(spec.repo, shard, revision=revision,
-                                                    local_files_only=unreachable is not None)
-                return shards(file)
-            return [file]
-        except errors.LocalEntryNotFoundError as error:
-            unreachable = unreachable or error
-        except errors.EntryNotFoundError:
-            continue
-        except errors.GatedRepoError as error:
-            if not huggingface_hub.get_token():
-                raise UserError(f"{spec.name} is gated and there is no token here: accept the licence at {spec.page}, "
-                                f"then log in (hf auth login, or set HF_TOKEN), {aside}") from None
-            reason = "the token is not accepted" if status(error) == 401 else "its licence is not accepted yet"
-            raise UserError(f"{spec.name} is gated and {reason} for this token: open {spec.page} with the "
-                            f"token's account and accept the licence, {aside}") from None
-        except errors.RevisionNotFoundError:
-            raise UserError(f"{spec.page} has no revision {revision}: choose another with --revision, "
+    version = f"revision {revision} of {spec.name}" if revision else spec.name
+    no_token = (f"{spec.name} is gated and there is no token here: accept the licence at {spec.page}, log in "
+                f"(hf auth login, or set HF_TOKEN), {aside}")
+    if offline() or not reachable():  # asked first: the Hub's own client tries for half a minute
+        files = cached(spec, revision)
+        if files:
+            return files
+        if offline():
+            raise UserError(f"{version} is not in the cache and the Hub is switched off (HF_HUB_OFFLINE): unset that, "
+                            f"{aside}")
+        if spec.gated and not huggingface_hub.get_token():
+            raise UserError(f"{no_token} (the Hub cannot be reached from here either)")
+        raise UserError(f"{version} is not in the cache and the Hub cannot be reached (no network?): connect, {aside}")
+
+    def fetch(name):
+        return Path(huggingface_hub.hf_hub_download(spec.repo, name, revision=revision))
+
+    try:
+        for name in (*spec.files, *INDICES):
+            try:
+                file = fetch(name)
+            except errors.LocalEntryNotFoundError:
+                raise
+            except errors.EntryNotFoundError:
+                continue
+            if name not in INDICES:
+                return [file]
+            for shard in shard_names(file):
+                fetch(shard)
+            return shards(file)
+    except errors.GatedRepoError as error:
+        if not huggingface_hub.get_token():
+            raise UserError(no_token) from None
+        reason = "the token is not accepted" if status(error) == 401 else "its licence is not accepted"
+        raise UserError(f"{spec.name} is gated and {reason} for the account of this token: accept the licence at "
+                        f"{spec.page} with that account, {aside}") from None
+    except errors.RevisionNotFoundError:
+        raise UserError(f"{spec.page} has no revision {revision}: choose another with --revision, {aside}") from None
+    except errors.RepositoryNotFoundError:
+        who = "for this token (is it valid?)" if huggingface_hub.get_token() else "without a token"
+        raise UserError(f"{spec.page} cannot be seen {who}: look at the page, log in with hf auth login, "
+                        f"{aside}") from None
+    except errors.LocalEntryNotFoundError as error:
+        cause = status(error.__cause__)
+        what = f"answered with status {cause}" if cause else "did not answer (no network?)"
+        raise UserError(f"{version} is not in the cache and the Hub {what}: try again later, {aside}") from None
+    except errors.HfHubHTTPError as error:
+        if status(error) == 401:
+            raise UserError(f"the Hub does not accept the token it was given: log in again with hf auth login, "
                             f"{aside}") from None
-        except errors.RepositoryNotFoundError:
-            who = "this token" if huggingface_hub.get_token() else "users without a token"
-            raise UserError(f"{spec.page} is not there for {who}: look at the page, log in with hf auth login, "
-                            f"{aside}") from None
-        except errors.HfHubHTTPError as error:
-            raise UserError(f"the Hub answered {status(error)} for {spec.name}: try again later, {aside}") from None
-    if unreachable is None:
-        raise UserError(f"{version}{spec.page} holds none of {', '.join(spec.files)}: choose another with --revision, "
-                        f"{aside}")
-    if offline():
-        raise UserError(f"{version}{spec.name} is not in the cache and the Hub is switched off (HF_HUB_OFFLINE): "
-                        f"unset it, {aside}")
-    raise UserError(f"{version}{spec.name} is not in the cache and the Hub cannot be reached (no network?): connect, "
+        raise UserError(f"the Hub answered with status {status(error)} for {spec.name}: try again later, "
+                        f"{aside}") from None
+    except (OSError, RuntimeError, ValueError, *_transport_errors()) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise  # the disk's, not the network's
+        raise UserError(f"the download of {spec.name} broke off ({first_line(error)}): the same command continues it, "
+                        f"{aside}") from None
+    raise UserError(f"{version} at {spec.page} holds none of {', '.join(spec.files)}: choose another with --revision, "
                     f"{aside}")
+
+
+def _transport_errors():
+    """The Hub's client uses requests before its version 1, httpx since; their errors have no common base."""
+    found = []
+    for module, name in (("httpx", "HTTPError"), ("requests", "RequestException")):
+        if module in sys.modules:
+            found.append(getattr(sys.modules[module], name))
+    return found
 
 
 def status(error):
@@ -397,51 +465,28 @@ def download_torchvision(spec):
     url = f"https://download.pytorch.org/models/{file.name}"
     if offline():
         raise UserError(f"{spec.name} is not in {file.parent} and downloads are switched off (HF_HUB_OFFLINE): "
-                        f"unset it, or download {url} elsewhere and give it with --weights PATH")
+                        f"unset it, or download {url} elsewhere and give it with --weights PATH (see {spec.page})")
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
         torch.hub.download_url_to_file(url, str(file), hash_prefix=file.stem.rsplit("-", 1)[1])
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{spec.name}: {url} cannot be downloaded ({error}); download it elsewhere and give it with "
-                        "--weights PATH") from None
+        raise UserError(f"{spec.name}: {url} cannot be downloaded ({first_line(error)}); download it elsewhere and "
+                        f"give it with --weights PATH (see {spec.page})") from None
     return file
 
 
-class Network:
-    """Whether the Hub answers, asked at most once and only when it matters."""
-
-    def __init__(self):
-        self._reachable = None
-
-    def reachable(self):
-        if self._reachable is None:
-            if any(os.environ.get(n) for n in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-                self._reachable = True  # a proxy's business
-            else:
-                try:
-                    socket.create_connection(("huggingface.co", 443), timeout=3).close()
-                    self._reachable = True
-                except OSError:
-                    self._reachable = False
-        return self._reachable
-
-
-def availability(spec, network, here=Path(".")):
+def availability(spec, here=Path(".")):
     """Where the weights of `spec` can be had, here and now, in a few words."""
     if not spec.repo:
         return "local" if (here / spec.files[0]).is_file() else "missing: python demo_encoder.py"
     if spec.repo.startswith("torchvision/"):
         if torchvision_cache(spec).is_file():
             return "cached"
-        return "offline" if offline() else "download" if network.reachable() else "no network"
+        return "offline" if offline() else "download" if reachable() else "no network"
     import huggingface_hub
-    for name in (*spec.files, "model.safetensors.index.json"):
-        if isinstance(huggingface_hub.try_to_load_from_cache(spec.repo, name, revision=spec.revision), str):
-            return "cached"
-    if offline():
-        return "offline"
-    if not network.reachable():
-        return "no network"
-    if spec.gated and not huggingface_hub.get_token():
-        return "needs token"
-    return "download, once the licence is accepted" if spec.gated else "download"
+    if cached(spec, spec.revision):
+        return "cached"
+    needs = "needs token" if spec.gated and not huggingface_hub.get_token() else ""
+    if offline() or not reachable():
+        return ", ".join(filter(None, (needs, "offline" if offline() else "no network")))
+    return needs or ("download, once the licence is accepted" if spec.gated else "download")
