@@ -603,11 +603,13 @@ def load_run(path, weights=None, device="cpu", merge=False):
         if merge:
             lora.merge_lora(encoder)
     model = PatchClassifier(encoder, tta=bool(flags.get("tta")))
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    if method != "full":
-        missing = [k for k in missing if k.startswith("head.")]
-    if missing or unexpected:
-        raise UserError(f"{model_file}: not the model of this run: {published.listing(missing, unexpected)}")
+    wanted = {k: v for k, v in model.state_dict().items() if method == "full" or k.startswith("head.")}
+    shapes = [f"{k} {list(state[k].shape)} instead of {list(v.shape)}" for k, v in wanted.items()
+              if k in state and state[k].shape != v.shape]
+    if shapes or wanted.keys() != state.keys():
+        raise UserError(f"{model_file}: not the model of this run: "
+                        f"{published.listing(wanted.keys() - state.keys(), state.keys() - wanted.keys(), shapes)}")
+    model.load_state_dict(state, strict=False)
     return model.to(device).eval(), config
 
 
