@@ -52,6 +52,17 @@ def _umask():
     return mask
 
 
+@contextlib.contextmanager
+def exclusive(path):
+    """Hold the lock file `path`, waiting for it; it is let go by any end of the process."""
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
 def write_text(path, text):
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
