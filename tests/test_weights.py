@@ -7,6 +7,8 @@ import json
 import os
 import pickle
 import stat
+import subprocess
+import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -340,18 +342,19 @@ def test_layers_left_out_are_checked_all_the_same(small, tmp_path):
         models.load_encoder("kaiko-s16", tmp_path, layer=1)
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of the process")
 def test_memory_peaks_near_the_size_of_the_network(tmp_path):
     """A fp32 file read as bf16: the process grows by little more than the network, not by the file."""
     code = """
-import dataclasses, resource, sys, torch
+import dataclasses, re, sys, torch
 import models
 models.ENCODERS["uni"] = dataclasses.replace(models.ENCODERS["uni"], depth=12)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-models.load_encoder("uni", sys.argv[1], dtype=torch.bfloat16)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+# not ru_maxrss, which a process inherits from the one that started it
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+before = peak()
+encoder = models.load_encoder("uni", sys.argv[1], dtype=torch.bfloat16)
+print(peak() - before)
 """
-    import subprocess
-    import sys
     state = references.fill(references.timm_model("uni", depth=12)).state_dict()
     size = sum(t.numel() for t in state.values()) * 2 / 2**20  # of the network in bf16, MiB
     for name in ("pytorch_model.bin", "model.safetensors"):
@@ -360,7 +363,8 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
         grown = float(subprocess.run([sys.executable, "-c", code, str(file)], check=True, capture_output=True,
                                      cwd=Path(models.__file__).parent, text=True).stdout)
         file.unlink()
-        assert grown < 1.4 * size, (name, grown, size)  # with the whole file mapped it would be 3 times the size
+        # with the whole file mapped it would be three times the size
+        assert 0.9 * size < grown < 1.5 * size, (name, grown, size)
 
 
 # ---------------------------------------------------------------- real weights
