@@ -175,9 +175,9 @@ def gelu(g, x, half, at):
     if g.opset >= GELU:
         return g.op("Gelu", x, at=at)
     kind = np.float16 if half else np.float32
-    root, one, two = (g.tensor(f"{at}.{n}", np.array(v, kind)) for n, v in (("root", 2 ** 0.5), ("one", 1), ("half", 0.5)))
+    root, one, middle = (g.tensor(f"{at}.gelu", np.array(value, kind)) for value in (2 ** 0.5, 1, 0.5))
     y = g.op("Add", g.op("Erf", g.op("Div", x, root, at=at), at=at), one, at=at)
-    return g.op("Mul", g.op("Mul", x, y, at=at), two, at=at)
+    return g.op("Mul", g.op("Mul", x, y, at=at), middle, at=at)
 
 
 # ---------------------------------------------------------------- vision transformer
@@ -342,7 +342,7 @@ def convolution(g, x, conv, norm, at, half):
     bias = to_numpy(norm.bias) - to_numpy(norm.running_mean) * scale
     weight = weight * scale[:, None, None, None]
     shape = dict(kernel_shape=list(conv.kernel_size), strides=list(conv.stride), pads=list(conv.padding) * 2)
-    if g.precision == "int8" and conv is not None and at != "conv1":
+    if g.precision == "int8" and at != "conv1":
         step = np.maximum(np.abs(weight).max(axis=(1, 2, 3)), 1e-30) / 127
         quantised = np.rint(weight / step[:, None, None, None]).astype(np.int8)
         values, x_step, zero = g.op("DynamicQuantizeLinear", x, at=at, outputs=3)

@@ -1,0 +1,185 @@
+"""The graph against the network it was written from: every family, precision, opset, batch; and in other runtimes."""
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx_models import FAMILIES, classifier, patches, register, write_model
+
+import emit
+import models
+
+VITS = [name for name in FAMILIES if name != "resnet50"]
+
+
+@pytest.fixture(autouse=True)
+def families(monkeypatch):
+    register(monkeypatch)
+
+
+def session(path):
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def torch_numbers(model, images):
+    with torch.inference_mode():
+        embedding = model.embed(torch.from_numpy(images))
+        return torch.sigmoid(model.classify(embedding)).numpy(), embedding.numpy()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_precision_and_batch(family, tmp_path):
+    model, images = classifier(family), patches(8 if family == "resnet50" else 64)
+    probability, embedding = torch_numbers(model, images)
+    assert probability.std() > 0.05, "the network says nothing about these images"
+    for precision, tolerance in (("fp32", 1e-5), ("fp16", 5e-3), ("int8", None)):
+        path = tmp_path / f"{precision}.onnx"
+        write_model(path, model, precision, embedding=True)
+        onnx.checker.check_model(str(path), full_check=True)
+        runtime = session(path)
+        for batch in (1, 2, 7, 64):
+            some = images[:batch]
+            p, e = runtime.run(["probability", "embedding"], {"patches": some})
+            assert p.shape == (len(some),) and e.shape == (len(some), model.encoder.embed_dim)
+            assert p.dtype == e.dtype == np.float32
+            if precision == "int8":  # random networks: the embedding keeps its direction
+                assert np.linalg.norm(e - embedding[:batch]) <= 0.1 * np.linalg.norm(embedding[:batch]), batch
+                continue
+            assert np.abs(p - probability[:batch]).max() <= tolerance, (precision, batch)
+            assert np.abs(e - embedding[:batch]).max() <= 100 * tolerance * np.abs(embedding).max()
+
+
+@pytest.mark.parametrize("opset", [18, 20, 22, 24])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_other_opsets(opset, precision, tmp_path):
+    model, images = classifier("swiglu" if opset == 18 else "gelu"), patches(3)
+    proto = write_model(tmp_path / "m.onnx", model, precision, opset)
+    onnx.checker.check_model(str(tmp_path / "m.onnx"), full_check=True)
+    assert ("Attention" in {node.op_type for node in proto.graph.node}) == (opset >= 23)
+    p, = session(tmp_path / "m.onnx").run(["probability"], {"patches": images})
+    assert np.abs(p - torch_numbers(model, images)[0]).max() <= (1e-5 if precision == "fp32" else 5e-3)
+
+
+@pytest.mark.parametrize("family", VITS)
+def test_one_attention_per_block_and_nothing_left_to_fold(family, tmp_path):
+    proto = write_model(tmp_path / "m.onnx", classifier(family))
+    kinds = [node.op_type for node in proto.graph.node]
+    assert kinds.count("Attention") == 2 and "Softmax" not in kinds
+    assert not any("gamma" in tensor.name for tensor in proto.graph.initializer), "LayerScale is folded"
+    assert kinds.count("Mul") == (2 if FAMILIES[family].mlp == "swiglu" else 0) * 2
+
+
+def test_float_input_is_the_same_model(tmp_path):
+    for family in ("gelu", "resnet50"):
+        model, images = classifier(family), patches(3)
+        write_model(tmp_path / "m.onnx", model, input="float")
+        mean, std = (np.array(v, np.float32) for v in model.encoder.spec.norm)
+        given = ((images / np.float32(255) - mean) / std).transpose(0, 3, 1, 2).astype(np.float32)
+        p, = session(tmp_path / "m.onnx").run(["probability"], {"patches": given})
+        assert np.abs(p - torch_numbers(model, images)[0]).max() <= 1e-5
+
+
+@pytest.mark.parametrize("pool", models.POOLS)
+def test_every_pooling_and_a_middle_layer(pool, tmp_path):
+    model, images = classifier("swiglu", pool=pool, layer=1), patches(3)
+    write_model(tmp_path / "m.onnx", model, embedding=True)
+    p, e = session(tmp_path / "m.onnx").run(["probability", "embedding"], {"patches": images})
+    probability, embedding = torch_numbers(model, images)
+    assert np.abs(p - probability).max() <= 1e-5 and np.abs(e - embedding).max() <= 1e-4
+
+
+@pytest.mark.parametrize("input", ["uint8", "float"])
+def test_augmentation_at_test_time_is_inside(input, tmp_path):
+    plain = classifier("gelu")
+    model = models.PatchClassifier(plain.encoder, tta=True).eval()
+    model.load_state_dict(plain.state_dict())
+    images = patches(3)
+    write_model(tmp_path / "m.onnx", model, input=input)
+    mean, std = (np.array(v) for v in model.encoder.spec.norm)
+    given = images if input == "uint8" else ((images / 255 - mean) / std).transpose(0, 3, 1, 2).astype(np.float32)
+    p, = session(tmp_path / "m.onnx").run(["probability"], {"patches": given})
+    assert np.abs(p - torch_numbers(model, images)[0]).max() <= 1e-5
+    assert np.abs(p - torch_numbers(plain, images)[0]).max() > 1e-4
+
+
+def test_temperature_divides_the_logit(tmp_path):
+    model, images = classifier("gelu"), patches(4)
+    write_model(tmp_path / "m.onnx", model, temperature=2.5)
+    p, = session(tmp_path / "m.onnx").run(["probability"], {"patches": images})
+    with torch.inference_mode():
+        expected = torch.sigmoid(model(torch.from_numpy(images)) / 2.5).numpy()
+    assert np.abs(p - expected).max() <= 1e-5
+
+
+@pytest.mark.parametrize("family", ["gelu", "swiglu"])
+def test_half_precision_survives_large_activations(family, tmp_path):
+    """The residual stream at 1e4 (as in large DINOv2 models), then also the hidden layer at 1e4 and beyond."""
+    images = patches(4)
+    for where in ("residual", "hidden"):
+        model = classifier(family)
+        with torch.no_grad():
+            if where == "residual":
+                model.encoder.blocks[0].mlp.fc2.bias[3] = 1.2e4
+                if FAMILIES[family].layerscale:
+                    model.encoder.blocks[0].ls2.gamma[3] = 1.0
+            else:
+                model.encoder.blocks[0].mlp.fc1.weight.mul_(3e4)
+                model.encoder.blocks[0].mlp.fc2.weight.mul_(3e-5 if family == "gelu" else 1e-9)
+        expected = torch_numbers(model, images)[0]
+        with emit.activation_peaks(model.encoder) as peaks, torch.inference_mode():
+            model(torch.from_numpy(images))
+        assert max(peaks.values()) > 1e4
+        write_model(tmp_path / "m.onnx", model, "fp16", peaks=peaks)
+        p, = session(tmp_path / "m.onnx").run(["probability"], {"patches": images})
+        assert np.isfinite(p).all() and np.abs(p - expected).max() <= 5e-3, where
+
+
+def test_half_precision_with_a_tiny_layerscale(tmp_path):
+    """Folded, a LayerScale of 1e-6 would leave weights of a digit or none."""
+    model, images = classifier("swiglu"), patches(4)
+    with torch.no_grad():
+        for block in model.encoder.blocks:
+            block.ls1.gamma.mul_(1e-6)
+            block.attn.proj.weight.mul_(300)
+            block.norm2.weight.mul_(30)
+        model.encoder.pos_embed.mul_(1e-3)
+        model.encoder.cls_token.mul_(1e-3)
+    write_model(tmp_path / "m.onnx", model, "fp16")
+    p, = session(tmp_path / "m.onnx").run(["probability"], {"patches": images})
+    assert np.abs(p - torch_numbers(model, images)[0]).max() <= 5e-3
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("family", ["gelu", "clsmean"])
+def test_reference_evaluator_agrees(family, precision, tmp_path):
+    from onnx.reference import ReferenceEvaluator
+    model, images = classifier(family), patches(2)
+    write_model(tmp_path / "m.onnx", model, precision)
+    expected, = session(tmp_path / "m.onnx").run(["probability"], {"patches": images})
+    got, = ReferenceEvaluator(str(tmp_path / "m.onnx")).run(["probability"], {"patches": images})
+    assert np.abs(got - expected).max() <= (1e-5 if precision == "fp32" else 2e-2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_openvino_agrees(family, tmp_path):
+    openvino = pytest.importorskip("openvino")
+    model, images = classifier(family), patches(2)
+    for opset in (23, 20):
+        write_model(tmp_path / "m.onnx", model, opset=opset)
+        compiled = openvino.Core().compile_model(str(tmp_path / "m.onnx"), "CPU",
+                                                 {"INFERENCE_PRECISION_HINT": "f32"})
+        got = compiled({"patches": images})["probability"]
+        assert np.abs(got - torch_numbers(model, images)[0]).max() <= 1e-5
+
+
+def test_weights_beside_and_inside_are_the_same(tmp_path):
+    model, images = classifier("gelu"), patches(2)
+    write_model(tmp_path / "a.onnx", model)
+    write_model(tmp_path / "b.onnx", model, inline=False)
+    assert (tmp_path / "b.onnx").stat().st_size < 60_000 < (tmp_path / "b.onnx.data").stat().st_size
+    onnx.checker.check_model(str(tmp_path / "b.onnx"))
+    a, b = (session(tmp_path / f"{name}.onnx").run(["probability"], {"patches": images})[0] for name in "ab")
+    assert np.array_equal(a, b)
