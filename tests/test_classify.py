@@ -1,0 +1,443 @@
+"""The second stage: the classifier, the four formats of candidates, the command and its errors."""
+
+import csv
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from onnx_models import classifier, patches, register, write_model
+from PIL import Image
+
+import candidates as formats
+import classify
+import cli
+from classify import Classifier
+
+HERE = Path(__file__).resolve().parent.parent
+POINTS = [(150.0, 160.0), (400.5, 300.0), (20.0, 30.0), (620.0, 470.0)]  # the last two reach over the border
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """An exported model, an image (0.25 µm/px) and what torch says about the points on it."""
+    folder = tmp_path_factory.mktemp("classify")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        register(monkeypatch)
+        model = classifier("gelu")
+    write_model(folder / "model.onnx", model, embedding=True)
+    image = np.concatenate([np.concatenate(patches(3, seed=r), axis=1) for r in (1, 2, 3)])[:500, :640]
+    Image.fromarray(image).save(folder / "a.tiff", resolution=40000, resolution_unit=3)
+    padded = np.pad(image, ((112, 112), (112, 112), (0, 0)), constant_values=255)
+    crops = np.stack([padded[int(np.floor(y + 0.5)):, int(np.floor(x + 0.5)):][:224, :224] for x, y in POINTS])
+    with torch.inference_mode():
+        expected = torch.sigmoid(model(torch.from_numpy(crops))).numpy()
+    return folder, expected
+
+
+def run(*arguments, **options):
+    return subprocess.run([sys.executable, str(HERE / "classify.py"), *map(str, arguments)], capture_output=True,
+                          text=True, **options)
+
+
+def failure(*arguments):
+    """The one line of a command that must fail as a user's mistake."""
+    done = run(*arguments)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and len(errors) == 1 and "Traceback" not in done.stderr, done.stderr
+    return errors[0]
+
+
+# ---------------------------------------------------------------- the formats
+
+def midog(path, points=POINTS, images=("a.tiff",)):
+    boxes = [[x - 25, y - 25, x + 25, y + 25] for x, y in points]
+    content = {"info": {"kept": True}, "images": [{"id": i, "file_name": n} for i, n in enumerate(images, 1)],
+               "annotations": [{"id": 10 + i, "image_id": 1 + i % len(images), "bbox": box, "category_id": 2, "extra": i}
+                               for i, box in enumerate(boxes)],
+               "categories": [{"id": 1, "name": "mitotic figure"}, {"id": 2, "name": "hard negative"}]}
+    path.write_text(json.dumps(content))
+    return path
+
+
+def challenge(path):
+    path.write_text(json.dumps(formats.challenge(*np.array(POINTS).T, [0.5] * 4, 0.4, 0.25)))
+    return path
+
+
+def table(path):
+    lines = ["filename;x;y;note", *(f"a.tiff;{x};{y};n {i}" for i, (x, y) in enumerate(POINTS))]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8-sig")
+    return path
+
+
+def geojson(path):
+    square = [[[x - 9, y - 9], [x + 9, y - 9], [x + 9, y + 9], [x - 9, y + 9], [x - 9, y - 9]] for x, y in POINTS[2:3]]
+    features = [{"type": "Feature", "id": "one", "geometry": {"type": "MultiPoint", "coordinates": list(POINTS[:2])},
+                 "properties": {"objectType": "annotation", "classification": {"name": "Candidate"}}},
+                {"type": "Feature", "id": "two", "geometry": {"type": "Polygon", "coordinates": square},
+                 "properties": {"measurements": {"area": 3.0}}},
+                {"type": "Feature", "id": "three", "geometry": {"type": "Point", "coordinates": list(POINTS[3])}}]
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    return path
+
+
+def sqlite(path):
+    database = sqlite3.connect(path)
+    database.executescript("""
+        CREATE TABLE Slides (uid INTEGER PRIMARY KEY, filename TEXT, width INTEGER, height INTEGER, directory TEXT);
+        CREATE TABLE Annotations (uid INTEGER PRIMARY KEY, slide INTEGER, type INTEGER, agreedClass INTEGER,
+                                  deleted INTEGER DEFAULT 0);
+        CREATE TABLE Annotations_coordinates (uid INTEGER PRIMARY KEY, coordinateX REAL, coordinateY REAL,
+                                              slide INTEGER, annoId INTEGER, orderIdx INTEGER);
+        CREATE TABLE Classes (uid INTEGER PRIMARY KEY, name TEXT);
+        INSERT INTO Classes VALUES (1, 'mitotic figure'), (2, 'not mitotic figure');
+        INSERT INTO Slides VALUES (1, 'a.tiff', 640, 500, 'x');
+        INSERT INTO Annotations VALUES (9, 1, 1, 1, 1);
+        INSERT INTO Annotations_coordinates VALUES (900, 5, 5, 1, 9, 1)""")
+    for i, (x, y) in enumerate(POINTS, start=1):
+        area = i == 3
+        database.execute("INSERT INTO Annotations VALUES (?, 1, ?, 2, 0)", (i, 2 if area else 1))
+        for j, d in enumerate((-20, 20) if area else (0,)):
+            database.execute("INSERT INTO Annotations_coordinates VALUES (?, ?, ?, 1, ?, ?)",
+                             (10 * i + j, x + d, y + d, i, j))
+    database.commit()
+    database.close()
+    return path
+
+
+def read_scores(kind, path):
+    """(probabilities, classes) out of a written file, with the csv, json and sqlite3 modules alone."""
+    if kind == "csv":
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file, delimiter=";"))
+        assert [row["note"] for row in rows] == [f"n {i}" for i in range(4)]
+        return [float(row["probability"]) for row in rows], [row["class"] for row in rows]
+    if kind == "sqlite":
+        database = sqlite3.connect(path)
+        rows = database.execute("SELECT probability, class FROM Predictions ORDER BY annoId").fetchall()
+        assert database.execute("SELECT count(*) FROM Annotations").fetchone() == (5,)
+        database.close()
+        return [row[0] for row in rows], [row[1] for row in rows]
+    content = json.loads(Path(path).read_text())
+    if kind == "midog":
+        assert content["info"] == {"kept": True} and [a["extra"] for a in content["annotations"]] == [0, 1, 2, 3]
+        return [a["probability"] for a in content["annotations"]], [a["class"] for a in content["annotations"]]
+    if kind == "challenge":
+        assert content["type"] == "Multiple points" and content["version"] == {"major": 1, "minor": 0}
+        names = [p["name"].replace("non-mitotic figure", "hard negative") for p in content["points"]]
+        return [p["probability"] for p in content["points"]], names
+    features = content["features"]
+    assert [f["geometry"]["type"] for f in features] == ["Point", "Point", "Polygon", "Point"]
+    ids = [f["id"] for f in features if "id" in f]
+    assert len(ids) == len(set(ids)) and features[2]["properties"]["measurements"]["area"] == 3.0
+    for feature in features:
+        given = feature["properties"]["classification"]
+        assert given["color"] == list(formats.COLOURS[given["name"] == "mitotic figure"])
+    return ([f["properties"]["measurements"]["probability of mitotic figure"] for f in features],
+            [f["properties"]["classification"]["name"] for f in features])
+
+
+MAKERS = {"midog": midog, "challenge": challenge, "csv": table, "geojson": geojson, "sqlite": sqlite}
+SUFFIX = {"midog": ".json", "challenge": ".json", "csv": ".csv", "geojson": ".geojson", "sqlite": ".sqlite"}
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_command_scores_every_format(kind, tiny, tmp_path):
+    folder, expected = tiny
+    given = MAKERS[kind](tmp_path / f"in{SUFFIX[kind]}")
+    before, out = given.read_bytes(), tmp_path / f"out{SUFFIX[kind]}"
+    done = run(folder / "model.onnx", "--slide", folder / "a.tiff", "--candidates", given, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "4 candidates scored" in done.stdout and "candidates/s" in done.stdout
+    probability, classes = read_scores(kind, out)
+    assert np.abs(np.array(probability) - expected).max() <= 2e-5
+    assert classes == [["hard negative", "mitotic figure"][int(p >= 0.5)] for p in expected]
+    assert given.read_bytes() == before and sorted(p.name for p in tmp_path.iterdir()) == sorted([given.name, out.name])
+    again = formats.read(out)  # what was written can be read again, and scored again
+    assert len(again) == 4
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_the_input_is_never_written_to(kind, tiny, tmp_path):
+    folder, _ = tiny
+    given = MAKERS[kind](tmp_path / f"in{SUFFIX[kind]}")
+    before = given.read_bytes()
+    (tmp_path / "link").symlink_to(given)
+    for out in (given, tmp_path / "link"):
+        assert "never written to" in failure(folder / "model.onnx", "--slide", folder / "a.tiff", "--candidates", given,
+                                             "--out", out)
+    assert given.read_bytes() == before
+
+
+def test_relabel(tiny, tmp_path):
+    folder, expected = tiny
+    found = formats.read(midog(tmp_path / "in.json"))
+    formats.write(found, tmp_path / "out.json", expected, 0.5, ["hard negative", "mitotic figure"], relabel=True)
+    written = json.loads((tmp_path / "out.json").read_text())["annotations"]
+    assert [a["category_id"] for a in written] == [1 if p >= 0.5 else 2 for p in expected]
+    found = formats.read(sqlite(tmp_path / "in.sqlite"))
+    formats.write(found, tmp_path / "out.sqlite", expected, 0.5, ["hard negative", "mitotic figure"], relabel=True)
+    rows = sqlite3.connect(tmp_path / "out.sqlite").execute(
+        "SELECT agreedClass FROM Annotations WHERE deleted = 0 ORDER BY uid").fetchall()
+    assert [row[0] for row in rows] == [1 if p >= 0.5 else 2 for p in expected]
+
+
+def test_images_in_a_folder_and_candidates_elsewhere(tiny, tmp_path):
+    folder, expected = tiny
+    shutil.copy(folder / "a.tiff", tmp_path / "b.tiff")
+    shutil.copy(folder / "a.tiff", tmp_path / "a.tiff")
+    given = midog(tmp_path / "in.json", images=("a.tiff", "b.png"))  # the list says .png, the file is .tiff
+    done = run(folder / "model.onnx", "--slide", tmp_path, "--candidates", given, "--out", tmp_path / "out.json")
+    assert done.returncode == 0, done.stderr
+    assert np.abs(np.array(read_scores("midog", tmp_path / "out.json")[0]) - expected).max() <= 2e-5
+    done = run(folder / "model.onnx", "--slide", tmp_path / "a.tiff", "--candidates", given, "--out", tmp_path / "out.json")
+    assert done.returncode == 0 and "2 candidates lie on other images" in done.stdout
+    written = json.loads((tmp_path / "out.json").read_text())["annotations"]
+    assert ["probability" in a for a in written] == [True, False, True, False]
+
+
+# ---------------------------------------------------------------- what is wrong with the input
+
+def test_mistakes_are_one_line(tiny, tmp_path):
+    folder, _ = tiny
+    model, image, given = folder / "model.onnx", folder / "a.tiff", midog(tmp_path / "in.json")
+    usual = ("--slide", image, "--candidates", given, "--out", tmp_path / "out.json")
+    assert "no such file" in failure(tmp_path / "none.onnx", *usual)
+    assert "belong together" in failure(model, "--slide", image)
+    assert "no such file" in failure(model, "--slide", tmp_path / "none.svs", "--candidates", given, "--out", "o.json")
+    assert "no such file" in failure(model, "--slide", image, "--candidates", tmp_path / "no.json", "--out", "o.json")
+    assert "folder does not exist" in failure(model, *usual[:-1], tmp_path / "no" / "out.json")
+    assert "--batch-size" in failure(model, *usual, "--batch-size", 0)
+    assert "plausible" in failure(model, *usual, "--mpp", 0)
+    assert "there are auto" in failure(model, *usual, "--device", "tpu")
+    for text, message in (("{", "not a readable JSON"), ("[1]", "neither MIDOG"), ('{"type": "Multiple points"}', "points"),
+                          ('{"images": [], "annotations": [{"id": 1}]}', "no bbox"),
+                          ('{"images": [{"id": 1, "file_name": "a.tiff"}], "annotations": [{"id": 1, "image_id": 1, '
+                           '"bbox": [100, 100, 50, 50]}]}', "corners")):
+        (tmp_path / "bad.json").write_text(text)
+        assert message in failure(model, "--slide", image, "--candidates", tmp_path / "bad.json", "--out", "o.json")
+    for text, message in (("a,b\n1,2\n", "columns x and y"), ("x,y\n1\n", "row 1"), ("x,y\n1,nan\n", "no place")):
+        (tmp_path / "bad.csv").write_text(text)
+        assert message in failure(model, "--slide", image, "--candidates", tmp_path / "bad.csv", "--out", "o.csv")
+    (tmp_path / "bad.sqlite").write_bytes(sqlite(tmp_path / "good.sqlite").read_bytes()[:5000])
+    assert "SlideRunner" in failure(model, "--slide", image, "--candidates", tmp_path / "bad.sqlite", "--out", "o.sqlite")
+    assert not (tmp_path / "out.json").exists() and not Path("o.json").exists()
+
+
+def test_candidates_outside_and_unreadable_slides(tiny, tmp_path):
+    folder, expected = tiny
+    shutil.copy(folder / "a.tiff", tmp_path / "a.tiff")
+    (tmp_path / "b.tiff").write_bytes((folder / "a.tiff").read_bytes()[:3000])
+    out = tmp_path / "out.json"
+    far = midog(tmp_path / "far.json", [*POINTS, (5000, 40)])
+    usual = ("--slide", tmp_path / "a.tiff", "--candidates", far, "--out", out)
+    assert "candidate 14 at (5000, 40) lies outside a.tiff (640 × 500 px)" in failure(folder / "model.onnx", *usual)
+    assert not out.exists()
+    done = run(folder / "model.onnx", *usual, "--skip")
+    assert done.returncode == 1 and "candidate 14" in done.stderr and "1 candidates could not be scored" in done.stdout
+    written = json.loads(out.read_text())["annotations"]
+    assert np.abs(np.array([a["probability"] for a in written[:4]]) - expected).max() <= 2e-5
+    assert "probability" not in written[4]
+    out.unlink()
+
+    several = midog(tmp_path / "several.json", POINTS, images=("a.tiff", "b.tiff", "c.tiff"))
+    usual = ("--slide", tmp_path, "--candidates", several, "--out", out)
+    assert "c.tiff: no such file" in failure(folder / "model.onnx", *usual) and not out.exists()
+    done = run(folder / "model.onnx", *usual, "--skip")
+    assert done.returncode == 1 and "b.tiff" in done.stderr and "c.tiff" in done.stderr
+    written = json.loads(out.read_text())["annotations"]
+    assert ["probability" in a for a in written] == [True, False, False, True]
+
+
+def test_names_cannot_leave_the_folder(tiny, tmp_path):
+    folder, _ = tiny
+    (tmp_path / "inner").mkdir()
+    shutil.copy(folder / "a.tiff", tmp_path / "secret.tiff")
+    found = formats.read(midog(tmp_path / "in.json", images=("../secret.tiff",)))
+    paths, missing = classify.find_images(found, tmp_path / "inner")
+    assert missing and all(tmp_path / "inner" == path.parent for path in missing)
+
+
+def test_full_disk_leaves_nothing(tiny, tmp_path, monkeypatch):
+    found = formats.read(midog(tmp_path / "in.json"))
+    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    for kind, maker in MAKERS.items():
+        found = formats.read(maker(tmp_path / f"in-{kind}{SUFFIX[kind]}"))
+        with pytest.raises(OSError):
+            formats.write(found, tmp_path / "out", [0.5] * 4, 0.5, ["a", "b"])
+    assert not any(p.name.startswith((".", "out")) for p in tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- resolution
+
+def test_resolution_rules():
+    metadata = {"mpp": 0.25}
+    assert classify.resolution(metadata, 0.26, "s")[:2] == (None, None)
+    assert classify.resolution(metadata, 0.2252, "s")[:2] == (None, None)
+    assert classify.resolution(metadata, 0.5, "s")[:2] == (0.25, 0.5)
+    assert classify.resolution(metadata, 0.5, "s", given=0.25)[:2] == (None, None)
+    assert "unknown" in classify.resolution(metadata, None, "s")[2]
+    assert "does not know" in classify.resolution({"mpp": None}, 0.5, "s")[2]
+    assert "resampled" in classify.resolution(metadata, 0.5, "s")[2]
+
+
+def test_a_coarser_slide_is_resampled_and_said_so(tiny, tmp_path):
+    folder, _ = tiny
+    Image.open(folder / "a.tiff").save(tmp_path / "a.tiff", resolution=20000, resolution_unit=3)  # 0.5 µm/px
+    usual = ("--candidates", midog(tmp_path / "in.json"), "--out", tmp_path / "out.json")
+    done = run(folder / "model.onnx", "--slide", tmp_path / "a.tiff", *usual)
+    assert "0.5 µm/px, resampled to the model's 0.25" in done.stderr
+    resampled = read_scores("midog", tmp_path / "out.json")[0]
+    classifier, metadata = Classifier(folder / "model.onnx", "cpu"), Classifier(folder / "model.onnx").metadata
+    crops = np.stack([classify.read_patch(tmp_path / "a.tiff", x, y, metadata, 0.25, 0.5) for x, y in POINTS])
+    assert np.allclose(classifier(crops), resampled, atol=1e-6)
+    done = run(folder / "model.onnx", "--slide", tmp_path / "a.tiff", *usual, "--mpp", "0.25")
+    assert "read as it is" in done.stderr and not np.allclose(read_scores("midog", tmp_path / "out.json")[0], resampled)
+
+
+def test_patches_of_another_size(tiny):
+    folder, _ = tiny
+    for fit in ("resize", "pad"):
+        patch = classify.read_patch(folder / "a.tiff", 300, 300, {"patch": 128, "size": 224, "fit": fit})
+        assert patch.shape == (224, 224, 3)
+        plain = classify.read_patch(folder / "a.tiff", 300, 300, {"patch": 224, "size": 224, "fit": fit})
+        assert np.array_equal(patch[48:176, 48:176], plain[48:176, 48:176]) == (fit == "pad")
+
+
+# ---------------------------------------------------------------- the class
+
+def test_classifier_takes_arrays_tensors_and_threads(tiny):
+    folder, _ = tiny
+    classifier = Classifier(folder / "model.onnx", device="cpu", batch_size=8)
+    images = patches(20)
+    alone = np.concatenate([classifier(images[i:i + 1]) for i in range(20)])
+    assert alone.shape == (20,) and alone.dtype == np.float32
+    assert np.allclose(classifier(images), alone, atol=1e-6)
+    assert np.allclose(classifier(torch.from_numpy(images)), alone, atol=1e-6)           # DLPack
+    assert np.allclose(classifier(torch.from_numpy(images)[::2]), alone[::2], atol=1e-6)  # not contiguous
+    assert classifier(images, output="embedding").shape == (20, 64)
+    assert classifier(images[:0]).shape == (0,) and classifier(images[:0], output="embedding").shape == (0, 64)
+    results = {}
+    threads = [threading.Thread(target=lambda i=i: results.update({i: classifier(images[i:i + 5])})) for i in range(8)]
+    [t.start() for t in threads], [t.join() for t in threads]
+    assert all(np.allclose(results[i], alone[i:i + 5], atol=1e-6) for i in range(8))
+    for wrong in (images.astype(np.float32), images[:, :200], images[0], images.transpose(0, 3, 1, 2)):
+        with pytest.raises(ValueError, match="this model takes"):
+            classifier(wrong)
+    with pytest.raises(cli.UserError, match="no output"):
+        classifier(images, output="logits")
+
+
+def test_cuda_that_is_not_obtained_is_an_error(tiny):
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    folder, _ = tiny
+    with pytest.raises(cli.UserError, match="--device cuda"):
+        Classifier(folder / "model.onnx", device="cuda")
+    classifier = Classifier(folder / "model.onnx", device="auto")
+    assert classifier.device == "cpu" and "CPU" in classifier.note
+
+
+def test_a_session_that_fell_back_is_an_error(tiny, monkeypatch):
+    """The provider is listed, its libraries do not load, ONNX Runtime takes the CPU and says nothing."""
+    folder, _ = tiny
+    monkeypatch.setattr(classify.onnxruntime, "get_available_providers",
+                        lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    start = classify.start
+    monkeypatch.setattr(classify, "start", lambda path, providers, threads: start(path, ["CPUExecutionProvider"], threads))
+    with pytest.raises(cli.UserError, match="did not load"):
+        Classifier(folder / "model.onnx", device="cuda")
+
+
+def test_model_alone_is_described(tiny):
+    folder, _ = tiny
+    done = run(folder / "model.onnx")
+    assert done.returncode == 0
+    for text in ("licence", "redistribution: yes", "0.25 µm/px", "threshold", "against torch"):
+        assert text in done.stdout
+
+
+def test_foreign_and_damaged_models(tiny, tmp_path):
+    folder, _ = tiny
+    import onnx
+    foreign = onnx.load(folder / "model.onnx")
+    del foreign.metadata_props[:]
+    onnx.save(foreign, tmp_path / "foreign.onnx")
+    assert "not a model exported by export.py" in failure(tmp_path / "foreign.onnx")
+    (tmp_path / "cut.onnx").write_bytes((folder / "model.onnx").read_bytes()[:5000])
+    assert "cannot load it" in failure(tmp_path / "cut.onnx")
+    write_model(tmp_path / "m.onnx", classifier("gelu"), inline=False)
+    whole = (tmp_path / "m.onnx.data").read_bytes()
+    assert run(tmp_path / "m.onnx").returncode == 0
+    for broken in (whole[:len(whole) // 2], whole[:-1], b""):
+        (tmp_path / "m.onnx.data").write_bytes(broken)
+        assert "both files again" in failure(tmp_path / "m.onnx")
+    (tmp_path / "m.onnx.data").write_bytes(whole[:-32] + b"x" * 32)
+    assert "another export" in failure(tmp_path / "m.onnx")
+    (tmp_path / "m.onnx.data").unlink()
+    assert "both files again" in failure(tmp_path / "m.onnx")
+
+
+def test_overlay(tiny, tmp_path):
+    folder, _ = tiny
+    done = run(folder / "model.onnx", "--slide", folder / "a.tiff", "--candidates", midog(tmp_path / "in.json"),
+               "--out", tmp_path / "out.json", "--overlay", tmp_path / "o.png", "--threshold", "0.5")
+    assert done.returncode == 0, done.stderr
+    drawn = np.asarray(Image.open(tmp_path / "o.png"))
+    assert drawn.shape == (500, 640, 3)
+    colours = [tuple(c) for c in formats.COLOURS.values()]
+    assert any((drawn == c).all(axis=-1).any() for c in colours)
+
+
+# ---------------------------------------------------------------- without torch
+
+def test_no_torch(tiny, tmp_path):
+    """The command in a process that has no torch, onnx or data of the project to import."""
+    folder, expected = tiny
+    blocker = ("import sys, runpy\n"
+               "class No:\n"
+               "    def find_spec(self, name, path=None, target=None):\n"
+               "        if name.split('.')[0] in ('torch', 'onnx', 'models', 'data', 'scipy', 'matplotlib'):\n"
+               "            raise ImportError('blocked: ' + name)\n"
+               "sys.meta_path.insert(0, No())\n"
+               "sys.argv = sys.argv[1:]\n"
+               "runpy.run_path(sys.argv[0], run_name='__main__')\n")
+    done = subprocess.run([sys.executable, "-c", blocker, str(HERE / "classify.py"), str(folder / "model.onnx"),
+                           "--slide", str(folder / "a.tiff"), "--candidates", str(midog(tmp_path / "in.json")),
+                           "--out", str(tmp_path / "out.json")], capture_output=True, text=True, cwd=HERE)
+    assert done.returncode == 0, done.stderr
+    assert np.abs(np.array(read_scores("midog", tmp_path / "out.json")[0]) - expected).max() <= 2e-5
+
+
+@pytest.mark.slow
+def test_fresh_environment(tiny, tmp_path):
+    """requirements-classify.txt alone is enough."""
+    folder, _ = tiny
+    python = tmp_path / "env" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "env")], check=True)
+    subprocess.run([str(python), "-m", "pip", "install", "-q", "-r", str(HERE / "requirements-classify.txt")], check=True)
+    done = subprocess.run([str(python), str(HERE / "classify.py"), str(folder / "model.onnx"), "--slide",
+                           str(folder / "a.tiff"), "--candidates", str(midog(tmp_path / "in.json")), "--out",
+                           str(tmp_path / "out.json")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert subprocess.run([str(python), "-c", "import torch"], capture_output=True).returncode != 0
+
+
+@pytest.mark.skipif("MITOSIS_REALDATA" not in os.environ, reason="MITOSIS_REALDATA is not set")
+def test_a_real_slide(tiny, tmp_path):
+    folder, _ = tiny
+    slide = Path(os.environ["MITOSIS_REALDATA"]) / "slides" / "CMU-1-Small-Region.svs"
+    given = midog(tmp_path / "in.json", [(500, 600), (1200, 900), (2219, 2966), (-2, -5)], images=(slide.name,))
+    done = run(folder / "model.onnx", "--slide", slide, "--candidates", given, "--out", tmp_path / "out.json",
+               "--overlay", tmp_path / "o.png")
+    assert done.returncode == 0, done.stderr
+    assert "0.499 µm/px, resampled to the model's 0.25" in done.stderr and "4 candidates scored" in done.stdout
+    assert max(Image.open(tmp_path / "o.png").size) <= 2000
