@@ -1,540 +1,906 @@
-"""Annotations: formats, known datasets, splits by case, the sampler of training patches. No torch.
+"""Annotations, datasets, splits, the patch sampler. `python data.py D` tells what a dataset holds. No torch.
 
-    python data.py D    what a dataset holds: counts by domain and class, cases, problems, planned splits
-
-One table for every format: arrays id, image, case, domain, x, y, label (1 mitotic figure, 0 look-alike).
+    python data.py midog2022                          counts, cases, problems, planned splits of a known dataset
+    python data.py my.sqlite --images slides/         the same for one's own annotations
+    python data.py midog2022 --cache                  build the store of crops that training reads from
+    python data.py --download midog2022               fetch a public dataset (resumable)
 """
 
-import argparse
-import csv
-import gzip
 import hashlib
-import json
 import math
 import os
-import sqlite3
-import urllib.parse
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-import cli
+import readers
 import runs
-import slides
 from cli import UserError
 
-# ---------------------------------------------------------------- the table
+PATCH = 224  # px
+NEAR = PATCH / 2  # two centres nearer than this lie in each other's patch
+TEST_SHARE = VAL_SHARE = 0.2
+MAX_FILES = 2_000_000  # looked through for images, before --images was probably a mistake
 
-FIELDS = ("id", "image", "case", "domain", "x", "y", "label")
 
+# ---------------------------------------------------------------- known datasets
+
+@dataclass(frozen=True)
+class Known:
+    """A public dataset: what its files must hold."""
+    title: str
+    files: tuple  # annotation files, the preferred first
+    counts: tuple = None  # mitotic figures, hard negatives
+    images: int = None  # labelled ones
+    profile: str = None
+    licence: str = None
+    mpp: float = None  # µm/px, where all slides share it
+    address: str = None
+    domains: dict = field(default_factory=dict)  # domain → (first file number, last, description, counts or None)
+    official_test: tuple = ()  # cases
+
+
+KNOWN = {
+    "ccmct": Known(
+        "canine cutaneous mast cell tumour, 32 slides (MITOS_WSI_CCMCT, variant ODAEL)",
+        ("MITOS_WSI_CCMCT_ODAEL.sqlite", "MITOS_WSI_CCMCT_ODAEL_binary_labels.csv"), (44880, 27965), 32, "ccmct",
+        "CC BY-NC-ND", 0.25, "https://ndownloader.figshare.com/files/16261571",
+        official_test=(
+            "f26e9fcef24609b988be", "dd4246ab756f6479c841", "f3741e764d39ccc4d114", "c91a842257ed2add5134",
+            "8c9f9618fcaca747b7c3", "add0a9bbc53d1d9bac4c", "c86cd41f96331adf3856", "be10fa37ad6e88e1f406",
+            "96274538c93980aad8d6", "552c51bfb88fd3e65ffe", "1018715d369dd0df2fc0")),
+    "cmc": Known("canine mammary carcinoma (MITOS_WSI_CMC)", ("MITOS_WSI_CMC_CODAEL_TR_ROI.sqlite",
+                                                              "MITOS_WSI_CMC_CODAEL.sqlite"),
+                 profile="cmc", address="https://github.com/DeepMicroscopy/MITOS_WSI_CMC"),
+    "midog2021": Known(
+        "human breast cancer by four scanners (MIDOG 2021 training set)", ("MIDOG.json", "MIDOG.sqlite"),
+        (1721, 2714), 150, "midog", "CC BY-NC-ND", address="https://github.com/DeepMicroscopy/MIDOG",
+        domains={"Hamamatsu XR": (1, 50, "scanner", None), "Hamamatsu S360": (51, 100, "scanner", None),
+                 "Aperio CS2": (101, 150, "scanner", None), "unlabelled": (151, 200, "scanner", None)}),
+    "midog2022": Known(
+        "five tumour types (MIDOG 2022 training set)",
+        ("MIDOG2022_training_png.json", "MIDOG2022_training.json", "MIDOG2022_training_png.sqlite",
+         "MIDOG2022_training.sqlite", "MIDOG2022_training_png.csv", "MIDOG2022_training_tiff.csv"),
+        (9501, 11051), 354, "midog", None, address="https://zenodo.org/records/6547151",
+        domains={"A": (250, 299, "canine cutaneous mast cell tumour", (2327, 1366)),
+                 "B": (195, 249, "canine lymphoma", (3959, 4257)),
+                 "C": (1, 150, "human breast cancer", (1721, 2714)),
+                 "D": (300, 354, "human neuroendocrine tumour", (639, 1762)),
+                 "E": (151, 194, "canine lung cancer", (855, 952)),
+                 "unlabelled": (355, 405, "unlabelled", None)}),
+    "midogpp": Known(
+        "seven tumour types (MIDOG++)",
+        ("MIDOGpp.json", "MIDOG++.json", "MIDOGpp.sqlite", "MIDOG++.sqlite", "MIDOGpp.csv",
+         "MultiDomainMitoticFigureDataset.json.gz", "MultiDomainMitoticFigureDataset.json"),
+        (11937, 14349), 503, "midog", "CC0 (its JSON)", address="https://figshare.com/ndownloader/files/40283737",
+        domains={"human breast cancer": (1, 200, "", (1721, 2714)),
+                 "canine lung cancer": (201, 244, "", (855, 951)),
+                 "canine lymphosarcoma": (245, 299, "", (3959, 4257)),
+                 "canine cutaneous mast cell tumor": (300, 349, "", (2327, 1366)),
+                 "human neuroendocrine tumor": (350, 404, "", (639, 1761)),
+                 "canine soft tissue sarcoma": (405, 504, "", (1286, 2375)),
+                 "human melanoma": (505, 553, "", (1150, 925))}),
+}
+
+
+def root_folder():
+    return Path(os.environ.get("MITOSIS_ROOT") or "data")
+
+
+def recognise(path, table):
+    """Name of the known dataset that an annotation file is, or None: by its published name and its images' names."""
+    for name, known in KNOWN.items():
+        if path.name not in known.files:
+            continue
+        stems = {Path(image).stem for image in table.images}
+        numbered = [int(stem) for stem in stems if re.fullmatch(r"\d{3}", stem)]
+        # MIDOG.json is a name that other files have too; the numbers must be the published ones.
+        if known.domains and (len(numbered) < len(stems) or max(numbered) >
+                              max(last for _, last, *_ in known.domains.values())):
+            continue
+        return name
+    return None
+
+
+def domain_of(known, image):
+    """A known dataset's domain of an image, by the file's number; None where the number says nothing."""
+    stem = Path(image).stem
+    if re.fullmatch(r"\d{1,4}", stem, re.ASCII):
+        for domain, (first, last, *_) in KNOWN[known].domains.items():
+            if first <= int(stem) <= last:
+                return domain
+    return None
+
+
+def _midog_number(case, known):
+    """A MIDOG case as its MIDOG++ number, so that cases of 2021, 2022 and ++ can be compared."""
+    if not re.fullmatch(r"\d{1,3}", case, re.ASCII):
+        return None
+    n = int(case)
+    if known == "midog2022":
+        n = n if n <= 150 else n + 50 if n <= 346 else n + 51 if n <= 353 else 397 if n == 354 else -n
+    return f"midog{n}"
+
+
+def shared_cases(a, b):
+    """Cases that two datasets have in common, as named in `b` (sorted): a test on them would be no test.
+
+    The MIDOG datasets number the same slides differently, which is taken into account.
+    """
+    def keys(annotations):
+        family = annotations.known in ("midog2021", "midog2022", "midogpp")
+        return {(_midog_number(str(case), annotations.known) if family else None) or str(case): str(case)
+                for case in np.unique(annotations.case)}
+    first, second = keys(a), keys(b)
+    return sorted(second[key] for key in first.keys() & second.keys())
+
+
+# ---------------------------------------------------------------- annotations
 
 @dataclass
 class Annotations:
-    """Annotated cells of a dataset. `x`, `y`: centre in level-0 px (NaN for ready-made patches)."""
-    id: np.ndarray       # [N] str, unique
-    image: np.ndarray    # [N] str, path below `root`
-    case: np.ndarray     # [N] str: what must not be on two sides of a split
-    domain: np.ndarray   # [N] str, "" where there is one only
-    x: np.ndarray        # [N] float64
+    """Annotations of a dataset: arrays of equal length N, and what is known of their images.
+
+    id, image, case, domain: str. image is the path below `root`. x, y: float64, px at level 0, the centre (NaN for
+    ready-made patches). label: int8, 1 mitotic figure, 0 hard negative. The table is sorted by image.
+    """
+    id: np.ndarray
+    image: np.ndarray
+    case: np.ndarray
+    domain: np.ndarray
+    x: np.ndarray
     y: np.ndarray
-    label: np.ndarray    # [N] int8
-    name: str = ""
-    root: Path = Path()
-    kind: str = "points"  # points | patches
-    all_images: tuple = ()  # also those without an annotation
-    notes: list = field(default_factory=list)  # what the reader left out, one line each
+    label: np.ndarray
+    name: str
+    root: Path
+    kind: str = "points"  # or "patches"
+    source: Path = None  # the annotation file
+    known: str = None  # key of KNOWN
+    licence: str = None
+    mpp: dict = None  # image → µm/px, where known beside the image file itself
+    sizes: dict = field(default_factory=dict)  # image → (width, height), where the annotation file tells
+    all_images: list = field(default_factory=list)  # labelled and unlabelled
+    missing: list = field(default_factory=list)  # images that are not below root
+    notes: list = field(default_factory=list)
 
     def __len__(self):
         return len(self.id)
 
-    def take(self, rows):
-        return Annotations(*(getattr(self, name)[rows] for name in FIELDS), self.name, self.root, self.kind,
-                           self.all_images, self.notes)
-
-    def path(self, row):
-        return self.image_path(self.image[row])
-
-    def image_path(self, image):
-        return inside(self.root, image)
+    def take(self, index):
+        """The annotations of a mask or of row indices; the images' facts stay."""
+        return replace(self, **{name: getattr(self, name)[index]
+                                for name in ("id", "image", "case", "domain", "x", "y", "label")})
 
     def rows(self, ids):
-        """Row numbers of some ids; KeyError where one is unknown."""
-        where = {id: row for row, id in enumerate(self.id)}
-        return np.array([where[id] for id in ids], dtype=np.int64)
-
-    def fingerprint(self):
-        """Hash of the table (not of the pixels)."""
-        digest = hashlib.sha256(self.kind.encode())
-        for name in FIELDS:
-            values = getattr(self, name)
-            digest.update("\0".join(map(str, values.tolist())).encode())
-        return digest.hexdigest()[:16]
-
-
-def inside(root, name):
-    """root / name, refused where it leaves the folder."""
-    path = Path(root) / name
-    parts = Path(name).parts
-    if Path(name).is_absolute() or ".." in parts or "\0" in str(name):
-        raise UserError(f"image {name!r}: leaves the images' folder {root}")
-    return path
-
-
-# ---------------------------------------------------------------- readers
-
-MITOTIC = {"mitotic figure", "mitosis", "mitose", "mitotic", "mf"}
-LOOK_ALIKE = {"not mitotic figure", "non-mitotic", "nonmitosis", "nonmitotic", "hard negative", "hard negative look-alike",
-              "look-alike", "imposter", "non-mitotic figure", "nmf"}
-PROFILES = {  # class ids of databases whose names do not tell, or that are known by name: (mitotic figure, look-alike)
-    "ccmct": (2, 7), "cmc": (2, 1), "midog": (1, 2), "mitos2014": (1, 2), "tupac": (1, 2)}
-
-MIDOG2022_DOMAINS = (  # file numbers, domain: the JSON of MIDOG 2022 carries no tumour type
-    (1, 150, "C"), (151, 194, "E"), (195, 249, "B"), (250, 299, "A"), (300, 354, "D"))
-MIDOG2022_NAMES = {"A": "canine cutaneous mast cell tumor", "B": "canine lymphoma", "C": "human breast cancer",
-                   "D": "human neuroendocrine tumor", "E": "canine lung cancer"}
-
-
-class Rows:
-    """Collects the rows of a reader and makes the table of them."""
-
-    def __init__(self, path):
-        self.path, self.rows, self.notes = path, [], []
-
-    def add(self, id, image, case, domain, x, y, label, where):
-        if not (math.isfinite(x) and math.isfinite(y)) or max(abs(x), abs(y)) > 1e7:
-            raise UserError(f"{self.path}, {where}: ({x}, {y}) is no place in an image")
-        self.rows.append((str(id), str(image), str(case), str(domain), x, y, label))
-
-    def table(self, kind="points", all_images=()):
-        if not self.rows:
-            raise UserError(f"{self.path}: holds no annotation of a mitotic figure or a look-alike")
-        columns = list(zip(*self.rows))
-        ids = np.array(columns[0])
-        if len(np.unique(ids)) != len(ids):
-            raise UserError(f"{self.path}: annotation ids occur twice (for example "
-                            f"{[v for v, n in zip(*np.unique(ids, return_counts=True)) if n > 1][0]})")
-        return Annotations(ids, np.array(columns[1]), np.array(columns[2]), np.array(columns[3]),
-                           np.array(columns[4], np.float64), np.array(columns[5], np.float64),
-                           np.array(columns[6], np.int8), kind=kind, all_images=tuple(all_images), notes=self.notes)
-
-
-def number(value, path, where):
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise UserError(f"{path}, {where}: {value!r} is not a number") from None
-
-
-def read_midog(path):
-    """MIDOG JSON: bbox [x1, y1, x2, y2], categories by name; each image is a case."""
-    opened = gzip.open if str(path).endswith(".gz") else open
-    try:
-        with opened(path, "rt", encoding="utf-8") as file:
-            content = json.load(file)
-        images = {image["id"]: image for image in content["images"]}
-        names = {c["id"]: str(c["name"]).strip().lower() for c in content["categories"]}
-        annotations = content["annotations"]
-    except (ValueError, KeyError, TypeError, RecursionError, OSError, EOFError) as error:
-        if isinstance(error, (FileNotFoundError, PermissionError)):
-            raise
-        raise UserError(f"{path}: not a MIDOG-style JSON (images, categories and annotations expected)") from None
-    labels = {id: 1 if name in MITOTIC else 0 for id, name in names.items() if name in MITOTIC | LOOK_ALIKE}
-    if 1 not in labels.values():
-        raise UserError(f"{path}: no category is called mitotic figure (there are {', '.join(names.values()) or 'none'})")
-    rows, left = Rows(path), 0
-    for position, annotation in enumerate(annotations):
-        where = f"annotation {position + 1}"
-        try:
-            label = labels.get(annotation["category_id"])
-            if label is None:
-                left += 1
-                continue
-            image = images[annotation["image_id"]]
-            x1, y1, x2, y2 = (number(v, path, where) for v in annotation["bbox"])
-            id, name = annotation.get("id", position + 1), image["file_name"]
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise UserError(f"{path}, {where}: needs bbox of four numbers, category_id and a known image_id") from None
-        rows.add(id, name, name, image.get("tumor_type") or "", (x1 + x2) / 2, (y1 + y2) / 2, label, where)
-    if left:
-        rows.notes.append(f"{left} annotations of no class of this task left out")
-    return rows.table(all_images=[image["file_name"] for image in images.values()])
-
-
-def read_csv(path, columns=None, positive=None):
-    """CSV of points (filename,x,y,label) or of patches (path,label), with case or slide, domain or tumortype."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            header = [name for name in reader.fieldnames or ()]
-            lines = list(reader)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: not a readable CSV file ({error})") from None
-    chosen = dict(columns or {})
-
-    def column(*names, needed=True):
-        if names[0] in chosen:
-            if chosen[names[0]] not in header:
-                raise UserError(f"{path}: no column {chosen[names[0]]!r} (there are {', '.join(header)})")
-            return chosen[names[0]]
-        found = next((h for name in names for h in header if h.strip().lower() == name), None)
-        if found is None and needed:
-            raise UserError(f"{path}: no column {' or '.join(names)} (there are {', '.join(header)}); name it with "
-                            f"--columns {names[0]}=…")
+        """Row indices of annotation ids, in their order; UserError for an id that is not there."""
+        order = np.argsort(self.id, kind="stable")
+        ids = np.asarray(ids, dtype=str)
+        if len(ids) == 0:
+            return np.zeros(0, np.int64)
+        at = np.searchsorted(self.id[order], ids).clip(max=len(order) - 1)
+        found = order[at] if len(order) else at
+        wrong = self.id[found] != ids if len(order) else np.ones(len(ids), bool)
+        if wrong.any():
+            raise UserError(f"{self.name}: there is no annotation {ids[np.argmax(wrong)]!r}; the ids belong to "
+                            "another dataset")
         return found
 
-    xc, yc = column("x", needed=False), column("y", needed=False)
-    patches = "path" in chosen or (xc is None or yc is None) or column("filename", "file_name", "image",
-                                                                     needed=False) is None
-    image = column("path", "patch", "file") if patches else column("filename", "file_name", "image")
-    label = column("label", "class")
-    case, domain = column("case", "slide", needed=False), column("domain", "tumortype", "tumor_type", needed=False)
-    ids = column("id", needed=False)
-    values = {str(line[label]).strip() for line in lines}
-    if positive is not None:
-        if positive not in values:
-            raise UserError(f"{path}: no row has the label {positive!r} (there are {', '.join(sorted(values)[:8])})")
-        meaning = {value: int(value == positive) for value in values}
-    elif values <= {"0", "1"}:
-        meaning = {"0": 0, "1": 1}
-    elif values == {"1", "2"}:  # MIDOG's category ids: 1 mitotic figure, 2 look-alike
-        meaning = {"1": 1, "2": 0}
-    elif values and {v.lower() for v in values} <= MITOTIC | LOOK_ALIKE:
-        meaning = {v: int(v.lower() in MITOTIC) for v in values}
-    else:
-        raise UserError(f"{path}: labels {', '.join(sorted(values)[:8]) or '(none)'} are not 0/1, 1/2 or names of the "
-                        "two classes; say which one is the mitotic figure with --positive")
-    rows = Rows(path)
-    for i, line in enumerate(lines, start=2):
-        where = f"line {i}"
-        name = (line[image] or "").strip()
-        if not name or None in line.values() or None in line:
-            raise UserError(f"{path}, {where}: a row with missing or extra fields")
-        x, y = (0.0, 0.0) if patches else (number(line[xc], path, where), number(line[yc], path, where))
-        rows.add(line[ids] if ids else f"{name}#{i - 1}", name, line[case] if case else name,
-                 line[domain] if domain else "", x, y, meaning[str(line[label]).strip()], where)
-    return rows.table("patches" if patches else "points", sorted({row[1] for row in rows.rows}))
+    def path(self, i):
+        """Path of the image of row i (or of an image's name), below `root`."""
+        return self.image_path(self.image[i])
+
+    def image_path(self, image):
+        return self.root / readers.image_name(self.name, str(image))
+
+    def fingerprint(self):
+        """Hex digest of the table: ids, file names, cases, domains, positions and labels; not of the pixels."""
+        digest = hashlib.sha256()
+        for i in range(len(self)):
+            # The file's name only: where below root it lies, and in which format, may differ between machines.
+            row = (self.id[i], Path(self.image[i]).stem, self.case[i], self.domain[i], repr(float(self.x[i])),
+                   repr(float(self.y[i])), str(int(self.label[i])))
+            digest.update(("\x1f".join(map(str, row)) + "\x1e").encode())
+        return digest.hexdigest()[:32]
 
 
-def read_sqlite(path, profile=None, classes=None):
-    """SlideRunner database, opened read-only. The final class of a cell is Annotations.agreedClass."""
-    uri = f"file:{urllib.parse.quote(str(Path(path).resolve()))}?mode=ro"
-    if not Path(f"{path}-wal").exists():
-        uri += "&immutable=1"
-    try:
-        with sqlite3.connect(uri, uri=True) as db:
-            db.execute("PRAGMA trusted_schema=OFF")
-            have = {row[1] for row in db.execute("PRAGMA table_info(Annotations)")}
-            names = {int(id): str(name) for id, name in db.execute("SELECT uid, name FROM Classes")}
-            alive = " AND a.deleted = 0" if "deleted" in have else ""
-            found = db.execute(
-                "SELECT a.uid, s.filename, c.coordinateX, c.coordinateY, a.agreedClass FROM Annotations a JOIN "
-                "Annotations_coordinates c ON c.annoId = a.uid JOIN Slides s ON s.uid = a.slide "
-                f"WHERE a.type IN (1, 4){alive} ORDER BY a.uid, c.uid").fetchall()
-            all_images = [str(row[0]) for row in db.execute("SELECT filename FROM Slides")]
-    except (sqlite3.Error, ValueError, TypeError) as error:
-        raise UserError(f"{path}: not a SlideRunner database ({error})") from None
-    if classes:
-        labels = {classes["mitotic"]: 1, classes["other"]: 0}
-    elif profile:
-        labels = dict(zip(PROFILES[profile], (1, 0)))
-    else:
-        labels = {id: int(name.strip().lower() in MITOTIC) for id, name in names.items()
-                  if name.strip().lower() in MITOTIC | LOOK_ALIKE}
-        if set(labels.values()) != {0, 1}:
-            raise UserError(f"{path}: its classes ({', '.join(names.values()) or 'none'}) do not tell mitotic figures "
-                            f"from look-alikes; say which is which with --classes mitotic=ID,other=ID or --profile "
-                            f"{'|'.join(PROFILES)}")
-    rows, seen, left = Rows(path), set(), 0
-    for uid, name, x, y, label in found:
-        if label not in labels or uid in seen:
-            left += label not in labels
-            continue
-        seen.add(uid)
-        where = f"annotation {uid}"
-        rows.add(uid, name, name, "", number(x, path, where), number(y, path, where), labels[label], where)
-    if left:
-        rows.notes.append(f"{left} annotations of other classes left out")
-    return rows.table(all_images=all_images)
+def load_dataset(path, images=None, classes=None, profile=None, columns=None, name=None, mpp=None):
+    """Annotations of a known dataset (its name), a folder, or an annotation file.
 
-
-def load_dataset(path, images=None, columns=None, positive=None, profile=None, classes=None):
-    """The annotations of a dataset: a name under $MITOSIS_ROOT, a folder, or an annotation file.
-
-    `images`: folder of the images (default: the folder of the file). UserError names what is wrong with the input.
+    images: folder of the image files (default: beside the annotations; subfolders are searched). classes: dict, see
+    readers.parse_classes; profile: a name of readers.PROFILES; columns: dict, see readers.parse_columns; name: what
+    to call it in run folders; mpp: µm/px of all images, where their files do not say it.
+    Annotations whose image is not there are dropped, with a note, unless no image is there at all: then the table
+    is of use without pixels. UserError: not found, unreadable, ambiguous.
     """
-    given = path
-    path = Path(path)
-    if not path.exists() and Path(os.environ.get("MITOSIS_ROOT", "data"), given).is_dir():
-        path = Path(os.environ.get("MITOSIS_ROOT", "data"), given)
+    source, known = _find(path)
+    guessed = known
+    if known is None and source.is_file():
+        guessed = next((key for key, k in KNOWN.items() if source.name in k.files and k.profile == "ccmct"), None)
+    sqlite = source.name.lower().endswith((".sqlite", ".sqlite3", ".db"))
+    if sqlite and not classes and not profile and guessed:
+        profile = KNOWN[guessed].profile
+    table = readers.read(source, classes, profile, columns)
+    known = known or recognise(source, table)
+    root = Path(images) if images is not None else source if source.is_dir() else source.parent
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder of images (--images)")
+    notes = list(table.notes)
+    place = _locate(list(table.images), root, notes)
+    missing = [image for image, found in place.items() if found is None]
+    gone = set() if len(missing) == len(place) else set(missing)
+    place = {image: found or image for image, found in place.items()}
+    if len(set(place.values())) < len(place):
+        twice = next(found for found in place.values() if list(place.values()).count(found) > 1)
+        raise UserError(f"{source}: two of its images are the file {twice}; name them by their paths below {root}")
+
+    keep = [i for i, image in enumerate(table.image) if image not in gone]
+    dropped = len(table.image) - len(keep)
+    if dropped:
+        what = "patches" if table.kind == "patches" else "annotations"
+        files = "" if table.kind == "patches" else f" on {len(set(table.image) & gone):,} images"
+        notes.append(f"{dropped:,} of {len(table.image):,} {what} dropped{files}: their files are not under {root}")
+    if not keep:
+        raise UserError(f"{source}: none of the images with annotations is under {root}; give --images FOLDER")
+    if table.kind == "patches":
+        present = _count_images(root)
+        if gone or len(missing) < len(place):
+            notes.append(f"{len(keep):,} of the {present:,} image files under {root} are listed in {source.name}")
+    numbered = _numbers_files(table)
+    if table.kind == "patches" and all(case is None for case in table.case):
+        notes.append("no column of cases: every patch counts as a case of its own, so patches of one patient may lie "
+                     "on both sides of a split")
+    mitos2014 = all(re.fullmatch(r"[AH]\d\d_\d\d[A-D][a-d]", Path(image).stem) for image in table.images)
+    cases, domains = [], []
+    for i in keep:
+        image, stem = table.image[i], _stem(table.image[i])
+        case = table.case[i]
+        if case is None or numbered:
+            # The fields of MITOS 2014, as A03_00Aa, are pieces of one slide, A03.
+            case = stem[:3] if mitos2014 and case is None else stem
+        cases.append(case)
+        domain = domain_of(known, image) if known else None
+        domains.append(domain or table.domain[i] or table.image_domain.get(image) or "all")
+    order = sorted(range(len(keep)), key=lambda j: place[table.image[keep[j]]])
+    rows = [keep[j] for j in order]
+    size = {place[image]: size for image, size in table.images.items() if size and image not in gone}
+    known_mpp = {place[image]: value for image, value in table.mpp.items()}
+    if mpp is None and known and KNOWN[known].mpp:
+        known_mpp = {found: KNOWN[known].mpp for found in place.values()} | known_mpp
+    if mpp is not None:
+        known_mpp = {found: float(mpp) for found in place.values()}
+    return Annotations(
+        id=np.array([table.id[i] for i in rows], dtype=str),
+        image=np.array([place[table.image[i]] for i in rows], dtype=str),
+        case=np.array([cases[j] for j in order], dtype=str),
+        domain=np.array([domains[j] for j in order], dtype=str),
+        x=np.array([table.x[i] for i in rows], dtype=np.float64),
+        y=np.array([table.y[i] for i in rows], dtype=np.float64),
+        label=np.array([table.label[i] for i in rows], dtype=np.int8),
+        name=name or known or _plain_name(path, source), root=root, kind=table.kind, source=source, known=known,
+        licence=table.licence or (KNOWN[known].licence if known else None), mpp=known_mpp or None, sizes=size,
+        all_images=sorted(found for image, found in place.items() if image not in gone), missing=sorted(missing),
+        notes=notes)
+
+
+def _stem(image):
+    """The file's name without folder and suffix (only an image's: "01.4" stays what it is)."""
+    name = image.rsplit("/", 1)[-1]
+    base, dot, suffix = name.rpartition(".")
+    return base if dot and base and f".{suffix.lower()}" in readers.IMAGE_SUFFIXES else name
+
+
+def _plain_name(path, source):
+    name = source.name
+    for suffix in (".gz", ".geojson", ".json", ".sqlite3", ".sqlite", ".csv", ".tsv", ".txt", ".db"):
+        name = name[:-len(suffix)] if name.lower().endswith(suffix) and len(name) > len(suffix) else name
+    if Path(path).is_dir():
+        name = Path(path).resolve().name
+    return "".join(c if c.isalnum() or c in "-_.+" else "_" for c in name).lstrip(".") or "data"
+
+
+def _numbers_files(table):
+    """Whether the case column only numbers the image files, one number each (the benchmark's `slide`).
+
+    The file's name then says the same and stays the same in all formats of the dataset.
+    """
+    pairs = {(image, case) for image, case in zip(table.image, table.case)}
+    images = {image for image, _ in pairs}
+    cases = {case for _, case in pairs}
+    return (table.kind == "points" and None not in cases and len(pairs) == len(images) == len(cases)
+            and all(re.fullmatch(r"\d+", case, re.ASCII) for case in cases))
+
+
+def _find(path):
+    """(annotation file or folder, key of KNOWN or None) of what --data says."""
+    text = str(path)
+    if text == "demo" and not Path(text).exists():
+        return _annotation_file(demo_folder(), None), None
+    if text in KNOWN:
+        folder = root_folder() / text
+        if not folder.is_dir():
+            how = f"fetch it with python data.py --download {text}, or " if text in DOWNLOADABLE else ""
+            raise UserError(f"{folder}: the dataset {text} is not there; {how}set MITOSIS_ROOT to the folder that "
+                            f"holds {text}/")
+        return _annotation_file(folder, text), text
+    path = Path(text)
     if path.is_dir():
-        inside_it = [p for p in sorted(path.iterdir()) if p.suffix.lower() in (".json", ".csv", ".sqlite", ".geojson")
-                     or p.name.endswith(".json.gz")]
-        if len(inside_it) != 1:
-            raise UserError(f"{path}: {len(inside_it) or 'no'} annotation files in this folder; name one with --data")
-        path = inside_it[0]
-    if not path.exists():
-        raise UserError(f"--data {given}: no such dataset, folder or file; python data.py --help lists the names")
-    with open(path, "rb") as file:
-        start = file.read(16)
-    if start == b"SQLite format 3\0":
-        table = read_sqlite(path, profile, classes)
-    elif path.suffix.lower() == ".csv":
-        table = read_csv(path, columns, positive)
-    elif path.suffix.lower() in (".json", ".gz"):
-        table = read_midog(path)
-    else:
-        raise UserError(f"{path}: annotations are .json, .csv, .sqlite or .geojson files")
-    table.root = Path(images) if images else path.parent
-    table.name = path.parent.name if path.stem.lower() in ("midog", "annotations") else path.stem
-    return table
+        known = path.resolve().name if path.resolve().name in KNOWN else None
+        return _annotation_file(path, known), known
+    if path.is_file():
+        return path, None
+    if (root_folder() / text).is_dir() and re.fullmatch(r"[\w.+-]+", text):
+        return _annotation_file(root_folder() / text, None), None
+    raise UserError(f"{text}: neither a known dataset ({', '.join(KNOWN)}, demo) nor a file or folder that is there")
+
+
+DOWNLOADABLE = ("ccmct", "midog2022", "midogpp")
+
+
+def demo_folder():
+    """Folder of the demo dataset, which is made where it is missing; said loudly."""
+    folder = root_folder() / "demo"
+    if not folder.is_dir() or not any(folder.glob("*.json")):
+        import demo
+        print(f"the synthetic demo dataset is made in {folder} (some seconds)", flush=True)
+        demo.build(folder)
+    return folder
+
+
+def _annotation_file(folder, known):
+    """The annotation file in a folder: a known dataset's, or the only one there."""
+    for name in KNOWN[known].files if known else ():
+        if (folder / name).is_file():
+            return folder / name
+    found = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")
+                   and p.name.lower().endswith((".json", ".json.gz", ".sqlite", ".sqlite3", ".csv")))
+    if len(found) == 1:
+        return found[0]
+    if not found and any(p.name.lower().endswith((".geojson", ".geojson.gz")) for p in folder.iterdir()):
+        return folder
+    raise UserError(f"{folder}: holds {'no annotation file' if not found else f'{len(found)} annotation files'}"
+                    f"{' (' + ', '.join(p.name for p in found[:6]) + ')' if found else ''}; give the file itself as "
+                    "--data and its images with --images")
+
+
+# ---------------------------------------------------------------- finding the images
+
+def _walk(root):
+    """Paths of the image files below root, relative to it; hidden folders are left out."""
+    seen = 0
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for name in sorted(files):
+            seen += 1
+            if seen > MAX_FILES:
+                raise UserError(f"{root}: more than {MAX_FILES:,} files; give the images' own folder with --images")
+            if name.lower().endswith(readers.IMAGE_SUFFIXES) and not name.startswith("."):
+                yield os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/")
+
+
+def _count_images(root):
+    return sum(1 for _ in _walk(root))
+
+
+def _locate(names, root, notes):
+    """{name in the annotation file: path below root, or None}; subfolders and other image suffixes are tried."""
+    place = {name: name if (root / name).is_file() else None for name in names}
+    lost = [name for name, found in place.items() if found is None]
+    if not lost:
+        return place
+    by_name, by_stem = {}, {}
+    for found in _walk(root):
+        by_name.setdefault(found.rsplit("/", 1)[-1], []).append(found)
+        by_stem.setdefault(_stem(found), []).append(found)
+    renamed = 0
+    for name in lost:
+        exact = by_name.get(name.rsplit("/", 1)[-1], [])
+        found = [path for path in exact if path.endswith("/" + name)] or exact
+        if not found:
+            found = by_stem.get(_stem(name), [])
+            renamed += len(found) == 1
+        if len(found) > 1:
+            raise UserError(f"{name}: there are several such files under {root} ({', '.join(found[:3])}); give the "
+                            "right folder with --images, or paths in the annotation file")
+        place[name] = found[0] if found else None
+    if renamed:
+        notes.append(f"{renamed:,} images were found under the same name with another suffix")
+    return place
+
+
+# ---------------------------------------------------------------- neighbours
+
+def near_pairs(xa, ya, xb, yb, distance, chebyshev=False):
+    """Pairs (i, j) with point i of a within `distance` of point j of b: Euclidean, or the larger of |dx| and |dy|.
+
+    Returns two index arrays. Memory stays bounded: candidates (|dx| ≤ distance) are expanded a million at a time.
+    """
+    order = np.argsort(xb, kind="stable")
+    xs, ys = np.asarray(xb)[order], np.asarray(yb)[order]
+    low, high = np.searchsorted(xs, xa - distance, "left"), np.searchsorted(xs, xa + distance, "right")
+    count, first, second = high - low, [], []
+    start, ends = 0, np.cumsum(count)
+    while start < len(count):
+        before = ends[start - 1] if start else 0
+        stop = max(start + 1, int(np.searchsorted(ends, before + 1_000_000, "right")))
+        part = count[start:stop]
+        i = np.repeat(np.arange(start, stop), part)
+        j = np.arange(len(i)) - np.repeat(np.cumsum(part) - part, part) + np.repeat(low[start:stop], part)
+        dx, dy = np.abs(xa[i] - xs[j]), np.abs(ya[i] - ys[j])
+        close = (np.maximum(dx, dy) if chebyshev else np.hypot(dx, dy)) <= distance
+        first.append(i[close])
+        second.append(order[j[close]])
+        start = stop
+    none = np.zeros(0, np.int64)
+    return np.concatenate(first or [none]), np.concatenate(second or [none])
+
+
+def by_image(annotations, rows=None):
+    """{image: its row indices}, of all rows or of those given."""
+    rows = np.arange(len(annotations)) if rows is None else np.asarray(rows)
+    images = annotations.image[rows]
+    order = np.argsort(images, kind="stable")
+    names, starts = np.unique(images[order], return_index=True)
+    return dict(zip(names.tolist(), np.split(rows[order], starts[1:])))
 
 
 # ---------------------------------------------------------------- splits
 
-TEST_SHARE = VAL_SHARE = 0.2
-NEAR = 112  # px: closer centres show the same cell in their patches
-
-
 @dataclass
 class Split:
-    """Ids of the annotations for training, validation and test; `others`: further whole test sets by name."""
+    """Ids (str arrays) of train, val and test; `others`: name of a further test set → ids (the other domains)."""
     train: np.ndarray
     val: np.ndarray
     test: np.ndarray
     others: dict = field(default_factory=dict)
-    by: str = "case"
-    about: dict = field(default_factory=dict)
+    pool: int = 0  # size of the training pool that the fraction was taken from
+    settings: dict = field(default_factory=dict)  # fold, frac, domain, seed, by, val_frac
+    dataset: dict = field(default_factory=dict)  # name, fingerprint
+    cases: dict = field(default_factory=dict)  # set → names of its cases
 
     def save(self, path):
-        runs.write_json(path, {"by": self.by, "about": self.about, "train": self.train, "val": self.val,
-                               "test": self.test, "others": self.others})
+        runs.write_json(path, {
+            "format": "mitosis-split", "version": 1, "dataset": self.dataset, "settings": self.settings,
+            "pool": self.pool, "cases": self.cases,
+            "ids": {"train": self.train, "val": self.val, "test": self.test}, "others": self.others})
 
 
-def load_split(path, annotations):
-    """A split from its file; UserError where it does not fit the annotations or a case is on two sides."""
-    content = runs.read_json(path)
-    try:
-        split = Split(*(np.array(content[k], dtype=str) for k in ("train", "val", "test")),
-                      {name: np.array(ids, dtype=str) for name, ids in content["others"].items()}, content["by"],
-                      content["about"])
-        check_split(split, annotations)
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise UserError(f"{path}: not a split of {annotations.name} (or of other annotations)") from None
-    return split
+def _rng(*key):
+    """A generator of its own for each (seed, what it is for, …): the same on every machine."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
 
 
-def check_split(split, annotations):
-    """UserError where an id is in two parts or, for splits by case, a case is on two sides."""
-    parts = {"train": split.train, "val": split.val, "test": split.test, **split.others}
-    sides = {}
-    for name, ids in parts.items():
-        rows = annotations.rows(ids)
-        for owner in np.unique(annotations.case[rows] if split.by == "case" else ids):
-            if owner in sides:
-                raise UserError(f"the split leaks: {'case' if split.by == 'case' else 'annotation'} {owner} is in "
-                                f"{sides[owner]} and in {name}")
-            sides[owner] = name
+def _shuffle(rng, items):
+    # By sorting random numbers: the stream of .random() is stable between NumPy's versions, .permutation() need not be.
+    return items[np.argsort(rng.random(len(items)), kind="stable")]
+
+
+def _choose_cases(annotations, rows, share, rng, leave=1):
+    """Cases out of `rows` that hold about `share` of its annotations in each domain; at least `leave` are left per
+    domain. Returns a mask over rows.
+
+    Cases are taken in random order wherever that brings the sum nearer to the target. Such draws are repeated until
+    one comes within 0.5 points, with a tenth of the cases at least (one case of 21% is no test set) and both
+    classes on both sides; else the best of 200 is taken.
+    """
+    names, case = np.unique(annotations.case[rows], return_inverse=True)
+    label = annotations.label[rows]
+    domains, domain = np.unique(annotations.domain[rows], return_inverse=True)
+    table = np.zeros((len(names), len(domains)), np.int64)
+    np.add.at(table, (case, domain), 1)
+    home = table.argmax(1)  # a case that spans domains counts for the one where it has most
+    size, positive = table.sum(1), np.bincount(case, weights=label, minlength=len(names))
+    few = [d for d in range(len(domains)) if (home == d).sum() < 5]
+    groups = [np.flatnonzero(home == d) for d in range(len(domains)) if d not in few]
+    groups += [np.flatnonzero(np.isin(home, few))] if few else []
+    chosen = np.zeros(len(names), bool)
+    for group in groups:
+        if len(group) < leave + 1:
+            continue
+        total, mitotic = size[group].sum(), positive[group].sum()
+        target, least, best = share * total, math.ceil(0.1 * len(group)), None
+        for _ in range(200):
+            taken, n, m = [], 0, 0
+            for c in _shuffle(rng, group):
+                if abs(n + size[c] - target) < abs(n - target) and len(taken) < len(group) - leave:
+                    taken.append(c)
+                    n, m = n + size[c], m + positive[c]
+            one_class = sum(k <= 0 for k in (m, n - m, mitotic - m, (total - mitotic) - (n - m)))
+            score = (one_class, max(0, least - len(taken)), abs(n - target))
+            if best is None or score < best[0]:
+                best = score, taken
+            if score[:2] == (0, 0) and score[2] <= 0.005 * total:
+                break
+        chosen[best[1]] = True
+    return chosen[case]
 
 
 def make_split(annotations, fold=0, frac=1.0, domain=None, seed=0, by="case", val_frac=1.0):
-    """The split of a run (section 3.6 and 3.7 of the paper).
+    """The split of the protocol: 20% test, 20% of the rest validation, `frac` of what is then left for training.
 
-    Test: 20% of the annotations, the same for every fold; validation: 20% of the rest, per fold; `frac` of what
-    remains is for training: by annotation, nested within a fold, both classes always present. by="case": whole cases,
-    chosen per domain so that the shares come near 20%. `domain`: train, validate and test within it, the other
-    domains whole are `others`. `val_frac` shrinks the validation set alike.
+    fold: repeat, 0 …; the test set is the same in all. frac in (0, 1]: nested fractions of the training pool, by
+    annotation, both classes always present. domain: train on this one alone, the others are further test sets.
+    by: "case"; "annotation", as the paper's published code draws (leaks); "official", the published test slides.
+    val_frac shrinks validation. A pure function of the table and these. UserError: not possible with this dataset.
     """
-    if not 0 < frac <= 1:
-        raise UserError(f"--frac {frac:g}: a fraction of the training data, above 0 and at most 1 (0.1 is 10%)")
-    if not 0 < val_frac <= 1:
-        raise UserError(f"--val-frac {val_frac:g}: above 0 and at most 1")
-    if by not in ("case", "annotation"):
-        raise UserError(f"--split {by}: by case or by annotation")
-    everything, others = np.arange(len(annotations)), {}
+    for flag, value in (("--frac", frac), ("--val-frac", val_frac)):
+        if not (isinstance(value, (int, float)) and 0 < value <= 1):
+            raise UserError(f"{flag} {value}: a fraction in (0, 1] is needed; 10% is 0.1")
+    if by not in ("case", "annotation", "official"):
+        raise UserError(f"--split {by}: case, annotation or official")
+    if not (isinstance(fold, (int, np.integer)) and fold >= 0):
+        raise UserError(f"--fold {fold}: a number from 0 is needed")
+    # In the order of the ids, so that the order of the file does not matter.
+    rows = np.argsort(annotations.id, kind="stable")
+    others = {}
     if domain is not None:
-        known = sorted(set(annotations.domain))
-        if domain not in known:
-            raise UserError(f"--domain {domain}: {annotations.name} has the domains {', '.join(known)}")
-        others = {f"domain {other}": annotations.id[annotations.domain == other] for other in known if other != domain}
-        everything = everything[annotations.domain == domain]
-    test = draw_part(annotations, everything, TEST_SHARE, by, generator(seed, 1))
-    rest = np.setdiff1d(everything, test)
-    val = draw_part(annotations, rest, VAL_SHARE, by, generator(seed, 2, fold))
-    pool = np.setdiff1d(rest, val)
-    train = fraction(annotations, pool, frac, generator(seed, 3, fold))
-    val = fraction(annotations, val, val_frac, generator(seed, 4, fold))
-    split = Split(annotations.id[train], annotations.id[val], annotations.id[test], others, by,
-                  {"fold": fold, "frac": frac, "domain": domain, "seed": seed, "val_frac": val_frac,
-                   "annotations": annotations.fingerprint()})
-    check_split(split, annotations)
+        domain = resolve_domain(annotations, domain)
+        inside = annotations.domain[rows] == domain
+        for other in np.unique(annotations.domain):
+            if other != domain:
+                others[str(other)] = annotations.id[rows[annotations.domain[rows] == other]]
+        if not others:
+            raise UserError(f"--domain {domain}: {annotations.name} has no other domain to test on")
+        rows = rows[inside]
+    if by == "official":
+        official = KNOWN[annotations.known].official_test if annotations.known else ()
+        if not official:
+            raise UserError(f"--split official: {annotations.name} has no published test slides (ccmct has)")
+        in_test = np.isin(annotations.case[rows], official)
+        if not in_test.any() or in_test.all():
+            raise UserError("--split official: the published test slides, or all others, are not among the images")
+    elif by == "case":
+        if len(np.unique(annotations.case[rows])) < 3:
+            raise UserError(f"{annotations.name}: a split by case needs 3 cases at least (train, validation, test)"
+                            f"{f' in domain {domain}' if domain else ''}; --split annotation ignores cases and leaks")
+        in_test = _choose_cases(annotations, rows, TEST_SHARE, _rng("test", seed, domain, by), leave=2)
+    else:
+        in_test = np.zeros(len(rows), bool)
+        in_test[_shuffle(_rng("test", seed, domain, by), np.arange(len(rows)))[:round(TEST_SHARE * len(rows))]] = True
+    test, rest = rows[in_test], rows[~in_test]
+    rng = _rng("val", seed, domain, by, int(fold))
+    if by == "annotation":
+        in_val = np.zeros(len(rest), bool)
+        in_val[_shuffle(rng, np.arange(len(rest)))[:round(VAL_SHARE * len(rest))]] = True
+    else:
+        in_val = _choose_cases(annotations, rest, VAL_SHARE, rng)
+    val, pool = rest[in_val], rest[~in_val]
+    train = _fraction(annotations, pool, frac, _rng("frac", seed, domain, by, int(fold)), "the training pool")
+    if val_frac < 1:
+        val = _fraction(annotations, val, val_frac, _rng("val-frac", seed, domain, by, int(fold)), "validation")
+    split = Split(annotations.id[train], annotations.id[val], annotations.id[test], others, len(pool),
+                  {"fold": int(fold), "frac": float(frac), "domain": domain, "seed": seed, "by": by,
+                   "val_frac": float(val_frac)},
+                  {"name": annotations.name, "fingerprint": annotations.fingerprint()})
+    split.cases = {name: sorted(set(annotations.case[part].tolist()))
+                   for name, part in (("train", train), ("val", val), ("test", test))}
+    check_split(annotations, split)
     return split
 
 
-def generator(*numbers):
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(numbers)))
-
-
-def draw_part(annotations, rows, share, by, rng):
-    """About `share` of the rows: whole cases, per domain, or single annotations."""
-    if by == "annotation":
-        return np.sort(rng.permutation(rows)[:round(share * len(rows))])
-    chosen = []
-    for domain in np.unique(annotations.domain[rows]):
-        own = rows[annotations.domain[rows] == domain]
-        cases, counts = np.unique(annotations.case[own], return_counts=True)
-        if len(cases) < 2:
-            raise UserError(f"{annotations.name}{f', domain {domain}' if domain else ''}: one case only; a split by "
-                            "case needs at least 3 (name the case column, or use --split annotation)")
-        taken = cases[choose(counts, share, rng)]
-        chosen.append(own[np.isin(annotations.case[own], taken)])
-    return np.sort(np.concatenate(chosen))
-
-
-def choose(counts, share, rng, tries=200):
-    """Indices of cases that hold about `share` of all: random orders, filled up to the target; the first within 2% of
-    it, else the nearest. At least 4 cases where there are 16: one giant case is no test set."""
-    total, least = counts.sum(), min(4, max(1, len(counts) // 4))
-    best, best_miss = None, np.inf
-    for _ in range(tries):
-        order, held, taken = rng.permutation(len(counts)), 0, []
-        for case in order:
-            if held + counts[case] <= share * total * 1.02 and len(taken) < len(counts) - 1:
-                taken.append(case)
-                held += counts[case]
-        if not taken:
-            taken, held = [int(np.argmin(counts))], counts.min()
-        miss = abs(held / total - share) + (len(taken) < least)
-        if miss < best_miss:
-            best, best_miss = taken, miss
-        if miss <= 0.02 * share:
-            break
-    return np.array(best)
-
-
-def fraction(annotations, rows, frac, rng):
-    """The first `frac` of a random order that begins with one of each class: nested, and never of one class."""
-    order = rng.permutation(rows)
-    labels = annotations.label[order]
-    first = [int(np.flatnonzero(labels == label)[0]) for label in (0, 1) if (labels == label).any()]
+def _fraction(annotations, rows, frac, rng, what):
+    """The first `frac` of a fixed random order of rows that starts with one of each class: so fractions are nested."""
+    order = _shuffle(rng, rows)
+    label = annotations.label[order]
+    if len(order) == 0 or label.all() or not label.any():
+        raise UserError(f"{annotations.name}: {what} holds {'no annotation' if not len(order) else 'one class only'}; "
+                        "the dataset is too small for this split")
+    first = np.sort([np.argmax(label == 1), np.argmax(label == 0)])
     order = np.concatenate([order[first], np.delete(order, first)])
-    return np.sort(order[:max(len(first), round(frac * len(rows)))])
+    return order[:max(2, round(frac * len(order)))]
 
 
-# ---------------------------------------------------------------- training patches
+def resolve_domain(annotations, domain):
+    """A domain by its name or, for known datasets, its description; UserError lists what there is."""
+    present = [str(d) for d in np.unique(annotations.domain)]
+    known = KNOWN[annotations.known].domains if annotations.known else {}
+    for name in present:
+        if str(domain).lower() in (name.lower(), known[name][2].lower() if name in known else None):
+            return name
+    raise UserError(f"--domain {domain}: {annotations.name} has the domains {', '.join(present)}")
 
-SAMPLE = np.dtype([("image", np.int32), ("x", np.float64), ("y", np.float64), ("label", np.int8), ("row", np.int64)])
 
+def check_split(annotations, split):
+    """Assert that no annotation and (unless drawn by annotation) no case is on two sides; UserError if one is."""
+    sets = {"train": split.train, "val": split.val, "test": split.test} | \
+        {f"domain {name}": ids for name, ids in split.others.items()}
+    of_id, of_case, by_case = {}, {}, split.settings.get("by") != "annotation"
+    for name, ids in sets.items():
+        rows = annotations.rows(ids)
+        if len(np.unique(rows)) < len(rows):
+            raise UserError(f"the split is not valid: an annotation stands twice in {name}")
+        for id in np.asarray(ids).tolist():
+            if of_id.setdefault(id, name) != name:
+                raise UserError(f"the split leaks: annotation {id} is in {of_id[id]} and in {name}")
+        for case in np.unique(annotations.case[rows]).tolist() if by_case else ():
+            # Two test sets may share a case; training or validation and anything else may not.
+            if of_case.setdefault(case, name) != name and {of_case[case], name} & {"train", "val"}:
+                raise UserError(f"the split leaks: case {case} is in {of_case[case]} and in {name}")
+
+
+def load_split(path, annotations):
+    """A split file for these annotations; UserError: another dataset, damaged, or a case on two sides."""
+    content = runs.read_json(path)
+    try:
+        if content["format"] != "mitosis-split" or content["version"] != 1:
+            raise UserError(f"{path}: not a split file of this version")
+
+        def ids(values):
+            if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+                raise TypeError
+            return np.array(values, dtype=str)
+        parts = {name: ids(content["ids"][name]) for name in ("train", "val", "test")}
+        others = {str(name): ids(values) for name, values in content["others"].items()}
+        settings, dataset = dict(content["settings"]), dict(content["dataset"])
+        split = Split(**parts, others=others, pool=int(content["pool"]), settings=settings, dataset=dataset,
+                      cases={str(name): ids(values).tolist() for name, values in content["cases"].items()})
+        if settings["by"] not in ("case", "annotation", "official"):
+            raise ValueError
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+        raise UserError(f"{path}: not a whole split file; make the split anew") from None
+    if dataset.get("fingerprint") != annotations.fingerprint():
+        raise UserError(f"{path}: was made for {dataset.get('name')!r} with other annotations than {annotations.name} "
+                        "has now; the ids would not mean the same")
+    check_split(annotations, split)
+    for name, part in parts.items():
+        if sorted(set(annotations.case[annotations.rows(part)].tolist())) != split.cases.get(name):
+            raise UserError(f"{path}: the cases listed for {name} are not those of its annotations; it was changed")
+    return split
+
+
+def overlap(annotations, split, distance=NEAR):
+    """How much of the test set the training set gives away: dict of cases shared, and of shares of test annotations
+    on trained cases, and within `distance` px of a training annotation (Euclidean, and by the larger of |dx|, |dy|).
+    """
+    train, test = annotations.rows(split.train), annotations.rows(split.test)
+    trained = np.unique(annotations.case[train])
+    shared = np.intersect1d(trained, annotations.case[test])
+    found = {"cases": len(shared), "on_trained_cases": float(np.isin(annotations.case[test], trained).mean())}
+    for key, chebyshev in (("near", False), ("near_chebyshev", True)):
+        near = 0
+        if annotations.kind == "points":
+            trained_on = by_image(annotations, train)
+            for image, rows in by_image(annotations, test).items():
+                other = trained_on.get(image, np.zeros(0, np.int64))
+                i, _ = near_pairs(annotations.x[rows], annotations.y[rows], annotations.x[other],
+                                  annotations.y[other], distance, chebyshev)
+                near += len(np.unique(i))
+        found[key] = near / max(1, len(test))
+    return found
+
+
+# ---------------------------------------------------------------- the sampler
 
 class Sampler:
-    """Training patches of a pseudo-epoch: 50% mitotic figures, 25% look-alikes, 25% random (section 3.8).
+    """The patches of each pseudo-epoch: half mitotic figures, and of the rest hard negatives and random patches.
 
-    epoch(k) is a pure function of (seed, fold, k): no state to save, the same for any number of workers. Returns a
-    structured array of image (index into `images`), x, y, label, row (of the annotations; -1: a random patch).
-    balance "annotation": class, then uniform over its annotations; "slide": class, then image, then annotation.
-    Random patches lie in images of training cases that hold a drawn annotation; one whose window holds an annotated
-    mitotic figure, of the drawn fraction or not, is drawn again.
+    ids: the training set. random_share: share of random patches (label 0); they come from the images that hold one
+    of the ids, uniformly, and one whose final window could hold a mitotic figure of the whole table is drawn again.
+    balance: "annotation" draws a class's annotations uniformly; "slide" draws the image first, then among its own.
+    window: px at level 0 that the final patch covers (224 × mpp / the image's mpp, when resampled).
+    jitter: centres of annotated patches are moved by up to this share of the window (0.1 in the published code).
+    pool: positions (arrays "image", "x", "y") that random patches are drawn from instead of from everywhere.
+    accept: function (image, x, y) → bool that may refuse a random position (tissue).
     """
 
     def __init__(self, annotations, ids, epoch_size=1280, seed=0, fold=0, balance="annotation", random_share=0.25,
-                 size=224):
-        self.annotations, self.epoch_size, self.seed, self.fold = annotations, epoch_size, seed, fold
-        self.balance, self.size = balance, size
-        rows = annotations.rows(ids)
-        self.of_class = {label: rows[annotations.label[rows] == label] for label in (0, 1)}
-        if not all(map(len, self.of_class.values())):
-            raise UserError(f"training needs both classes; this fraction holds {len(self.of_class[1])} mitotic figures "
-                            f"and {len(self.of_class[0])} look-alikes: choose a larger --frac")
-        self.random_share = 0.0 if annotations.kind == "patches" else random_share
-        self.images = np.unique(annotations.image)
-        self.index = np.searchsorted(self.images, annotations.image)
-        self.drawn = np.unique(self.index[rows])
-        if self.random_share:
-            self.extent = {i: slides.dimensions(annotations.image_path(self.images[i])) for i in self.drawn}
-            figures = annotations.label == 1
-            self.figures = {i: np.stack([annotations.x, annotations.y], 1)[figures & (self.index == i)]
-                            for i in self.drawn}
+                 window=PATCH, jitter=0.0, pool=None, accept=None):
+        if balance not in ("annotation", "slide"):
+            raise UserError(f"--balance {balance}: annotation or slide")
+        if epoch_size < 2 or not 0 <= random_share <= 0.5:
+            raise UserError("an epoch needs 2 patches at least, and a share of random patches between 0 and 0.5")
+        self.annotations, self.epoch_size, self.seed, self.fold = annotations, int(epoch_size), seed, fold
+        self.balance, self.window, self.jitter, self.accept = balance, float(window), float(jitter), accept
+        # Sorted, so that the order of the ids does not matter.
+        rows = np.sort(annotations.rows(ids))
+        self.positive, self.negative = rows[annotations.label[rows] == 1], rows[annotations.label[rows] == 0]
+        if not len(self.positive) or not len(self.negative):
+            raise UserError(f"{annotations.name}: the training set needs mitotic figures and hard negatives; it has "
+                            f"{len(self.positive)} and {len(self.negative)}")
+        self.images = np.unique(annotations.image[rows])
+        self.random = 0 if annotations.kind == "patches" else round(random_share * self.epoch_size)
+        if annotations.kind == "patches" and random_share:
+            print(f"{annotations.name}: ready-made patches have no random ones to draw: half mitotic figures, half "
+                  "hard negatives", flush=True)
+        # The centre of a mitotic figure within the half diagonal may lie in the window, whatever the rotation.
+        self.reach = self.window / 2 * math.sqrt(2)
+        mitotic = np.flatnonzero(annotations.label == 1)
+        self.mitotic = by_image(annotations, mitotic)
+        self._size = {}
+        self.pool = self._pool(pool) if pool is not None and self.random else None
 
-    def epoch(self, k):
-        rng = generator(self.seed, 5, self.fold, k)
-        sample = np.zeros(self.epoch_size, SAMPLE)
-        figures = round(0.5 * self.epoch_size)
-        randoms = round(self.random_share * self.epoch_size)
-        kinds = np.repeat([1, 0, -1], [figures, self.epoch_size - figures - randoms, randoms])
-        for i, kind in enumerate(rng.permutation(kinds)):
-            sample[i] = self.random_patch(rng) if kind < 0 else self.annotated(rng, int(kind))
-        return sample
+    def _pool(self, pool):
+        """Row numbers of the pool that may be drawn, by image: on these images, and without a mitotic figure."""
+        image, x, y = (np.asarray(pool[key]) for key in ("image", "x", "y"))
+        self._pool_x, self._pool_y = x, y
+        found = {}
+        for name in self.images.tolist():
+            own = np.flatnonzero(image == name)
+            own = own[~self._holds_mitosis(name, x[own], y[own])]
+            if len(own):
+                found[name] = own
+        if not found:
+            raise UserError(f"{self.annotations.name}: the store has no random crop without a mitotic figure on the "
+                            "training images; build it anew with python data.py … --cache")
+        return found
 
-    def annotated(self, rng, label):
-        rows = self.of_class[label]
-        if self.balance == "slide":
-            images = np.unique(self.index[rows])
-            rows = rows[self.index[rows] == images[rng.integers(len(images))]]
-        row = rows[rng.integers(len(rows))]
-        return self.index[row], self.annotations.x[row], self.annotations.y[row], label, row
+    def _holds_mitosis(self, image, x, y):
+        rows = self.mitotic.get(image)
+        if rows is None:
+            return np.zeros(len(x), bool)
+        i, _ = near_pairs(x, y, self.annotations.x[rows], self.annotations.y[rows], self.reach)
+        return np.isin(np.arange(len(x)), i)
 
-    def random_patch(self, rng, tries=100):
-        half = self.size / 2
-        for _ in range(tries):
-            image = self.drawn[rng.integers(len(self.drawn))]
-            width, height = self.extent[image]
-            x, y = (int(rng.integers(math.ceil(min(half, n / 2)), math.floor(max(n - half, n / 2)) + 1))
-                    for n in (width, height))
-            if not (np.abs(self.figures[image] - (x, y)).max(1, initial=0) < half).any() or not len(self.figures[image]):
-                return image, x, y, 0, -1
-            if (np.abs(self.figures[image] - (x, y)).max(1) >= half).all():
-                return image, x, y, 0, -1
-        raise UserError(f"{self.annotations.name}: no place without a mitotic figure found for random patches; train "
-                        "without them: --random-share 0")
+    def size(self, image):
+        """(width, height) of an image, of the annotation file or of the image itself."""
+        if image not in self._size:
+            known = self.annotations.sizes.get(image)
+            if known is None:
+                import slides
+                known = slides.dimensions(self.annotations.image_path(image))
+            self._size[image] = known
+        return self._size[image]
+
+    def epoch(self, epoch):
+        """Structured array [epoch_size] with row (of the table; -1: random), image, x, y, label, pool (-1: none).
+
+        A pure function of the table, the ids, seed, fold and epoch.
+        """
+        table, rng = self.annotations, _rng("epoch", self.seed, self.fold, int(epoch))
+        length = max(table.image.dtype.itemsize // 4, 1)
+        sample = np.zeros(self.epoch_size, [("row", "i8"), ("image", f"U{length}"), ("x", "f8"), ("y", "f8"),
+                                            ("label", "i1"), ("pool", "i8")])
+        sample["pool"] = -1
+        positives = self.epoch_size // 2
+        negatives = self.epoch_size - positives - self.random
+        rows = np.concatenate([self._draw(rng, self.positive, positives), self._draw(rng, self.negative, negatives)])
+        annotated = sample[:len(rows)]
+        annotated["row"], annotated["image"], annotated["label"] = rows, table.image[rows], table.label[rows]
+        annotated["x"], annotated["y"] = table.x[rows], table.y[rows]
+        if self.jitter:
+            shift = (rng.random((len(rows), 2)) * 2 - 1) * self.jitter * self.window
+            annotated["x"] += shift[:, 0]
+            annotated["y"] += shift[:, 1]
+        if self.random:
+            self._draw_random(rng, sample[len(rows):])
+        return _shuffle(rng, sample)
+
+    def _draw(self, rng, rows, n):
+        """n of `rows`, with replacement: uniform, or the image first."""
+        u = rng.random((2, n))
+        if self.balance == "annotation":
+            return rows[(u[0] * len(rows)).astype(np.int64)]
+        groups = list(by_image(self.annotations, rows).values())
+        image = (u[0] * len(groups)).astype(np.int64)
+        lengths = np.array([len(group) for group in groups])
+        starts = np.cumsum(lengths) - lengths
+        return np.concatenate(groups)[starts[image] + (u[1] * lengths[image]).astype(np.int64)]
+
+    def _draw_random(self, rng, sample):
+        sample["row"], sample["label"] = -1, 0
+        names = self.images if self.pool is None else np.array(list(self.pool))
+        todo = np.arange(len(sample))
+        for _ in range(1000):
+            u = rng.random((3, len(todo)))
+            images = names[(u[0] * len(names)).astype(np.int64)]
+            refused = np.zeros(len(todo), bool)
+            for name in np.unique(images).tolist():
+                here = images == name
+                if self.pool is not None:
+                    own = self.pool[name]
+                    index = own[(u[1, here] * len(own)).astype(np.int64)]
+                    sample["pool"][todo[here]] = index
+                    x, y = self._pool_x[index], self._pool_y[index]
+                else:
+                    x, y = (low + u * (high - low) for u, (low, high) in
+                            zip(u[1:, here], (self._range(extent) for extent in self.size(name))))
+                sample["image"][todo[here]], sample["x"][todo[here]], sample["y"][todo[here]] = name, x, y
+                if self.pool is None:
+                    refused[here] = self._holds_mitosis(name, x, y)
+                if self.accept is not None:
+                    refused[here] |= [not self.accept(name, *xy) for xy in zip(x.tolist(), y.tolist())]
+            todo = todo[refused]
+            if not len(todo):
+                return
+        raise UserError(f"{self.annotations.name}: the training images have no place for random patches without a "
+                        "mitotic figure; use --random-share 0")
+
+    def _range(self, extent):
+        """Where the centre may lie: the whole window inside, or the middle where the image is smaller than it."""
+        half = min(self.window, extent) / 2
+        return half, extent - half
 
 
 # ---------------------------------------------------------------- flags
 
-def add_arguments(parser):
-    """The flags that every command with a dataset shares."""
+def add_arguments(parser, positional=False):
+    """The flags that say which dataset: --data, --images, … (`positional`: the dataset without its flag)."""
     group = parser.add_argument_group("data")
-    group.add_argument("--data", metavar="D", help="name, folder or annotation file (default: $MITOSIS_DATA, else the "
-                       "synthetic demo)")
-    group.add_argument("--images", metavar="DIR", help="folder of the images (default: beside the annotations)")
-    group.add_argument("--columns", nargs="+", default=[], metavar="OUR=THEIRS",
-                       help="names of a CSV's columns: path, filename, x, y, label, case, domain, id")
-    group.add_argument("--positive", metavar="LABEL", help="the CSV's label that is the class 1")
-    group.add_argument("--profile", choices=PROFILES, help="class ids of a known SlideRunner database")
-    group.add_argument("--classes", metavar="mitotic=A,other=B", help="class ids of a SlideRunner database")
-    group.add_argument("--fit", choices=("resize", "pad"), default="resize",
-                       help="ready-made patches smaller than 224 px (default: resize)")
-    group.add_argument("--mpp", type=float, help="resample to these microns per pixel (default: as scanned)")
-    group.add_argument("--source-mpp", type=float, help="microns per pixel of images that do not tell")
+    what = ("ccmct, midog2022, midogpp, midog2021, cmc or demo (looked up under $MITOSIS_ROOT, default data/), a "
+            "folder, or an annotation file (default: $MITOSIS_DATA, else the synthetic demo)")
+    if positional:
+        group.add_argument("data", nargs="?", metavar="D", help=what)
+    else:
+        group.add_argument("--data", metavar="D", help=what)
+    group.add_argument("--images", metavar="DIR", help="folder of the images, searched with its subfolders (default: "
+                       "the annotation file's)")
+    group.add_argument("--classes", metavar="mitotic=2,other=7", help="class ids or names of the two labels, where "
+                       "the file's class names do not say it")
+    group.add_argument("--profile", choices=readers.PROFILES, help="class ids of a known data set (default: none)")
+    group.add_argument("--positive", metavar="VALUE", help="the label (or labels, with commas) that counts as 1")
+    group.add_argument("--negative", metavar="VALUE", help="the label (or labels) that counts as 0 (default: the only "
+                       "other one)")
+    group.add_argument("--columns", metavar="path=A,case=B,label=C", help="columns of a CSV that are called "
+                       f"differently ({', '.join(readers.COLUMNS)})")
+    group.add_argument("--fit", choices=("resize", "pad"), default="resize", help="patches smaller than 224 px are "
+                       "resized, or padded with white (default: resize)")
+    group.add_argument("--mpp", type=float, metavar="0.25", help="resample to this many µm/px (default: as scanned)")
+    group.add_argument("--source-mpp", type=float, metavar="MPP", help="µm/px of the images, where their files do not "
+                       "say it")
 
 
-def from_arguments(args):
-    """The annotations that the flags name; without --data and $MITOSIS_DATA the demo, made where it is missing."""
-    given = args.data or os.environ.get("MITOSIS_DATA")
-    if not given:
-        print("NOTE: no --data and no $MITOSIS_DATA: using the synthetic demo dataset. Its results say nothing about "
-              "real tissue.", flush=True)
-        given = "demo"
-    if given == "demo":
-        folder = Path(os.environ.get("MITOSIS_ROOT", "data"), "demo")
-        if not (folder / "MIDOG.json").exists():
-            import demo
-            demo.build(folder)
-        given = folder
-    classes = None
+def add_split_arguments(parser, several=True):
+    """The flags that say which split: --fold, --frac, --domain, --seed, --split, --val-frac.
+
+    several: --fold, --frac and --domain take several values and are lists (--domain may be None).
+    """
+    group = parser.add_argument_group("split")
+    n = {"nargs": "+"} if several else {}
+    group.add_argument("--frac", type=float, default=[1.0] if several else 1.0, metavar="F", help="fraction of the "
+                       "training pool, 0.1 is 10%% (default: 1)", **n)
+    group.add_argument("--fold", type=int, default=[0] if several else 0, metavar="K", help="repeat: another "
+                       "validation set and seed, the same test set (default: 0)", **n)
+    group.add_argument("--domain", metavar="X", help="train on this domain alone, test on each (default: all "
+                       "domains)", **n)
+    group.add_argument("--seed", type=int, default=0, help="of the split and the run (default: 0)")
+    group.add_argument("--split", choices=("case", "annotation", "official"), default="case", help="draw the test set "
+                       "by case; by annotation, as the published code does (leaks); or take the published test slides "
+                       "of ccmct (default: case)")
+    group.add_argument("--val-frac", type=float, default=1.0, metavar="F", help="fraction of the validation set that "
+                       "is used (default: 1)")
+
+
+def from_arguments(args, data=None, quiet=False):
+    """The Annotations that the flags of add_arguments ask for; says loudly when it is the demo, and prints notes.
+
+    data: another dataset with the same flags (for --test). UserError where the images are not there.
+    """
+    where = data or args.data or os.environ.get("MITOSIS_DATA") or "demo"
+    if where == "demo" and not quiet:
+        print("DATA: the synthetic demo (no tissue of anybody); --data or $MITOSIS_DATA names real data" if not data and
+              not args.data else "DATA: the synthetic demo", flush=True)
+    for flag, value in (("--mpp", args.mpp), ("--source-mpp", args.source_mpp)):
+        if value is not None and not (math.isfinite(value) and 0.01 <= value <= 100):
+            raise UserError(f"{flag} {value}: µm/px between 0.01 and 100 are needed")
+    annotations = load_dataset(where, args.images, _classes(args), args.profile,
+                               readers.parse_columns(args.columns) if args.columns else None, mpp=args.source_mpp)
+    if not quiet:
+        for note in annotations.notes:
+            print(f"{annotations.name}: {note}", flush=True)
+    return annotations
+
+
+def _classes(args):
+    if args.classes and (args.positive or args.negative):
+        raise UserError("--classes and --positive/--negative say the same thing: give one of them")
+    if args.negative and not args.positive:
+        raise UserError("--negative needs --positive")
     if args.classes:
-        try:
-            classes = {k: int(v) for k, v in (pair.split("=") for pair in args.classes.split(","))}
-            classes["mitotic"], classes["other"]
-        except (ValueError, KeyError):
-            raise UserError(f"--classes {args.classes}: write it as mitotic=2,other=7") from None
-    columns = {}
-    for pair in args.columns:
-        if "=" not in pair:
-            raise UserError(f"--columns {pair}: write it as path=file_name")
-        ours, theirs = pair.split("=", 1)
-        columns[ours] = theirs
-    return load_dataset(given, args.images, columns, args.positive, args.profile, classes)
+        return readers.parse_classes(args.classes)
+    if args.positive:
+        def values(text):
+            found = [value.strip() for value in text.split(",") if value.strip()]
+            if not found:
+                raise UserError("--positive and --negative take a label")
+            return found
+        return {"mitotic": values(args.positive), "other": values(args.negative) if args.negative else None}
+    return None
 
 
-if __name__ == "__main__":
-    cli.command(lambda: print(len(from_arguments(_parse()))))
+def need_images(annotations):
+    """UserError unless images are there: for whoever reads pixels."""
+    if set(annotations.image.tolist()) <= set(annotations.missing):
+        raise UserError(f"{annotations.name}: none of its {len(annotations.all_images):,} images is under "
+                        f"{annotations.root}; give their folder with --images")
