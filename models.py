@@ -68,7 +68,7 @@ class Encoder:
     gated: bool = False     # the licence must be accepted on the Hub, by a logged-in user
     derivatives: bool = True  # False: the licence forbids passing on weights made from these (…-ND)
     fp16: bool = False      # the publisher advises fp16 autocast; elsewhere fp16 is tried at one's own risk
-    revision: str | None = None  # commit that a download is pinned to; None: the newest
+    revision: str | None = None  # commit that a download is pinned to (those in public use); None: the newest
 
     @property
     def embed_dim(self):
@@ -103,15 +103,19 @@ ROWS = [
     Encoder("demo", "", "MIT", 2_857_536, dim=192, depth=6, heads=3, hidden=768, layerscale=True,
             files=("demo_encoder.safetensors",)),
     # the paper's nine
-    Encoder("phikon", "owkin/phikon", f"Owkin {NC}", 85_798_656, **BASE, keys="transformers"),
+    Encoder("phikon", "owkin/phikon", f"Owkin {NC}", 85_798_656, **BASE, keys="transformers",
+            revision="057cc0295895c2df3dd7681a89680da6015cbefe"),
     Encoder("uni", "MahmoodLab/UNI", NC_ND, 303_350_784, **LARGE, layerscale=True, files=BIN_OR_SAFE, gated=True,
-            derivatives=False),
-    Encoder("virchow", "paige-ai/Virchow", "Apache-2.0", 631_229_184, **VIRCHOW),
-    Encoder("virchow2", "paige-ai/Virchow2", NC_ND, 631_239_424, **VIRCHOW, registers=4, derivatives=False),
-    Encoder("h-optimus-0", "bioptimus/H-optimus-0", "Apache-2.0", 1_134_774_272, **OPTIMUS_G, files=BIN_OR_SAFE),
+            derivatives=False, revision="b55a5ec6cade1a39edfe6534189a9b8ca7a022f0"),
+    Encoder("virchow", "paige-ai/Virchow", "Apache-2.0", 631_229_184, **VIRCHOW,
+            revision="19eebc84ae33e79f1b2d866e6ff90ae50e522f9a"),
+    Encoder("virchow2", "paige-ai/Virchow2", NC_ND, 631_239_424, **VIRCHOW, registers=4, derivatives=False,
+            revision="3158645804b69e3f3bc4439d4116edddf0840a72"),
+    Encoder("h-optimus-0", "bioptimus/H-optimus-0", "Apache-2.0", 1_134_774_272, **OPTIMUS_G, files=BIN_OR_SAFE,
+            revision="b145cc1e6c6b30d3251aa8b1f844e6974188a743"),
     # patch 16, whatever the name of timm's constructor says
     Encoder("prov-gigapath", "prov-gigapath/prov-gigapath", "Apache-2.0", 1_134_953_984, **{**GIANT, "patch": 16},
-            files=BIN_OR_SAFE, gated=True, fp16=True),
+            files=BIN_OR_SAFE, gated=True, fp16=True, revision="eba85dd46097c3eedfcc2a3a9a930baecb6bcc19"),
     Encoder("resnet50", "torchvision/resnet50-11ad3fa6.pth", "BSD-3-Clause", 23_508_032, dim=2048, depth=0, heads=0,
             patch=0, mlp="", hidden=0, pos="", pool="average", keys="torchvision", files=("resnet50-11ad3fa6.pth",)),
     Encoder("vit-b", "google/vit-base-patch16-224-in21k", "Apache-2.0", 85_798_656, **BASE, norm=HALF, eps=1e-12,
@@ -125,7 +129,7 @@ ROWS = [
             hidden=5120, keys="torchvision", files=("vit_h_14_lc_swag-c1eb923e.pth",)),
     # beyond the paper
     Encoder("uni2-h", "MahmoodLab/UNI2-h", NC_ND, 681_394_176, **{**GIANT, "depth": 24}, registers=8, pos="patches",
-            files=BIN_OR_SAFE, gated=True, derivatives=False),
+            files=BIN_OR_SAFE, gated=True, derivatives=False, revision="d517a8dd47902dd7c308b3c36f63bce47e7b9a43"),
     Encoder("h-optimus-1", "bioptimus/H-optimus-1", NC_ND, 1_134_774_272, **OPTIMUS_G, derivatives=False),
     Encoder("h0-mini", "bioptimus/H0-mini", NC_ND, 85_739_520, **{**BASE, "hidden": 4096}, patch=14, mlp="swiglu",
             layerscale=True, registers=4, pos="patches", norm=OPTIMUS, gated=True, derivatives=False, fp16=True),
@@ -149,8 +153,10 @@ ROWS = [
             revision="ed25f3a31f01632728cabb09d1542f84ab7b0056"),
     Encoder("dinov2-b", "facebook/dinov2-base", "Apache-2.0", 86_579_712, **BASE, **DINOV2,
             revision="f9e44c814b77203eaa57a6bdbbd535f21ede1415"),
-    Encoder("dinov2-l", "facebook/dinov2-large", "Apache-2.0", 304_367_616, **LARGE, **DINOV2),
-    Encoder("dinov2-g", "facebook/dinov2-giant", "Apache-2.0", 1_136_479_232, **{**GIANT, **DINOV2}),
+    Encoder("dinov2-l", "facebook/dinov2-large", "Apache-2.0", 304_367_616, **LARGE, **DINOV2,
+            revision="47b73eefe95e8d44ec3623f8890bd894b6ea2d6c"),
+    Encoder("dinov2-g", "facebook/dinov2-giant", "Apache-2.0", 1_136_479_232, **{**GIANT, **DINOV2},
+            revision="611a9d42f2335e0f921f1e313ad3c1b7178d206d"),
 ]
 ENCODERS = {row.name: row for row in ROWS}
 POOLS = ("cls", "mean", "cls+mean", "patch-center")

@@ -118,7 +118,7 @@ def first_line(error):
 def listing(missing=(), unexpected=(), shapes=()):
     """What differs, in one line that stays readable: the first four of each kind and the count."""
     found = []
-    for label, names in (("missing", missing), ("unexpected", unexpected), ("other shapes", shapes)):
+    for label, names in (("missing", missing), ("unexpected", unexpected), ("of another shape or type", shapes)):
         if names:
             more = f" and {len(names) - 4} more" if len(names) > 4 else ""
             found.append(f"{len(names)} {label} ({', '.join(sorted(names)[:4])}{more})")
@@ -151,9 +151,13 @@ def read_tensors(file):
     for wrapper in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
-    if not isinstance(content, dict) or not all(isinstance(t, torch.Tensor) for t in content.values()):
-        raise UserError(f"{file}: holds no state dict (names with tensors)")
-    return content
+
+    def plain(tensor):
+        return (isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+                and not tensor.is_quantized)
+    if not isinstance(content, dict) or not all(isinstance(n, str) and plain(t) for n, t in content.items()):
+        raise UserError(f"{file}: holds no state dict (names with plain tensors)")
+    return {name: tensor.detach() for name, tensor in content.items()}
 
 
 def read_own(file):
@@ -237,7 +241,7 @@ def load(encoder, files, device="cpu", dtype=torch.float32):
     for file in files:
         stored.update(read_tensors(file))
     plan, kind = rename(stored)
-    expected = {name: tuple(tensor.shape) for name, tensor in encoder.state_dict().items()}
+    expected = {name: (tuple(t.shape), t.is_floating_point()) for name, t in encoder.state_dict().items()}
     if spec.depth:  # blocks that --layer leaves out are checked, too, though not loaded
         for name in [name for name in expected if name.startswith("blocks.0.")]:
             for number in range(len(encoder.blocks), spec.depth):
@@ -247,6 +251,7 @@ def load(encoder, files, device="cpu", dtype=torch.float32):
     ours = encoder.state_dict()
     special = [name for name in ("pos_embed", "cls_token") if name in ours]
 
+    @torch.no_grad()  # the switch is per thread
     def convert(name):
         parts = [stored[part] for part in plan[name]]
         digest = hashlib.sha256()
@@ -287,15 +292,18 @@ def load(encoder, files, device="cpu", dtype=torch.float32):
 def check(spec, plan, stored, expected, kind, file):
     missing, unexpected, shapes = expected.keys() - plan.keys(), plan.keys() - expected.keys(), []
     for name in expected.keys() & plan.keys():
+        wanted, floating = expected[name]
         parts = [tuple(stored[part].shape) for part in plan[name]]
-        joined = (sum(p[0] for p in parts), *parts[0][1:]) if parts[0] else ()
-        wanted = expected[name]
-        if name == "pos_embed":  # any grid
-            joined, wanted = (joined[0], joined[2]) if len(joined) == 3 else joined, (wanted[0], wanted[2])
-        elif name == "reg_token" and len(joined) == 2:
-            joined = (1, *joined)
-        if joined != wanted or any(p[1:] != parts[0][1:] for p in parts):
-            shapes.append(f"{name} {list(joined)} instead of {list(wanted)}")
+        found = parts[0]
+        if len(parts) > 1 and all(p and p[1:] == found[1:] for p in parts):
+            found = (sum(p[0] for p in parts), *found[1:])
+        fits = found == wanted
+        if name == "pos_embed":  # any grid; positions() looks at the number
+            fits = len(found) == 3 and (found[0], found[2]) == (wanted[0], wanted[2])
+        if not fits:
+            shapes.append(f"{name} {list(found)} instead of {list(wanted)}")
+        elif any(stored[part].is_floating_point() != floating for part in plan[name]):
+            shapes.append(f"{name} of type {stored[plan[name][0]].dtype}")
     if missing or unexpected or shapes:
         raise UserError(f"{file}: not the weights of {spec.name} ({kind} names): "
                         f"{listing(missing, unexpected, shapes)}; get them from {spec.page}")
@@ -416,7 +424,8 @@ def download(spec, revision=None):
         raise UserError(f"{spec.name} is gated and {reason} for the account of this token: accept the licence at "
                         f"{spec.page} with that account, {aside}") from None
     except errors.RevisionNotFoundError:
-        raise UserError(f"{spec.page} has no revision {revision}: choose another with --revision, {aside}") from None
+        raise UserError(f"{spec.page} has no revision {revision}: choose another (--revision main is the newest), "
+                        f"{aside}") from None
     except errors.RepositoryNotFoundError:
         who = "for this token (is it valid?)" if huggingface_hub.get_token() else "without a token"
         raise UserError(f"{spec.page} cannot be seen {who}: look at the page, log in with hf auth login, "
@@ -436,8 +445,8 @@ def download(spec, revision=None):
             raise  # the disk's, not the network's
         raise UserError(f"the download of {spec.name} broke off ({first_line(error)}): the same command continues it, "
                         f"{aside}") from None
-    raise UserError(f"{version} at {spec.page} holds none of {', '.join(spec.files)}: choose another with --revision, "
-                    f"{aside}")
+    raise UserError(f"{version} at {spec.page} holds none of {', '.join(spec.files)}: choose another with --revision "
+                    f"(main is the newest), {aside}")
 
 
 def _transport_errors():

@@ -437,8 +437,9 @@ def test_load_full_run_needs_no_base_weights(base, tmp_path):
 
 def test_load_lora_run(base, tmp_path):
     lora = pytest.importorskip("lora")
-    model = models.PatchClassifier(models.load_encoder("tiny", base)).eval()
+    model = models.PatchClassifier(models.load_encoder("tiny", base))
     lora.add_lora(model.encoder, rank=4, alpha=8, dropout=0.1)
+    model.eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "lora_" in name:

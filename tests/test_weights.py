@@ -425,10 +425,23 @@ def test_not_weights_at_all(tmp_path):
 def test_wrong_architecture(small, tmp_path):
     file = tmp_path / "model.safetensors"
     save_file(small[0], file)
-    refused(file, "not the weights of uni", "missing", "blocks.", "other shapes", models.ENCODERS["uni"].page,
+    refused(file, "not the weights of uni", "missing", "blocks.", "another shape", models.ENCODERS["uni"].page,
             name="uni")
     refused(file, "not the weights of lunit-s8", "patch_embed.proj.weight", name="lunit-s8")
     refused(file, "not the weights of resnet50", "missing", name="resnet50")
+
+
+def test_odd_tensors(small, tmp_path):
+    file = tmp_path / "pytorch_model.bin"
+    for odd in (torch.ones(384, dtype=torch.int32), torch.ones(384, dtype=torch.complex64), torch.tensor(1.0),
+                torch.ones(384).to_sparse(), torch.ones(384, device="meta"), torch.ones(0)):
+        torch.save({**small[0], "norm.weight": odd}, file)
+        refused(file, "norm.weight" if odd.layout == torch.strided and not odd.is_meta else "holds no state dict")
+    for odd in (torch.ones(3), torch.ones(1, 198, 384), torch.ones(1, 1, 384), torch.ones(1, 0, 384)):
+        torch.save({**small[0], "pos_embed": odd}, file)
+        refused(file, "not the weights of kaiko-s16")
+    torch.save({k: torch.nn.Parameter(v) for k, v in small[0].items()}, file)
+    models.load_encoder("kaiko-s16", file)
 
 
 def test_a_transformers_file_is_no_registers_model(folder):
@@ -553,6 +566,7 @@ def test_hub_download(hub, small, tmp_path):
     file = tmp_path / "model.safetensors"
     save_file(small[0], file)
     spec = models.ENCODERS["kaiko-s16"]
+    assert spec.revision is None
     hub.answers[f"/{spec.repo}/resolve/main/model.safetensors"] = 200, None, file.read_bytes()
     encoder = models.load_encoder("kaiko-s16")
     assert encoder.weights_hash == models.load_encoder("kaiko-s16", file).weights_hash
@@ -604,7 +618,7 @@ def test_hub_invalid_token(hub, monkeypatch):
 
 def test_hub_revision(hub):
     hub.default = 404, "RevisionNotFound", b""
-    fails("phikon", "no revision 1234", "--revision", revision="1234")
+    fails("phikon", "no revision 1234", "--revision main", revision="1234")
     assert all("/resolve/1234/" in path for _, path, _ in hub.asked)
 
 
