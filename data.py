@@ -6,6 +6,7 @@
     python data.py --download midog2022               fetch a public dataset (resumable)
 """
 
+import argparse
 import hashlib
 import math
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+import cli
 import readers
 import runs
 from cli import UserError
@@ -279,7 +281,7 @@ def load_dataset(path, images=None, classes=None, profile=None, columns=None, na
         y=np.array([table.y[i] for i in rows], dtype=np.float64),
         label=np.array([table.label[i] for i in rows], dtype=np.int8),
         name=name or known or _plain_name(path, source), root=root, kind=table.kind, source=source, known=known,
-        licence=table.licence or (KNOWN[known].licence if known else None), mpp=known_mpp or None, sizes=size,
+        licence=(KNOWN[known].licence if known else None) or table.licence, mpp=known_mpp or None, sizes=size,
         all_images=sorted(found for image, found in place.items() if image not in gone), missing=sorted(missing),
         notes=notes)
 
@@ -699,6 +701,7 @@ class Sampler:
         if not len(self.positive) or not len(self.negative):
             raise UserError(f"{annotations.name}: the training set needs mitotic figures and hard negatives; it has "
                             f"{len(self.positive)} and {len(self.negative)}")
+        self.names, self.image_of = np.unique(annotations.image, return_inverse=True)
         self.images = np.unique(annotations.image[rows])
         self.random = 0 if annotations.kind == "patches" else round(random_share * self.epoch_size)
         if annotations.kind == "patches" and random_share:
@@ -744,20 +747,18 @@ class Sampler:
         return self._size[image]
 
     def epoch(self, epoch):
-        """Structured array [epoch_size] with row (of the table; -1: random), image, x, y, label, pool (-1: none).
-
-        A pure function of the table, the ids, seed, fold and epoch.
+        """Structured array [epoch_size]: row (of the table; -1: random), image (index into np.unique of the table's),
+        x, y, label, pool (row of the pool, -1: none). A pure function of the table, the ids, seed, fold and epoch.
         """
         table, rng = self.annotations, _rng("epoch", self.seed, self.fold, int(epoch))
-        length = max(table.image.dtype.itemsize // 4, 1)
-        sample = np.zeros(self.epoch_size, [("row", "i8"), ("image", f"U{length}"), ("x", "f8"), ("y", "f8"),
+        sample = np.zeros(self.epoch_size, [("row", "i8"), ("image", "i8"), ("x", "f8"), ("y", "f8"),
                                             ("label", "i1"), ("pool", "i8")])
         sample["pool"] = -1
         positives = self.epoch_size // 2
         negatives = self.epoch_size - positives - self.random
         rows = np.concatenate([self._draw(rng, self.positive, positives), self._draw(rng, self.negative, negatives)])
         annotated = sample[:len(rows)]
-        annotated["row"], annotated["image"], annotated["label"] = rows, table.image[rows], table.label[rows]
+        annotated["row"], annotated["image"], annotated["label"] = rows, self.image_of[rows], table.label[rows]
         annotated["x"], annotated["y"] = table.x[rows], table.y[rows]
         if self.jitter:
             shift = (rng.random((len(rows), 2)) * 2 - 1) * self.jitter * self.window
@@ -796,7 +797,8 @@ class Sampler:
                 else:
                     x, y = (low + u * (high - low) for u, (low, high) in
                             zip(u[1:, here], (self._range(extent) for extent in self.size(name))))
-                sample["image"][todo[here]], sample["x"][todo[here]], sample["y"][todo[here]] = name, x, y
+                sample["image"][todo[here]] = np.searchsorted(self.names, name)
+                sample["x"][todo[here]], sample["y"][todo[here]] = x, y
                 if self.pool is None:
                     refused[here] = self._holds_mitosis(name, x, y)
                 if self.accept is not None:
@@ -904,3 +906,228 @@ def need_images(annotations):
     if set(annotations.image.tolist()) <= set(annotations.missing):
         raise UserError(f"{annotations.name}: none of its {len(annotations.all_images):,} images is under "
                         f"{annotations.root}; give their folder with --images")
+
+
+# ---------------------------------------------------------------- the report
+
+def opposite_pairs(annotations, distance=NEAR):
+    """Number of pairs of opposite class on one image that lie within `distance` px (Euclidean)."""
+    found = 0
+    for rows in by_image(annotations).values():
+        positive, negative = (rows[annotations.label[rows] == label] for label in (1, 0))
+        found += len(near_pairs(annotations.x[positive], annotations.y[positive], annotations.x[negative],
+                                annotations.y[negative], distance)[0])
+    return found
+
+
+def duplicates(annotations):
+    """Row indices of annotations whose image and position an earlier row has too."""
+    seen, found = set(), []
+    for i, place in enumerate(zip(annotations.image.tolist(), annotations.x.tolist(), annotations.y.tolist())):
+        if place in seen:
+            found.append(i)
+        seen.add(place)
+    return np.array(found, np.int64)
+
+
+def outside(annotations, sizes):
+    """Row indices of annotations whose centre is not on their image, as far as `sizes` tells its extent."""
+    size = np.array([sizes.get(image) or (np.inf, np.inf) for image in annotations.image.tolist()]).reshape(-1, 2)
+    low = (annotations.x < 0) | (annotations.y < 0)
+    return np.flatnonzero(low | (annotations.x >= size[:, 0]) | (annotations.y >= size[:, 1]))
+
+
+def _image_facts(annotations, notes):
+    """Sizes and µm/px of the images that are there: ({image: (w, h)}, {µm/px or None: number of images})."""
+    sizes, mpp = dict(annotations.sizes), {}
+    there = [image for image in np.unique(annotations.image).tolist() if image not in set(annotations.missing)]
+    if not there or annotations.kind == "patches":
+        return sizes, mpp
+    import slides
+    for image in cli.progress(there, desc="images", unit="images"):
+        try:
+            size, own = slides.dimensions(annotations.image_path(image)), slides.microns_per_pixel(
+                annotations.image_path(image))
+        except UserError as error:
+            notes.append(f"unreadable image: {error}")
+            continue
+        if sizes.get(image, size) != size:
+            notes.append(f"{image} is {size[0]} x {size[1]} px, the annotation file says "
+                         f"{sizes[image][0]} x {sizes[image][1]}: is it the right file?")
+        sizes[image] = size
+        value = (annotations.mpp or {}).get(image) or own
+        key = None if value is None else round(float(value), 3)
+        mpp[key] = mpp.get(key, 0) + 1
+    return sizes, mpp
+
+
+def report(annotations, args):
+    """Print what a dataset holds, what is wrong with it, and the splits that would be made of it."""
+    known = KNOWN.get(annotations.known)
+    label = annotations.label
+    print(f"{annotations.name}: {known.title if known else annotations.kind}")
+    print(f"annotations  {annotations.source}")
+    there = len(annotations.all_images) - len(set(annotations.all_images) & set(annotations.missing))
+    print(f"images       {annotations.root}: {there:,} of {there + len(annotations.missing):,} there"
+          + (f", e.g. {annotations.missing[0]} is not" if annotations.missing else ""))
+    print(f"licence      {annotations.licence or 'not stated'}")
+    notes = []
+    sizes, mpp = _image_facts(annotations, notes)
+    if annotations.kind == "points":
+        told = {}
+        for value in (annotations.mpp or {}).values():
+            told[round(value, 3)] = told.get(round(value, 3), 0) + 1
+        found = mpp or told
+        print("µm/px        " + (", ".join(f"{'unknown' if k is None else k} ({n:,} images)" for k, n in found.items())
+                                 or "unknown: the images are not here"))
+    print(f"fingerprint  {annotations.fingerprint()}\n")
+
+    rows = []
+    for domain in [*np.unique(annotations.domain).tolist(), None]:
+        here = annotations.domain == domain if domain is not None else np.ones(len(label), bool)
+        text = known.domains[domain][2] if known and domain in known.domains else ""
+        rows.append([(f"{domain} {text}".strip() if domain is not None else "total"),
+                     len(np.unique(annotations.image[here])), len(np.unique(annotations.case[here])),
+                     f"{(label[here] == 1).sum():,}", f"{(label[here] == 0).sum():,}"])
+    if len(rows) == 2:
+        rows = rows[1:]
+    print(cli.table(rows, ["domain", "labelled images", "cases", "mitotic figures", "hard negatives"],
+                    right=(1, 2, 3, 4)))
+    counts = np.bincount(np.unique(annotations.case, return_inverse=True)[1])
+    labelled = len(np.unique(annotations.image))
+    print(f"\ncases hold {counts.min():,} to {counts.max():,} annotations, the largest {counts.max() / len(label):.1%};"
+          f" {labelled - len(np.unique(annotations.image[label == 1])):,} labelled images hold no mitotic figure; "
+          f"{len(annotations.all_images) - labelled:,} images no label")
+
+    problems = [*annotations.notes, *notes]
+    if annotations.missing:
+        problems.append(f"{len(annotations.missing):,} images are missing")
+    if annotations.kind == "points":
+        beyond, twice, near = outside(annotations, sizes), duplicates(annotations), opposite_pairs(annotations)
+        if len(beyond):
+            problems.append(f"{len(beyond):,} centres lie outside their image: " + ", ".join(
+                f"{annotations.image[i]} ({annotations.x[i]:g}, {annotations.y[i]:g})" for i in beyond[:4])
+                + (", …" if len(beyond) > 4 else ""))
+        unknown = len(set(annotations.image.tolist()) - set(sizes))
+        if unknown:
+            problems.append(f"{unknown:,} images of unknown size: only negative positions could be found there")
+        if len(twice):
+            problems.append(f"{len(twice):,} annotations repeat the position of another: " + ", ".join(
+                f"{annotations.image[i]} ({annotations.x[i]:g}, {annotations.y[i]:g})" for i in twice[:4]))
+        if near:
+            problems.append(f"{near:,} pairs of opposite class lie within {NEAR:g} px of each other: each is in the "
+                            "other's patch")
+    print("\nproblems")
+    for problem in problems or ["none found"]:
+        print(f"  {problem}")
+    if known:
+        print("\nagainst the published counts")
+        for line in compare_with_published(annotations):
+            print(f"  {line}")
+    print("\nplanned splits")
+    print(planned_splits(annotations, args))
+
+
+def compare_with_published(annotations):
+    """Lines: does the table hold what was published of this known dataset?"""
+    known, lines = KNOWN[annotations.known], []
+
+    def line(what, counts, images, wanted, wanted_images=None):
+        same = counts == wanted and wanted_images in (None, images)
+        of = "" if wanted_images is None else f" on {wanted_images:,} images"
+        lines.append(f"{what}: {wanted[0]:,} / {wanted[1]:,}{of}: " + (
+            "the same" if same else f"DIFFERS, here {counts[0]:,} / {counts[1]:,} on {images:,} images"))
+
+    def counts(here):
+        return (int((annotations.label[here] == 1).sum()), int((annotations.label[here] == 0).sum())), len(
+            np.unique(annotations.image[here]))
+    if known.counts is None:
+        return ["none at hand"]
+    line("all", *counts(slice(None)), known.counts, known.images)
+    for domain, (*_, text, wanted) in known.domains.items():
+        if wanted:
+            line(f"{domain} {text}".strip(), *counts(annotations.domain == domain), wanted)
+    return lines
+
+
+def planned_splits(annotations, args):
+    """Table of the splits that training with these flags would use, with their real shares and what they leak."""
+    rows, errors = [], []
+    for domain in args.domain or [None]:
+        for fold in args.fold:
+            for frac in args.frac:
+                try:
+                    split = make_split(annotations, fold, frac, domain, args.seed, args.split, args.val_frac)
+                except UserError as error:
+                    errors.append(f"  fold {fold}: {error}")
+                    continue
+                found = overlap(annotations, split)
+                total = len(split.test) + len(split.val) + split.pool
+                cells = [f"{domain} → {', '.join(split.others)}" if domain else "all", fold, f"{frac:g}"]
+                for name in ("train", "val", "test"):
+                    ids = getattr(split, name)
+                    positive = int((annotations.label[annotations.rows(ids)] == 1).sum())
+                    cells.append(f"{positive:,} + {len(ids) - positive:,} ({len(ids) / total:.1%}, "
+                                 f"{len(split.cases[name])})")
+                near = "–" if annotations.kind == "patches" else f"{found['near']:.1%}"
+                rows.append([*cells, found["cases"], f"{found['on_trained_cases']:.0%}", near])
+    text = cli.table(rows, ["domain", "fold", "frac", "train (share, cases)", "val", "test", "shared cases",
+                            "test on trained cases", f"test within {NEAR:g} px"], right=(1, 2, 6, 7, 8))
+    note = "  counts are mitotic figures + hard negatives; shares are of all annotations of the split"
+    return "\n".join([*([text, note] if rows else []), *errors])
+
+
+# ---------------------------------------------------------------- the command
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, positional=True)
+    add_split_arguments(parser)
+    parser.set_defaults(fold=None)  # the report plans all five, a file takes the first
+    group = parser.add_argument_group("what to do beside the report")
+    group.add_argument("--save-split", metavar="FILE", help="write the split (one --fold, --frac and --domain) to FILE")
+    group.add_argument("--check-split", metavar="FILE", help="read a split file and assert that it fits and leaks "
+                       "nothing")
+    group.add_argument("--cache", nargs="?", const="", metavar="DIR", help="build the store of crops (in DIR; default: "
+                       ".crops beside the images)")
+    group.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="processes of --cache, "
+                       "connections of --download (default: %(default)s)")
+    group.add_argument("--download", metavar="NAME", help=f"fetch {', '.join(DOWNLOADABLE)} to $MITOSIS_ROOT/NAME; "
+                       "continues where it was stopped")
+    group.add_argument("--only", metavar="PATTERN", help="--download only files whose name matches, e.g. '00*.png'")
+    args = parser.parse_args()
+    if args.workers < 1:
+        raise UserError(f"--workers {args.workers}: at least 1")
+    if args.download:
+        import download
+        folder = root_folder() / args.download
+        download.fetch(args.download, folder, workers=args.workers, only=args.only)
+        print(f"{args.download} is in {folder}; python data.py {args.download} tells what it holds")
+        return
+    annotations = from_arguments(args, quiet=True)
+    if args.cache is not None:
+        need_images(annotations)
+        import crops
+        crops.build_store(annotations, args.cache or None, workers=args.workers)
+        return
+    if args.check_split:
+        split = load_split(args.check_split, annotations)
+        found = overlap(annotations, split)
+        print(f"{args.check_split}: fits {annotations.name}; train {len(split.train):,}, val {len(split.val):,}, test "
+              f"{len(split.test):,}; {found['cases']} cases on both sides, {found['near']:.1%} of the test within "
+              f"{NEAR:g} px of training")
+        return
+    if args.save_split:
+        folds, domains = args.fold or [0], args.domain or [None]
+        if max(len(folds), len(args.frac), len(domains)) > 1:
+            raise UserError("--save-split: a file holds one split; give one --fold, --frac and --domain")
+        make_split(annotations, folds[0], args.frac[0], domains[0], args.seed, args.split,
+                   args.val_frac).save(args.save_split)
+        print(f"{args.save_split}: fold {folds[0]}, fraction {args.frac[0]:g}")
+        return
+    args.fold = args.fold or [0, 1, 2, 3, 4]
+    report(annotations, args)
+
+
+if __name__ == "__main__":
+    cli.command(main)
