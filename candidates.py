@@ -220,8 +220,8 @@ def read_csv(path):
     header = [column.strip() for column in table[0]] if table else []
     lower = [column.lower() for column in header]
     if "x" not in lower or "y" not in lower:
-        raise UserError(f"{path}: not a file of candidates: wanted is MIDOG JSON, GeoJSON, SlideRunner SQLite, or a CSV "
-                        "file with the columns x and y (and filename)")
+        raise UserError(f"{path}: not a file of candidates: wanted is MIDOG JSON, GeoJSON, SlideRunner SQLite, or a "
+                        "CSV file with the columns x and y (and filename)")
     x, y = lower.index("x"), lower.index("y")
     name = next((lower.index(c) for c in NAME_COLUMNS if c in lower), None)
     rows = []

@@ -214,8 +214,8 @@ def read_metadata(session, path):
     """metadata_props of an exported model as a dict: every value is JSON."""
     props = session.get_modelmeta().custom_metadata_map
     if props.get("format") != FORMAT:
-        raise UserError(f"{path}: not a model exported by export.py (its metadata is missing), so its classes, threshold "
-                        "and µm/px are unknown")
+        raise UserError(f"{path}: not a model exported by export.py (its metadata is missing), so its classes, "
+                        "threshold and µm/px are unknown")
     try:
         return {key: json.loads(value) for key, value in props.items() if key != "format"}
     except ValueError:
@@ -229,8 +229,8 @@ def check_weights(path, metadata):
     weights = Path(f"{path}.data") if not metadata.get("data_name") else Path(path).with_name(metadata["data_name"])
     found = weights.stat().st_size if weights.exists() else 0
     if found != metadata["data_bytes"]:
-        raise UserError(f"{weights}: has {found:,} bytes, {metadata['data_bytes']:,} belong to {Path(path).name}; copy both "
-                        "files again")
+        raise UserError(f"{weights}: has {found:,} bytes, {metadata['data_bytes']:,} belong to {Path(path).name}; "
+                        "copy both files again")
     with open(weights, "rb") as file:
         file.seek(-TRAILER, os.SEEK_END)
         if file.read() != bytes.fromhex(metadata["export_id"]):
@@ -262,7 +262,7 @@ def read_patch(image, x, y, metadata, mpp=None, source_mpp=None):
         return pixels
     if metadata["fit"] == "pad":
         border = (size - patch) // 2
-        return np.pad(pixels, ((border, size - patch - border),) * 2 + ((0, 0),), mode="reflect")
+        return np.pad(pixels, ((border, size - patch - border),) * 2 + ((0, 0),), constant_values=slides.WHITE)
     return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC))
 
 
@@ -285,8 +285,8 @@ def score(classifier, jobs, workers=4, batch_size=64, progress=None, failed=None
                 batch[len(good)] = read_patch(image, x, y, m, mpp, source_mpp)
             except (UserError, OSError, ValueError) as error:
                 if failed is None:
-                    raise UserError(f"{image}: cannot be read at ({x:g}, {y:g}): {error}; --skip leaves out what cannot "
-                                    "be scored") from None
+                    raise UserError(f"{image}: cannot be read at ({x:g}, {y:g}): {error}; --skip leaves out what "
+                                    "cannot be scored") from None
                 failed(image, x, y, error)
                 continue
             good.append(i)
@@ -383,13 +383,15 @@ def plan(found, images, missing, metadata, given, skip, say):
         width, height = sizes[path]
         half = metadata["patch"] / 2 * (mpp / source if mpp else 1)
         if not (-half < x < width + half and -half < y < height + half):
-            problems.append(f"candidate {found.ids[i]} at ({x:g}, {y:g}) lies outside {path.name} ({width} × {height} px)")
+            problems.append(f"candidate {found.ids[i]} at ({x:g}, {y:g}) lies outside {path.name} "
+                            f"({width} × {height} px)")
             continue
         jobs.append((path, float(x), float(y), mpp, source))
         rows.append(i)
     if problems and not skip:
         more = f" (and {len(problems) - 1} more like this)" if len(problems) > 1 else ""
-        raise UserError(f"{problems[0]}{more}; right slide, level-0 coordinates? --skip leaves out what cannot be scored")
+        raise UserError(f"{problems[0]}{more}; right slide, level-0 coordinates? --skip leaves out what "
+                        "cannot be scored")
     for text in problems[:5]:
         say(f"left out: {text}")
     if len(problems) > 5:
@@ -443,7 +445,8 @@ def main():
     parser.add_argument("model", metavar="MODEL.onnx", help="made by export.py")
     parser.add_argument("--slide", metavar="S", help="the slide or image; a folder where candidates name their images")
     parser.add_argument("--candidates", metavar="C",
-                        help="MIDOG JSON, MIDOG challenge JSON, CSV (x, y, filename), SlideRunner SQLite, QuPath GeoJSON")
+                        help="MIDOG JSON, MIDOG challenge JSON, CSV (x, y, filename), SlideRunner SQLite, QuPath "
+                             "GeoJSON")
     parser.add_argument("--out", metavar="O", help="the same format, with probability and class added")
     parser.add_argument("--relabel", action="store_true",
                         help="also replace the class that the format keeps itself: category_id, agreedClass, label "

@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import gc
 import hashlib
+import io
 import json
 import math
 import os
@@ -39,6 +40,7 @@ from cli import UserError
 from crops import Patches
 
 LIMIT = 2 ** 31 - 2 ** 24        # bytes of one protobuf, less room for the graph
+FEWEST = 64                      # patches to compare on, where the dataset has as many
 LABELS = ["hard negative", "mitotic figure"]
 HERE = Path(__file__).resolve().parent
 
@@ -111,36 +113,42 @@ def validation_patches(run, config, args, count):
 
     The demo's, where the run's data is not here.
     """
-    flags, annotations, rows = config["flags"], None, []
+    parser = argparse.ArgumentParser()
+    data.add_arguments(parser)
+    choices, rows = parser.parse_args([]), []
+    for name in vars(choices):  # the run's own --data, --images, --fit, …
+        if config["flags"].get(name) is not None:
+            setattr(choices, name, config["flags"][name])
+    choices.data, choices.images = args.data or choices.data, args.images or choices.images
     try:
-        given = {key: flags[key] for key in ("images", "classes", "profile") if flags.get(key)}
-        if args.images:
-            given["images"] = args.images
-        annotations = data.load_dataset(args.data or flags["data"], **given)
-        split = data.load_split(run / "split.json", annotations)
-        wanted = set(np.asarray(split.val).tolist())
-        rows = [i for i, name in enumerate(annotations.id.tolist()) if name in wanted]
-        source = f"validation patches of {annotations.name}"
+        annotations = data.from_arguments(choices)
+        wanted = data.load_split(run / "split.json", annotations).val
+        rows, source = annotations.rows(wanted), f"validation patches of {annotations.name}"
     except (UserError, OSError) as error:
         if args.data:
             raise
-        print(f"note: the run's data cannot be used here ({error}); comparing on demo patches (--data names it)",
+        print(f"note: the run's data cannot be used here ({error}); comparing on demo patches (--data D names it)",
               file=sys.stderr)
-    if not rows:
-        import demo
-        folder = HERE / "data" / "demo"
-        if not (folder / "demo.json").exists():
-            demo.build(folder)
-        annotations = data.load_dataset(folder)
-        rows, source = list(range(len(annotations))), "demo patches"
-    rows = np.array(rows)
-    generator, labels = np.random.default_rng(0), annotations.label[rows]
-    chosen = [generator.permutation(rows[labels == kind]) for kind in (0, 1)]
-    half = min(count // 2, max(len(chosen[0]), count - len(chosen[1])))
-    rows = np.sort(np.concatenate([chosen[0][:half], chosen[1][:count - min(half, len(chosen[0]))]]))
-    rows = generator.permutation(rows)  # so that small batches hold both classes
-    reader = Patches(annotations, size=models.SIZE, fit=flags.get("fit") or "resize", mpp=flags.get("mpp"))
+    if len(rows) == 0:
+        choices.data, choices.images = "demo", None
+        annotations = data.from_arguments(choices)
+        rows, source = np.arange(len(annotations)), "demo patches"
+    rows = pick(rows, annotations.label, count)
+    if len(rows) < min(count, FEWEST, len(annotations)):  # a batch of 64 needs so many
+        others = np.setdiff1d(np.arange(len(annotations)), rows)
+        more = pick(others, annotations.label, min(count, FEWEST) - len(rows))
+        source += f" ({len(rows)}, and {len(more)} others)"
+        rows = np.concatenate([rows, more])
+    reader = Patches(annotations, size=models.SIZE, fit=choices.fit, mpp=choices.mpp)
     return reader.read(rows), annotations.label[rows].astype(np.int8), annotations.id[rows], source
+
+
+def pick(rows, labels, count):
+    """At most `count` of `rows`, as many of each label as there are, in random order: both are in small batches."""
+    generator = np.random.default_rng(0)
+    negative, positive = (generator.permutation(rows[labels[rows] == kind]) for kind in (0, 1))
+    half = max(min(count // 2, len(positive)), count - len(negative))
+    return generator.permutation(np.concatenate([positive[:half], negative[:count - half]]))
 
 
 def default_count(encoder):
@@ -190,8 +198,15 @@ def put_in_place(folder, out):
 def room(folder, wanted):
     free = shutil.disk_usage(folder).free
     if free < wanted:
-        raise UserError(f"{folder}: {wanted / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; make room, or name another "
-                        "place with --out")
+        raise UserError(f"{folder}: {wanted / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; make room, or name "
+                        "another place with --out")
+
+
+def save_array(path, array):
+    """np.save, but on a full disk it says so (NumPy's own error has no number)."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    Path(path).write_bytes(buffer.getbuffer())
 
 
 def check_process(model, folder, *flags):
@@ -287,8 +302,8 @@ def export(run, out, args):
     with workshop(out) as folder:
         model, config = models.load_run(run, weights=args.weights)
         metadata = describe(run, config, model, args, threshold, rule, temperature)
-        print(f"{run}: {metadata['method']} on {metadata['encoder']}, {metadata['dataset']}; threshold {threshold:.4g} ({rule})"
-              + (f", temperature {temperature:.4g}" if args.calibrate else ""))
+        print(f"{run}: {metadata['method']} on {metadata['encoder']}, {metadata['dataset']}; threshold {threshold:.4g} "
+              + f"({rule})" + (f", temperature {temperature:.4g}" if args.calibrate else ""))
         print(f"licence of the base weights: {metadata['licence']}; redistribution: {metadata['redistribution']}"
               + ("" if metadata["redistribution"] == "yes" else
                  " (a model with these weights merged in is a derivative of them)"))
@@ -306,7 +321,7 @@ def export(run, out, args):
         if metadata["method"] == "lora":
             lora.merge_lora(model.encoder)
         for name, array in (("patches", patches), ("probability", sigmoid(reference / temperature)), ("labels", truth)):
-            np.save(folder / f"{name}.npy", array, allow_pickle=False)
+            save_array(folder / f"{name}.npy", array)
 
         size = sum(p.numel() for p in model.parameters()) * {"fp32": 4, "fp16": 2, "int8": 1}[args.precision]
         external = args.external or size > LIMIT
@@ -334,8 +349,8 @@ def export(run, out, args):
         report["problems"] = parity.problems(report["measured"], args.precision)
         print(classify.describe_parity(report))
         if report["predictions.csv"]:
-            print("torch fp32 against predictions.csv ({patches} patches): largest |Δp| {largest:.2e}, mean {mean:.2e}".format(
-                **report["predictions.csv"]))
+            print("torch fp32 against predictions.csv ({patches} patches): largest |Δp| {largest:.2e}, "
+                  "mean {mean:.2e}".format(**report["predictions.csv"]))
         if report["problems"]:
             raise UserError(f"not exported, {args.precision} is not within its tolerance: {report['problems'][0]}")
 
@@ -354,16 +369,18 @@ def export(run, out, args):
 def main():
     parser = argparse.ArgumentParser(description="Write a finished run as an ONNX model, verified against torch.")
     parser.add_argument("run", nargs="?", metavar="RUN", help="folder of a finished run")
-    parser.add_argument("--out", metavar="FILE", help="where to (default: RUN/model.onnx, model-fp16.onnx, model-int8.onnx)")
+    parser.add_argument("--out", metavar="FILE",
+                        help="where to (default: RUN/model.onnx, model-fp16.onnx, model-int8.onnx)")
     parser.add_argument("--precision", choices=("fp32", "fp16", "int8"), default="fp32",
                         help="fp16: half the size, for GPUs; int8: a quarter, for CPUs (default: fp32)")
-    parser.add_argument("--weights", metavar="PATH", help="the encoder's published weights (default: as the run had them)")
+    parser.add_argument("--weights", metavar="PATH",
+                        help="the encoder's published weights (default: as the run had them)")
     parser.add_argument("--opset", type=int, default=emit.FUSED, metavar="N",
                         help=f"ONNX opset, {emit.OLDEST} to {emit.NEWEST}; below {emit.FUSED} attention is written as "
                              f"products and softmax, for older runtimes (default: {emit.FUSED})")
     parser.add_argument("--input", choices=("uint8", "float"), default="uint8",
-                        help="uint8: RGB [N, 224, 224, 3], normalisation inside; float: normalised [N, 3, 224, 224], for "
-                             "hosts that bring it so (default: uint8)")
+                        help="uint8: RGB [N, 224, 224, 3], normalisation inside; float: normalised [N, 3, 224, 224], "
+                             "for hosts that bring it so (default: uint8)")
     parser.add_argument("--embedding", action="store_true", help="add the output embedding [N, D] (default: no)")
     parser.add_argument("--external", action="store_true",
                         help="weights in a .data file also where one file would do (default: over 2 GiB)")
@@ -375,8 +392,10 @@ def main():
                         help="patches to compare on (default: 256, for encoders over 100M parameters 64)")
     parser.add_argument("--data", metavar="D", help="dataset to compare on (default: the run's, else the demo)")
     parser.add_argument("--images", metavar="DIR", help="its images, where they lie elsewhere")
-    parser.add_argument("--device", default="auto", metavar="D", help="where torch computes: auto, cuda or cpu (default: auto)")
-    parser.add_argument("--doctor", action="store_true", help="check the installation instead; status 1: a GPU is not used")
+    parser.add_argument("--device", default="auto", metavar="D",
+                        help="where torch computes: auto, cuda or cpu (default: auto)")
+    parser.add_argument("--doctor", action="store_true",
+                        help="check the installation instead; status 1: a GPU is not used")
     args = parser.parse_args()
     if args.doctor:
         import doctor

@@ -59,7 +59,8 @@ def problems(rows, precision):
         if not np.isfinite(row["largest"]):
             found.append(f"{place}: the probability is not a finite number")
         elif precision in LARGEST and row["largest"] > LARGEST[precision]:
-            found.append(f"{place}: probabilities differ by up to {row['largest']:.2e}, {LARGEST[precision]:g} is allowed")
+            found.append(f"{place}: probabilities differ by up to {row['largest']:.2e}, {LARGEST[precision]:g} is "
+                         "allowed")
         elif precision == "int8" and row["auroc_change"] is not None and row["auroc_change"] < -AUROC_LOSS:
             found.append(f"{place}: AUROC falls by {-row['auroc_change']:.4f}, {AUROC_LOSS} is allowed")
     if precision == "int8" and all(row["auroc_change"] is None for row in rows):

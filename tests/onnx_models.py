@@ -20,7 +20,8 @@ FAMILIES = {
     "clsmean": models.Encoder("tiny-clsmean", **SMALL, patch=28, mlp="swiglu", layerscale=True, registers=4,
                               pool="cls+mean"),
     "torchvision": models.Encoder("tiny-tv", **SMALL, patch=16, keys="torchvision", eps=1e-5),
-    "resnet50": dataclasses.replace(models.ENCODERS["resnet50"], name="tiny-resnet50", repo="", files=("x.safetensors",)),
+    "resnet50": dataclasses.replace(models.ENCODERS["resnet50"], name="tiny-resnet50", repo="",
+                                    files=("x.safetensors",)),
 }
 
 
@@ -105,5 +106,91 @@ def write_model(path, model, precision="fp32", opset=23, input="uint8", metadata
 
 
 def save_weights(path, network):
-    save_file({name: value.contiguous() for name, value in network.state_dict().items()
-               if not name.endswith("num_batches_tracked")}, path)
+    save_file({name: value.contiguous() for name, value in network.state_dict().items()}, path)
+
+
+# ---------------------------------------------------------------- runs
+
+def dataset(folder, images=20, each=6):
+    """Small images of two kinds of blobs in MIDOG's format: labels that have something to do with the pixels."""
+    from PIL import Image
+    generator, annotations = np.random.default_rng(3), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(images):
+        canvas = np.full((480, 480, 3), (235, 195, 222), np.float64)
+        y, x = np.mgrid[0:480, 0:480]
+        for j in range(each):
+            cx, cy, label = *generator.uniform(60, 420, 2), int((i + j) % 2)
+            flat, r = 2 if label else 1, generator.uniform(9, 16)
+            blob = np.exp(-((x - cx) ** 2 + ((y - cy) * flat) ** 2) / (2 * r * r))
+            canvas = canvas * (1 - blob[..., None]) + blob[..., None] * np.array([90, 40, 130 if label else 90])
+            annotations.append({"id": len(annotations) + 1, "image_id": i, "category_id": 1 if label else 2,
+                                "bbox": [cx - 25, cy - 25, cx + 25, cy + 25]})
+        canvas += generator.normal(0, 5, canvas.shape)
+        Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8)).save(folder / f"{i}.tiff", resolution=40000,
+                                                                       resolution_unit=3)
+    (folder / "MIDOG.json").write_text(json.dumps({
+        "images": [{"id": i, "file_name": f"{i}.tiff", "width": 480, "height": 480} for i in range(images)],
+        "categories": [{"id": 1, "name": "mitotic figure"}, {"id": 2, "name": "hard negative"}],
+        "annotations": annotations}))
+    return folder / "MIDOG.json"
+
+
+def make_run(path, family, method, folder, seed=0):
+    """A finished run, as train.py and probe.py leave it, with adapters that move the embedding; → its weights file.
+
+    Returns (weights, the unmerged PatchClassifier).
+    """
+    import crops
+    import data
+    import lora
+    spec = FAMILIES[family]
+    path.mkdir(parents=True)
+    weights = path / "base.safetensors"
+    network = encoder(family, seed)
+    save_weights(weights, network)
+    network = models.load_encoder(spec.name, weights)
+    table = data.load_dataset(folder / "MIDOG.json", images=folder)
+    split = data.make_split(table)
+    split.save(path / "split.json")
+    rows = table.rows(split.val)
+    images = crops.Patches(table).read(rows)
+    flags = {"data": str(folder / "MIDOG.json"), "images": str(folder), "model": spec.name, "method": method,
+             "weights": str(weights), "frac": 1.0, "fold": 0, "seed": 0, "pool": None, "layer": None, "fit": "resize",
+             "mpp": None, "rank": 4, "alpha": 4, "dropout": 0.1, "targets": ["qkv", "proj", "fc1", "fc2"]}
+    before = models.PatchClassifier(network).eval().embed(torch.from_numpy(images[:4])).detach()
+    state = {}
+    if method == "lora":
+        lora.add_lora(network, rank=4, alpha=4, dropout=0.1)
+        generator = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            for name, value in network.named_parameters():
+                if name.endswith("lora_B"):
+                    value.copy_(torch.randn(value.shape, generator=generator) * 0.3)
+        state = {f"encoder.{name}": value for name, value in lora.lora_state_dict(network).items()}
+    model = models.PatchClassifier(network).eval()
+    after = model.embed(torch.from_numpy(images[:4])).detach()
+    moved = float((after - before).norm() / before.norm())
+    assert method != "lora" or moved > 0.1, f"the adapter moves the embedding by {moved:.1%} only"
+    embeddings = models.predict(model, images, output="embedding", progress=None).astype(np.float64)
+    center, spread = embeddings.mean(0), embeddings.std(0) + 1e-6
+    sign = 2.0 * table.label[rows] - 1
+    w = ((embeddings - center) / spread * sign[:, None]).mean(0) / spread
+    w *= 2 / ((embeddings - center) @ w).std()
+    with torch.no_grad():
+        model.head.weight.copy_(torch.from_numpy(w)[None])
+        model.head.bias.copy_(torch.tensor([-float(center @ w)]))
+    if method == "full":
+        state = {name: value for name, value in model.state_dict().items() if not name.startswith("head.")}
+    state |= {f"head.{name}": value for name, value in model.head.state_dict().items()}
+    save_file({k: v.detach().contiguous() for k, v in state.items()}, path / "model.safetensors",
+              {"format": "mitosis-run", "method": method, "encoder": spec.name})
+    logits = models.predict(model, images, progress=None)
+    runs.write_predictions(path / "predictions.csv", {
+        "set": ["val"] * len(rows), "id": table.id[rows], "case": table.case[rows], "domain": table.domain[rows],
+        "label": table.label[rows], "logit": logits, "probability": 1 / (1 + np.exp(-logits.astype(np.float64)))})
+    runs.write_json(path / "config.json", {"flags": flags, "data": {"name": "blobs", "mpp": 0.25},
+                                           "encoder": {"name": spec.name, "licence": spec.licence,
+                                                       "weights_hash": network.weights_hash}})
+    runs.write_json(path / "metrics.json", {"sets": {"val": {"auroc": 0.9}}})
+    return weights, model

@@ -60,7 +60,8 @@ def failure(*arguments):
 def midog(path, points=POINTS, images=("a.tiff",)):
     boxes = [[x - 25, y - 25, x + 25, y + 25] for x, y in points]
     content = {"info": {"kept": True}, "images": [{"id": i, "file_name": n} for i, n in enumerate(images, 1)],
-               "annotations": [{"id": 10 + i, "image_id": 1 + i % len(images), "bbox": box, "category_id": 2, "extra": i}
+               "annotations": [{"id": 10 + i, "image_id": 1 + i % len(images), "bbox": box, "category_id": 2,
+                                "extra": i}
                                for i, box in enumerate(boxes)],
                "categories": [{"id": 1, "name": "mitotic figure"}, {"id": 2, "name": "hard negative"}]}
     path.write_text(json.dumps(content))
@@ -198,7 +199,8 @@ def test_images_in_a_folder_and_candidates_elsewhere(tiny, tmp_path):
     done = run(folder / "model.onnx", "--slide", tmp_path, "--candidates", given, "--out", tmp_path / "out.json")
     assert done.returncode == 0, done.stderr
     assert np.abs(np.array(read_scores("midog", tmp_path / "out.json")[0]) - expected).max() <= 2e-5
-    done = run(folder / "model.onnx", "--slide", tmp_path / "a.tiff", "--candidates", given, "--out", tmp_path / "out.json")
+    done = run(folder / "model.onnx", "--slide", tmp_path / "a.tiff", "--candidates", given, "--out",
+               tmp_path / "out.json")
     assert done.returncode == 0 and "2 candidates lie on other images" in done.stdout
     written = json.loads((tmp_path / "out.json").read_text())["annotations"]
     assert ["probability" in a for a in written] == [True, False, True, False]
@@ -218,7 +220,8 @@ def test_mistakes_are_one_line(tiny, tmp_path):
     assert "--batch-size" in failure(model, *usual, "--batch-size", 0)
     assert "plausible" in failure(model, *usual, "--mpp", 0)
     assert "there are auto" in failure(model, *usual, "--device", "tpu")
-    for text, message in (("{", "not a readable JSON"), ("[1]", "neither MIDOG"), ('{"type": "Multiple points"}', "points"),
+    for text, message in (("{", "not a readable JSON"), ("[1]", "neither MIDOG"),
+                          ('{"type": "Multiple points"}', "points"),
                           ('{"images": [], "annotations": [{"id": 1}]}', "no bbox"),
                           ('{"images": [{"id": 1, "file_name": "a.tiff"}], "annotations": [{"id": 1, "image_id": 1, '
                            '"bbox": [100, 100, 50, 50]}]}', "corners")):
@@ -228,7 +231,7 @@ def test_mistakes_are_one_line(tiny, tmp_path):
         (tmp_path / "bad.csv").write_text(text)
         assert message in failure(model, "--slide", image, "--candidates", tmp_path / "bad.csv", "--out", "o.csv")
     (tmp_path / "bad.sqlite").write_bytes(sqlite(tmp_path / "good.sqlite").read_bytes()[:5000])
-    assert "SlideRunner" in failure(model, "--slide", image, "--candidates", tmp_path / "bad.sqlite", "--out", "o.sqlite")
+    assert "SlideRunner" in failure(model, "--slide", image, "--candidates", tmp_path / "bad.sqlite", "--out", "o.db")
     assert not (tmp_path / "out.json").exists() and not Path("o.json").exists()
 
 
@@ -352,7 +355,7 @@ def test_a_session_that_fell_back_is_an_error(tiny, monkeypatch):
     monkeypatch.setattr(classify.onnxruntime, "get_available_providers",
                         lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
     start = classify.start
-    monkeypatch.setattr(classify, "start", lambda path, providers, threads: start(path, ["CPUExecutionProvider"], threads))
+    monkeypatch.setattr(classify, "start", lambda path, _, threads: start(path, ["CPUExecutionProvider"], threads))
     with pytest.raises(cli.UserError, match="did not load"):
         Classifier(folder / "model.onnx", device="cuda")
 
@@ -423,7 +426,8 @@ def test_fresh_environment(tiny, tmp_path):
     folder, _ = tiny
     python = tmp_path / "env" / "bin" / "python"
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "env")], check=True)
-    subprocess.run([str(python), "-m", "pip", "install", "-q", "-r", str(HERE / "requirements-classify.txt")], check=True)
+    subprocess.run([str(python), "-m", "pip", "install", "-q", "-r", str(HERE / "requirements-classify.txt")],
+                   check=True)
     done = subprocess.run([str(python), str(HERE / "classify.py"), str(folder / "model.onnx"), "--slide",
                            str(folder / "a.tiff"), "--candidates", str(midog(tmp_path / "in.json")), "--out",
                            str(tmp_path / "out.json")], capture_output=True, text=True)

@@ -1,0 +1,334 @@
+"""From a finished run to a verified model, and what happens when it does not come to that."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx_models import FAMILIES, dataset, make_run, patches, register
+
+import classify
+import cli
+import doctor
+import emit
+import export
+import models
+import parity
+import runs
+
+HERE = Path(__file__).resolve().parent.parent
+HARNESS = ("import sys; sys.path[:0] = [{here!r}, {tests!r}]\n"
+           "import onnx_models, models, export, cli\n"
+           "for spec in onnx_models.FAMILIES.values(): models.ENCODERS[spec.name] = spec\n"
+           "sys.argv[0] = 'export.py'\ncli.command(export.main)\n").format(here=str(HERE), tests=str(HERE / "tests"))
+
+
+@pytest.fixture(autouse=True)
+def families(monkeypatch):
+    register(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """A dataset, and runs by (family, method), made when first asked for."""
+    folder, done = tmp_path_factory.mktemp("export"), {}
+    dataset(folder / "data")
+
+    def get(family="gelu", method="lora"):
+        if (family, method) not in done:
+            path = folder / f"{family}-{method}"
+            done[family, method] = (path, *make_run(path, family, method, folder / "data"))
+        return done[family, method]
+    return get
+
+
+def command(monkeypatch, *arguments):
+    """export.py in this process → exit status."""
+    monkeypatch.setattr(sys, "argv", ["export.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit:
+        cli.command(export.main)
+    return exit.value.code
+
+
+def names(folder):
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+@pytest.mark.parametrize("family,method", [*((name, "lora") for name in FAMILIES if name != "resnet50"),
+                                           ("resnet50", "probe"), ("gelu", "full")])
+def test_run_to_model(family, method, made, tmp_path, monkeypatch, capsys):
+    """The file gives the probabilities of the unmerged model, says what it is, and comes with its report."""
+    run, weights, unmerged = made(family, method)
+    out, images = tmp_path / "model.onnx", patches(64, seed=9)[:64 if family != "resnet50" else 8]
+    assert command(monkeypatch, run, "--out", out, "--patches", 70 if family != "resnet50" else 8) == 0
+    assert names(tmp_path) == ["model.onnx", "model.parity.json"]
+    classifier = classify.Classifier(out, device="cpu")
+    with torch.inference_mode():
+        expected = torch.sigmoid(unmerged(torch.from_numpy(images))).numpy()
+    for batch in (1, 2, 7, 64):
+        assert np.abs(classifier(images[:batch]) - expected[:batch]).max() <= 1e-5
+    report = json.loads((tmp_path / "model.parity.json").read_text())
+    assert report["parity"] == classifier.metadata["parity"] and report["parity"]["problems"] == []
+    assert [row["batch"] for row in report["parity"]["measured"]] == [1, 2, 7, 64]
+    if family != "resnet50":
+        assert report["parity"]["measured"][-1]["patches"] >= 64
+    assert report["encoder"] == FAMILIES[family].name and report["method"] == method
+    assert report["licence"] == FAMILIES[family].licence and report["mpp"] == 0.25
+    printed = capsys.readouterr().out
+    assert "licence" in printed and "largest" in printed and str(out) in printed
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_smaller_precisions(precision, made, tmp_path, monkeypatch):
+    run, _, _ = made()
+    assert command(monkeypatch, run, "--out", tmp_path / "a.onnx") == 0
+    assert command(monkeypatch, run, "--out", tmp_path / "b.onnx", "--precision", precision, "--external") == 0
+    assert names(tmp_path) == ["a.onnx", "a.parity.json", "b.onnx", "b.onnx.data", "b.parity.json"]
+    a, b = (classify.Classifier(tmp_path / f"{name}.onnx", "cpu") for name in "ab")
+    images = patches(8)
+    assert 1e-8 < np.abs(a(images) - b(images)).max() <= (5e-3 if precision == "fp16" else 0.15)
+    assert (tmp_path / "b.onnx.data").stat().st_size < 0.8 * (tmp_path / "a.onnx").stat().st_size
+    # written again without --external: no weights of the old one are left
+    assert command(monkeypatch, run, "--out", tmp_path / "b.onnx") == 0
+    assert names(tmp_path) == ["a.onnx", "a.parity.json", "b.onnx", "b.parity.json"]
+
+
+def test_options(made, tmp_path, monkeypatch):
+    run, _, _ = made("swiglu")
+    assert command(monkeypatch, run, "--out", tmp_path / "m.onnx", "--opset", 18, "--input", "float", "--embedding",
+                   "--threshold", "sensitivity=0.9", "--calibrate") == 0
+    model = classify.Classifier(tmp_path / "m.onnx", "cpu")
+    m = model.metadata
+    assert model.input == "float" and model.outputs == ["probability", "embedding"] and m["opset"] == 18
+    assert "sensitivity" in m["threshold"]["rule"] and m["temperature"] != 1
+    saved = runs.read_predictions(run / "predictions.csv")
+    calibrated = export.sigmoid(saved["logit"] / m["temperature"])
+    assert (calibrated[saved["label"] == 1] >= m["threshold"]["value"]).mean() >= 0.9
+    assert "Attention" not in {node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node}
+
+
+# ---------------------------------------------------------------- the gate
+
+@pytest.mark.parametrize("break_it", ["normalisation", "lora", "head", "block"])
+def test_a_wrong_graph_does_not_come_out(break_it, made, tmp_path, monkeypatch, capsys):
+    run, _, _ = made()
+    if break_it == "normalisation":
+        tokens = emit.tokens
+        monkeypatch.setattr(emit, "tokens", lambda g, e, x, i, mean, std: tokens(g, e, x, i, mean * 1.01, std))
+    elif break_it == "lora":
+        import lora
+        merge = lora.merge_lora
+
+        def half(encoder):
+            for _, module in lora.adapted(encoder):
+                if hasattr(module, "lora_B"):
+                    module.lora_B.data *= 0.99
+            return merge(encoder)
+        monkeypatch.setattr(lora, "merge_lora", half)
+    elif break_it == "head":
+        emitted = emit.emit
+        monkeypatch.setattr(emit, "emit", lambda model, file, p, o, i, e, t, peaks:
+                            emitted(model, file, p, o, i, e, t * 1.01, peaks))
+    else:
+        monkeypatch.setattr(emit, "gelu", lambda g, x, half, at: g.op("Relu", x, at=at))
+    assert command(monkeypatch, run, "--out", tmp_path / "m.onnx") == 2
+    assert "not within its tolerance" in capsys.readouterr().err
+    assert names(tmp_path) == []
+
+
+def test_gate_by_precision():
+    row = {"provider": "CPU", "batch": 64, "patches": 64, "largest": 1e-3, "mean": 0, "changed": 0,
+           "auroc_change": -0.004}
+    assert parity.problems([row], "fp32") and not parity.problems([row], "fp16") and not parity.problems([row], "int8")
+    assert parity.problems([{**row, "auroc_change": -0.006}], "int8")
+    assert parity.problems([{**row, "auroc_change": None}], "int8")
+    assert parity.problems([{**row, "largest": 6e-3}], "fp16")
+    assert all(parity.problems([{**row, "largest": float("inf")}], p) for p in parity.WANTED)
+
+
+def test_predictions_in_lower_precision_are_reported(made, tmp_path, monkeypatch):
+    run, _, _ = made("clsmean")
+    saved = runs.read_predictions(run / "predictions.csv")
+    text = (run / "predictions.csv").read_bytes()
+    try:
+        saved["logit"] = saved["logit"] + 0.01
+        saved["probability"] = export.sigmoid(saved["logit"])
+        runs.write_predictions(run / "predictions.csv", saved)
+        assert command(monkeypatch, run, "--out", tmp_path / "m.onnx") == 0
+        seen = json.loads((tmp_path / "m.parity.json").read_text())["parity"]["predictions.csv"]
+        assert 1e-4 < seen["largest"] < 0.01 and seen["patches"] > 10
+    finally:
+        (run / "predictions.csv").write_bytes(text)
+
+
+# ---------------------------------------------------------------- threshold, temperature, licence
+
+def test_threshold_is_the_best_f1():
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        labels = generator.integers(0, 2, 60)
+        p = np.round(np.clip(labels * 0.2 + generator.uniform(0, 0.8, 60), 0, 1), 1)  # many ties
+
+        def f1(t):
+            hit = ((p >= t) & (labels == 1)).sum()
+            return 2 * hit / ((p >= t).sum() + labels.sum())
+        value, _ = export.best_threshold(labels, p, "f1")
+        assert f1(value) == pytest.approx(max(f1(t) for t in np.unique(p))) and np.abs(p - value).min() > 1e-6
+        value, _ = export.best_threshold(labels, p, "sensitivity=0.8")
+        assert (p[labels == 1] >= value).mean() >= 0.8
+        assert (p[labels == 1] >= value + 0.1).mean() < 0.8  # the next higher one finds too few
+    assert export.best_threshold(labels, p, "0.3")[0] == 0.3
+    assert export.best_threshold(np.zeros(0), np.zeros(0), "f1")[0] == 0.5
+    for wrong in ("1.5", "f2", "sensitivity", "sensitivity=2", "f1=3", "nan"):
+        with pytest.raises(cli.UserError, match="--threshold"):
+            export.best_threshold(labels, p, wrong)
+
+
+def test_temperature_recovers_the_scale():
+    generator = np.random.default_rng(0)
+    z = generator.normal(0, 2, 20000)
+    labels = generator.uniform(size=20000) < export.sigmoid(z)
+    assert export.best_temperature(labels, 3 * z) == pytest.approx(3, rel=0.05)
+    assert export.best_temperature(labels, 0.5 * z) == pytest.approx(0.5, rel=0.05)
+    with pytest.raises(cli.UserError, match="--calibrate"):
+        export.best_temperature(z > 0, z)  # separable: the temperature would go to 0
+    with pytest.raises(cli.UserError, match="--calibrate"):
+        export.best_temperature(z < 0, z)
+
+
+def test_licences_that_forbid(made, tmp_path, monkeypatch, capsys):
+    import dataclasses
+    run, _, _ = made()
+    for change, text in (({"derivatives": False, "licence": "CC-BY-NC-ND-4.0"}, "no"),
+                         ({"licence": "Owkin non-commercial"}, "not for commercial use")):
+        monkeypatch.setitem(models.ENCODERS, "tiny-gelu", dataclasses.replace(FAMILIES["gelu"], **change))
+        assert command(monkeypatch, run, "--out", tmp_path / "m.onnx") == 0
+        assert f"redistribution: {text}" in capsys.readouterr().out
+        assert classify.Classifier(tmp_path / "m.onnx", "cpu").metadata["redistribution"] == text
+
+
+# ---------------------------------------------------------------- mistakes and accidents
+
+def test_mistakes_are_one_line(made, tmp_path, monkeypatch, capsys):
+    run, weights, _ = made()
+    other = tmp_path / "other"
+    other.mkdir()
+    folder = Path(json.loads((run / "config.json").read_text())["flags"]["images"])
+    wrong, _ = make_run(other / "run", "gelu", "lora", folder, seed=5)
+    out = tmp_path / "out"
+    out.mkdir()
+    for arguments, text in ((["--out", out / "m.bin"], "must end with .onnx"), (["--opset", 12], "--opset"),
+                            (["--out", out / "m.onnx", "--weights", wrong], "trained on other weights"),
+                            (["--out", out / "m.onnx", "--weights", tmp_path / "none"], "none"),
+                            (["--out", out / "m.onnx", "--data", tmp_path / "none"], "none"),
+                            (["--out", out / "m.onnx", "--threshold", "f3"], "--threshold"),
+                            (["--patches", 1], "--patches")):
+        assert command(monkeypatch, run, *arguments) == 2
+        error = capsys.readouterr().err
+        assert text in error and "Traceback" not in error, (arguments, error)
+    assert command(monkeypatch, tmp_path / "norun") == 2 and command(monkeypatch) == 2
+    assert command(monkeypatch, out) == 2
+    assert names(out) == []
+
+
+@contextlib.contextmanager
+def mounted(path, options):
+    path.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(path)], capture_output=True).returncode:
+        pytest.skip("no right to mount")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", str(path)], check=True)
+
+
+@pytest.mark.parametrize("size,check", [("8m", True), ("10m", True), ("10m", False)])
+def test_full_disk(size, check, made, tmp_path, monkeypatch, capsys):
+    """Too small for the patches; for the model; for the model, when what is free was not looked at before."""
+    run, _, _ = made()
+    with mounted(tmp_path / "small", f"size={size}") as disk:
+        if not check:
+            monkeypatch.setattr(export, "room", lambda *_: None)
+        assert command(monkeypatch, run, "--out", disk / "m.onnx", "--patches", 64) == 2
+        error = capsys.readouterr().err
+        assert ("are needed" if check and size == "10m" else "the disk is full") in error and "Traceback" not in error
+        assert names(disk) == []
+
+
+def test_read_only_folder(made, tmp_path, monkeypatch, capsys):
+    run, _, _ = made()
+    with mounted(tmp_path / "ro", "ro") as disk:
+        assert command(monkeypatch, run, "--out", disk / "m.onnx") == 2
+        assert "read-only" in capsys.readouterr().err
+
+
+def test_killed_at_any_time(made, tmp_path, monkeypatch):
+    """While a model.onnx stands there it is whole; the next export clears away what a killed one left."""
+    run, _, _ = made()
+    arguments = [sys.executable, "-c", HARNESS, str(run), "--out", str(tmp_path / "m.onnx"), "--external"]
+    assert command(monkeypatch, run, "--out", tmp_path / "m.onnx", "--external") == 0
+    expected = classify.Classifier(tmp_path / "m.onnx", "cpu")(patches(2))
+    generator, kinds = random.Random(0), [signal.SIGKILL, signal.SIGTERM, signal.SIGKILL]
+    for kind in kinds:
+        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        end = time.monotonic() + 30
+        while not list(tmp_path.glob(".m.onnx.*")) and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.01)
+        time.sleep(generator.uniform(0, 1.5))
+        process.send_signal(kind)
+        process.wait()
+        left = list(tmp_path.glob(".m.onnx.*"))
+        assert not (kind == signal.SIGTERM and left)
+        assert np.array_equal(classify.Classifier(tmp_path / "m.onnx", "cpu")(patches(2)), expected)
+    assert command(monkeypatch, run, "--out", tmp_path / "m.onnx", "--external") == 0
+    assert names(tmp_path) == ["m.onnx", "m.onnx.data", "m.parity.json"]
+
+
+def test_no_moment_with_an_old_graph_and_new_weights(tmp_path, monkeypatch):
+    folder = tmp_path / "work"
+    folder.mkdir()
+    for name in ("m.onnx", "m.onnx.data", "m.parity.json"):
+        (folder / name).write_text("new")
+        (tmp_path / name).write_text("old")
+    replace, seen = os.replace, []
+
+    def watch(source, target):
+        replace(source, target)
+        seen.append({name: (tmp_path / name).read_text() if (tmp_path / name).exists() else None
+                     for name in ("m.onnx", "m.onnx.data")})
+    monkeypatch.setattr(os, "replace", watch)
+    export.put_in_place(folder, tmp_path / "m.onnx")
+    assert [state["m.onnx"] for state in seen] == [None, None, "new"] and seen[-1]["m.onnx.data"] == "new"
+
+
+# ---------------------------------------------------------------- the doctor
+
+def test_doctor(monkeypatch, capsys):
+    status = command(monkeypatch, "--doctor")
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) <= 25 and "openslide" in text and "CPU" in text
+    if not torch.cuda.is_available():
+        assert status == 0 and "no GPU to be used" in text
+        monkeypatch.setattr(doctor, "gpus", lambda: ["a GPU, 1.0, 80 GB"])
+        assert command(monkeypatch, "--doctor") == 1
+        assert "a GPU is here and ONNX Runtime does not use it" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- large
+
+@pytest.mark.slow
+def test_giant_with_little_memory(tmp_path):
+    """1.1 billion parameters in fp16: the peak of the export and of its check stays under 1.6 times the fp32 size."""
+    sys.path.insert(0, str(HERE / "bench"))
+    done = subprocess.run([sys.executable, str(HERE / "bench" / "giant_export.py"), "--folder", str(tmp_path)],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
