@@ -1,0 +1,232 @@
+"""The downloader against a local server that breaks off, answers 416, 429 and 500, and lies about sizes."""
+
+import http.server
+import io
+import re
+import sqlite3
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import download
+from cli import UserError
+
+RANDOM = np.random.default_rng(0)
+
+
+def png(side=300):
+    file = io.BytesIO()
+    Image.fromarray(RANDOM.integers(0, 255, (side, side, 3), dtype=np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+class Server:
+    """Serves `content` (name → bytes); `moods` (name → list) says how the next answers for a name go wrong."""
+
+    def __init__(self):
+        self.content, self.moods, self.always, self.requests = {}, {}, {}, []
+        server = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def log_message(self, *args):
+                pass
+
+            def do_GET(self):
+                name, asked = self.path.strip("/").split("?")[0], self.headers.get("Range")
+                server.requests.append((name, asked))
+                whole = server.content[name] if name in server.content else b""
+                probe = asked == "bytes=0-0"
+                moods = server.moods.get(name, [])
+                mood = server.always.get(name) or (moods.pop(0) if moods and not probe else "well")
+                start = int(re.match(r"bytes=(\d+)-", asked)[1]) if asked else 0
+                end = 1 if probe else len(whole)
+                if name not in server.content:
+                    return self.answer(404)
+                if mood in (429, 500, 503, 403):
+                    return self.answer(mood, {"Retry-After": "0"} if mood == 429 else {})
+                if mood == "416" or start >= len(whole):
+                    return self.answer(416, {"Content-Range": f"bytes */{len(whole) + (mood == '416')}"})
+                if mood == "login":
+                    return self.answer(200, {}, b"<!doctype html><title>Please log in</title>")
+                if mood == "redirect":
+                    return self.answer(302, {"Location": f"/{name}?again"})
+                if mood == "no ranges" or not asked:
+                    start, end = 0, len(whole)
+                elif mood == "other part":
+                    start = start // 2
+                headers = {"ETag": '"1"'}
+                status = 200 if mood == "no ranges" or not asked else 206
+                if status == 206:
+                    total = len(whole) + {"says more": 1000, "says less": -1000}.get(mood, 0)
+                    headers["Content-Range"] = f"bytes {start}-{end - 1}/{total}"
+                body = whole[start:end]
+                if mood == "breaks":
+                    return self.answer(status, headers, body[:len(body) // 2], len(body))
+                if mood == "says less":
+                    return self.answer(status, headers, body, max(1, len(body) - 1000))
+                if mood == "says more":
+                    return self.answer(status, headers, body, len(body) + 1000)
+                return self.answer(status, headers, body)
+
+            def answer(self, status, headers=(), body=b"", length=None):
+                self.send_response(status)
+                for key, value in dict(headers).items():
+                    self.send_header(key, value)
+                self.send_header("Content-Length", str(len(body) if length is None else length))
+                self.end_headers()
+                self.wfile.write(body)
+                self.close_connection = True
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.thread = threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True)
+        self.thread.start()
+
+    def files(self):
+        return {name: f"http://127.0.0.1:{self.http.server_port}/{name}" for name in self.content}
+
+
+@pytest.fixture
+def server():
+    server = Server()
+    yield server
+    server.http.shutdown()
+    server.http.server_close()
+    server.thread.join()
+
+
+def get(server, folder, **options):
+    download.fetch("test", folder, files=server.files(), pause=0.001, **options)
+
+
+def names(folder):
+    return sorted(path.name for path in Path(folder).iterdir() if path.name != ".download.lock")
+
+
+def test_several_files_at_once(server, tmp_path, capsys):
+    server.content = {f"{i:03d}.png": png(50 + i) for i in range(12)}
+    get(server, tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} == server.content
+    count = len(server.requests)
+    get(server, tmp_path)
+    assert len(server.requests) == count and "12 of 12 files are there" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("moods", [
+    ["breaks"], ["breaks"] * 6, [500], [503, 500, 500], [429, 429], ["breaks", "no ranges"], ["breaks", "416"],
+    ["breaks", "other part"], ["login"], ["says more"], ["says less"], ["redirect"], ["no ranges"],
+    ["breaks", 500, "breaks", 429, "other part", "breaks", "says more"]], ids=lambda moods: "-".join(map(str, moods)))
+def test_the_file_comes_whole_all_the_same(server, tmp_path, moods):
+    server.content = {"001.png": png()}
+    server.moods = {"001.png": list(moods)}
+    get(server, tmp_path)
+    assert (tmp_path / "001.png").read_bytes() == server.content["001.png"]
+    assert names(tmp_path) == ["001.png"] and not server.moods["001.png"]
+
+
+def test_what_is_there_is_not_fetched_again(server, tmp_path):
+    server.content = {"001.png": png()}
+    server.moods = {"001.png": ["breaks"]}
+    get(server, tmp_path)
+    half = len(server.content["001.png"]) // 2
+    assert [asked for _, asked in server.requests] == ["bytes=0-0", None, f"bytes={half}-"]
+
+
+def test_a_stopped_download_is_continued_by_the_next_process(server, tmp_path):
+    server.content = {"001.png": png(), "002.png": png()}
+    server.always = {"001.png": None}
+    (tmp_path / ".001.png.part").write_bytes(server.content["001.png"][:5000])
+    (tmp_path / ".002.png.part").write_bytes(server.content["002.png"])  # whole, but the name was not given yet
+    get(server, tmp_path)
+    assert ("001.png", "bytes=5000-") in server.requests
+    assert {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} == server.content
+
+
+@pytest.mark.parametrize("mood, says", [
+    (500, "answers 500"), (429, "answers 429"), (403, "access is refused"), ("login", "web page"),
+    ("416", "416|size"), ("says less", "PNG|bytes came"), ("breaks", "connection ended")])
+def test_a_server_that_never_delivers_ends_in_one_line_and_spares_the_others(server, tmp_path, mood, says):
+    server.content = {"001.png": png(), "002.png": png()}
+    server.always = {"001.png": mood}
+    with pytest.raises(UserError, match=says) as error:
+        get(server, tmp_path)
+    assert "the same command continues" in str(error.value)
+    assert (tmp_path / "002.png").read_bytes() == server.content["002.png"]
+    assert not (tmp_path / "001.png").exists()
+
+
+def test_a_missing_file_is_named(server, tmp_path):
+    server.content = {"001.png": png()}
+    files = server.files() | {"009.png": server.files()["001.png"].replace("001", "009")}
+    with pytest.raises(UserError, match="009.png: it is not there any more"):
+        download.fetch("test", tmp_path, files=files, pause=0.001)
+    assert (tmp_path / "001.png").exists()
+
+
+def test_no_server_at_all(tmp_path):
+    with pytest.raises(UserError, match="001.png: could not be fetched"):
+        download.fetch("test", tmp_path, files={"001.png": "http://127.0.0.1:9/001.png"}, pause=0.0001)
+
+
+def test_too_large_for_the_disk_is_said_before_it_starts(server, tmp_path, monkeypatch):
+    server.content = {"001.png": png()}
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
+    with pytest.raises(UserError, match="are needed"):
+        get(server, tmp_path)
+    assert names(tmp_path) == [] and len(server.requests) == 1
+
+
+def test_two_processes_do_not_write_one_folder(server, tmp_path):
+    server.content = {"001.png": png()}
+    with download._lock(tmp_path), pytest.raises(UserError, match="another process"):
+        get(server, tmp_path)
+
+
+def test_only_some(server, tmp_path):
+    server.content = {f"{i:03d}.png": png(20) for i in (1, 2, 11)}
+    get(server, tmp_path, only="00*.png")
+    assert names(tmp_path) == ["001.png", "002.png"]
+    with pytest.raises(UserError, match="no file"):
+        get(server, tmp_path, only="x*")
+
+
+def test_files_are_checked_by_their_format(tmp_path):
+    whole = {"a.png": png(), "a.json": b'{"images": []}'}
+    tiff = io.BytesIO()
+    pages = [Image.fromarray(RANDOM.integers(0, 255, (64, 64, 3), dtype=np.uint8)) for _ in range(3)]
+    pages[0].save(tiff, "TIFF", save_all=True, append_images=pages[1:])
+    whole["a.tiff"] = tiff.getvalue()
+    database = sqlite3.connect(tmp_path / "made.sqlite")
+    database.executescript("CREATE TABLE a (b); INSERT INTO a VALUES (zeroblob(9999));")
+    database.close()
+    whole["a.sqlite"] = (tmp_path / "made.sqlite").read_bytes()
+    for name, content in whole.items():
+        path = tmp_path / name
+        path.write_bytes(content)
+        assert download.damage(path, name) is None, name
+        for bad in (content[:-1000] if len(content) > 2000 else content[:-1], b"", b"<html>", b"II*\0" + b"\xff" * 50,
+                    b"x" * 500):
+            path.write_bytes(bad)
+            assert download.damage(path, name), (name, bad[:20])
+
+
+def test_the_public_addresses():
+    ccmct, midogpp, midog2022 = (download.addresses(name) for name in ("ccmct", "midogpp", "midog2022"))
+    assert len(ccmct) == 33 and len(midogpp) == 505 and len(midog2022) == 407
+    assert ccmct["MITOS_WSI_CCMCT_ODAEL.sqlite"] == "https://ndownloader.figshare.com/files/16261571"
+    assert midogpp["001.tiff"] == "https://figshare.com/ndownloader/files/40282099"
+    assert midog2022["001.png"] == "https://zenodo.org/records/6547151/files/001.png"
+    assert len(set(midogpp.values())) == 505
+    with pytest.raises(UserError, match="can be fetched"):
+        download.addresses("midog2021")
+
+
+def test_the_command(tmp_path):
+    run = subprocess.run([sys.executable, "data.py", "--download", "nothing"], capture_output=True, text=True,
+                         cwd=Path(__file__).parent.parent, env={"MITOSIS_ROOT": str(tmp_path), "PATH": ""})
+    assert run.returncode == 2 and run.stderr.startswith("error: --download nothing") and not run.stdout
+    assert list(tmp_path.iterdir()) == []
