@@ -166,6 +166,7 @@ class Annotations:
     all_images: list = field(default_factory=list)  # labelled and unlabelled
     missing: list = field(default_factory=list)  # images that are not below root
     notes: list = field(default_factory=list)
+    _order: np.ndarray = field(default=None, init=False, repr=False, compare=False)  # of the ids, once it was needed
 
     def __len__(self):
         return len(self.id)
@@ -177,8 +178,9 @@ class Annotations:
 
     def rows(self, ids):
         """Row indices of annotation ids, in their order; UserError for an id that is not there."""
-        order = np.argsort(self.id, kind="stable")
-        ids = np.asarray(ids, dtype=str)
+        if self._order is None:
+            self._order = np.argsort(self.id, kind="stable")
+        order, ids = self._order, np.asarray(ids, dtype=str)
         if len(ids) == 0:
             return np.zeros(0, np.int64)
         at = np.searchsorted(self.id[order], ids).clip(max=len(order) - 1)
@@ -199,11 +201,12 @@ class Annotations:
     def fingerprint(self):
         """Hex digest of the table: ids, file names, cases, domains, positions and labels; not of the pixels."""
         digest = hashlib.sha256()
-        for i in range(len(self)):
-            # The file's name only: where below root it lies, and in which format, may differ between machines.
-            row = (self.id[i], Path(self.image[i]).stem, self.case[i], self.domain[i], repr(float(self.x[i])),
-                   repr(float(self.y[i])), str(int(self.label[i])))
-            digest.update(("\x1f".join(map(str, row)) + "\x1e").encode())
+        # The file's name only: where below root it lies, and in which format, may differ between machines.
+        stem = {image: _stem(image) for image in np.unique(self.image).tolist()}
+        for column in (self.id, [stem[image] for image in self.image.tolist()], self.case, self.domain):
+            digest.update(("\x1f".join(np.asarray(column, dtype=str).tolist()) + "\x1e").encode())
+        for column in (self.x, self.y, self.label):
+            digest.update((np.asarray(column, "<f8") + 0.0).tobytes())
         return digest.hexdigest()[:32]
 
 
@@ -255,6 +258,7 @@ def load_dataset(path, images=None, classes=None, profile=None, columns=None, na
                      "on both sides of a split")
     mitos2014 = all(re.fullmatch(r"[AH]\d\d_\d\d[A-D][a-d]", Path(image).stem) for image in table.images)
     cases, domains = [], []
+    numbered_domain = {image: domain_of(known, image) for image in table.images} if known else {}
     for i in keep:
         image, stem = table.image[i], _stem(table.image[i])
         case = table.case[i]
@@ -262,8 +266,7 @@ def load_dataset(path, images=None, classes=None, profile=None, columns=None, na
             # The fields of MITOS 2014, as A03_00Aa, are pieces of one slide, A03.
             case = stem[:3] if mitos2014 and case is None else stem
         cases.append(case)
-        domain = domain_of(known, image) if known else None
-        domains.append(domain or table.domain[i] or table.image_domain.get(image) or "all")
+        domains.append(numbered_domain.get(image) or table.domain[i] or table.image_domain.get(image) or "all")
     order = sorted(range(len(keep)), key=lambda j: place[table.image[keep[j]]])
     rows = [keep[j] for j in order]
     size = {place[image]: size for image, size in table.images.items() if size and image not in gone}
@@ -294,11 +297,10 @@ def _stem(image):
 
 
 def _plain_name(path, source):
-    name = source.name
+    # A folder's name says more than that of the file in it, which is often annotations.json.
+    name = source.name if Path(path).is_file() or source.is_dir() else source.resolve().parent.name
     for suffix in (".gz", ".geojson", ".json", ".sqlite3", ".sqlite", ".csv", ".tsv", ".txt", ".db"):
         name = name[:-len(suffix)] if name.lower().endswith(suffix) and len(name) > len(suffix) else name
-    if Path(path).is_dir():
-        name = Path(path).resolve().name
     return "".join(c if c.isalnum() or c in "-_.+" else "_" for c in name).lstrip(".") or "data"
 
 

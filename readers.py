@@ -53,6 +53,8 @@ COLUMNS = {
 # The header of the benchmark's files; those of MIDOG++ say 1 (mitotic figure) and 2 (hard negative).
 BENCHMARK_HEADER = {"x", "y", "label", "filename", "slide", "split", "tumortype"}
 
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # control characters and halves of surrogate pairs
+
 
 @dataclass
 class Table:
@@ -157,7 +159,7 @@ def class_labels(where, names, classes=None, profile=None):
     if profile:
         classes = {"mitotic": [PROFILES[profile][0]], "other": [PROFILES[profile][1]]}
     if classes:
-        labels = {}
+        labels, by_number = {}, set()
         for label, wanted in ((1, classes["mitotic"]), (0, classes["other"])):
             for value in wanted or ():
                 # An id counts before a name, so that "2" means class 2 even if some class is called "2".
@@ -165,6 +167,7 @@ def class_labels(where, names, classes=None, profile=None):
                       [id for id, name in names.items() if name is not None and plain(name) == plain(value)]
                 if not ids:
                     raise UserError(f"{where}: there is no class {value!r}; its classes are {listed}")
+                by_number |= {id for id in ids if plain(value) != plain(names[id])}
                 for id in ids:
                     if labels.setdefault(id, label) != label:
                         raise UserError(f"{where}: class {id} would be both mitotic figure and hard negative")
@@ -174,8 +177,9 @@ def class_labels(where, names, classes=None, profile=None):
                 raise UserError(f"{where}: beside {', '.join(classes['mitotic'])} there are {len(rest)} other classes "
                                 f"(classes: {listed}); name the hard negatives with --negative")
             labels[rest[0]] = 0
-        contradicted = [id for id, label in labels.items() if names.get(id) is not None
-                        and plain(names[id]) in (OTHER if label else MITOTIC)]
+        # A number may be a slip; who names a class in words means it ("mitosis" against "atypical mitosis").
+        contradicted = [id for id in sorted(by_number) if names[id] is not None
+                        and plain(names[id]) in (OTHER if labels[id] else MITOTIC)]
         if contradicted:
             id = contradicted[0]
             raise UserError(f"{where}: class {id} is called {names[id]!r} there, the opposite of what "
@@ -207,7 +211,7 @@ def text(where, value, what):
         raise UserError(f"{where}: {what} is too long") from None
     if not value or len(value) > MAX_TEXT:
         raise UserError(f"{where}: {what} is {'empty' if not value else f'longer than {MAX_TEXT} characters'}")
-    if any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 or ord(c) == 127 for c in value):
+    if UNPRINTABLE.search(value):
         raise UserError(f"{where}: {what} {_short(value)} holds control characters")
     return value
 
