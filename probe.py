@@ -1,0 +1,298 @@
+"""Linear probes: the embeddings of all annotated patches in one pass, then every probe asked for from them.
+
+    python probe.py --data midog2022 --model uni --frac 0.001 0.01 0.1 1 --fold 0 1 2 3 4
+    python probe.py --data midog2022 --model uni --domain A B C D E --fold 0 1 2 3 4
+    torchrun --nproc-per-node 4 probe.py …          the pass over the patches on four GPUs
+
+The embeddings stay in a memory map under runs/embeddings/; a second command with the same encoder and data reads
+them from there. Each probe gets a run folder of its own, which evaluate.py and export.py take as they take LoRA's.
+"""
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+import cli
+import crops
+import data
+import evaluate
+import logistic
+import models
+import runs
+import store
+from cli import UserError
+
+PROBES = {
+    "uni": "logistic regression of UNI's evaluation: 1/C * |W| / 2, the norm not squared (the paper's)",
+    "l2": "logistic regression with squared L2, C chosen on the validation set",
+    "knn": "share of mitotic figures among the nearest neighbours by cosine (not exportable)",
+    "prototype": "few shots: the nearer of two class means",
+}
+C_GRID = tuple(10.0 ** k for k in range(-6, 3))
+ROWS_AT_ONCE = 1024  # written to the store together: what a kill can cost
+
+
+# ---------------------------------------------------------------- embeddings
+
+def embeddings(model, patches, annotations, path, dtype, batch_size):
+    """Embeddings [N, D] float32 of all annotated patches, as a read-only memory map; computed where they are missing.
+
+    A kill in the middle costs what was computed since the last 1,024 rows. Stored embeddings that belong to other
+    weights, pixels, annotations or another normalisation are computed anew, which is said. Under torchrun each
+    process takes its share of the rows, and the first returns when all are there (the others get None).
+    """
+    encoder = model.encoder
+    fingerprint = {
+        "encoder": encoder.spec.name, "weights": encoder.weights_hash, "pool": encoder.pool, "layer": encoder.layer,
+        "tta": model.tta, "normalisation": [model.mean.flatten().tolist(), model.std.flatten().tolist()],
+        "dtype": models.name_of(dtype), "annotations": annotations.fingerprint(), "pixels": patches.fingerprint()}
+    try:
+        return store.open_store(path, fingerprint)
+    except store.Missing:
+        pass
+    except store.Stale as stale:
+        print(f"{stale}; computing the embeddings anew", flush=True)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    shape = (len(annotations), encoder.embed_dim)
+    with store.Writer(path, shape, np.float32, fingerprint, shared=world > 1) as writer:
+        own = writer.todo[rank::world] if world == 1 else np.intersect1d(writer.todo, np.arange(rank, len(annotations),
+                                                                                                 world))
+        if 0 < len(own) < shape[0] and world == 1:
+            print(f"embeddings: continuing, {shape[0] - len(own):,} of {shape[0]:,} are there", flush=True)
+        # Neighbouring annotations of one image are read together; the order of the table keeps images together.
+        with cli.progress(total=len(own), desc=f"embeddings, {encoder.spec.name}", unit="patches") as bar:
+            for i in range(0, len(own), ROWS_AT_ONCE):
+                rows = own[i:i + ROWS_AT_ONCE]
+                writer.write(rows, models.predict(model, patches, rows, batch_size, dtype=dtype, output="embedding",
+                                                  progress=None))
+                bar.update(len(rows))
+        if rank:
+            return None
+        while world > 1 and len(writer.todo):  # the other processes' shares; torchrun ends all when one of them fails
+            time.sleep(0.2)
+        writer.finish()
+    return store.open_store(path, fingerprint)
+
+
+# ---------------------------------------------------------------- probes
+
+def fit_logistic(X, labels, jobs, penalty, standardize, fixed_C, device):
+    """Fit all jobs ({"train": rows, "val": rows, …}) side by side; adds "weight", "bias" and "fit" to each."""
+    if penalty == "uni":
+        problems, owner = [(job["train"], None) for job in jobs], list(range(len(jobs)))
+    else:
+        grid = C_GRID if fixed_C is None else (fixed_C,)
+        problems = [(job["train"], C) for job in jobs for C in grid]
+        owner = [i for i in range(len(jobs)) for _ in grid]
+    with cli.progress(total=len(problems), desc=f"{penalty} probes", unit="fits") as bar:
+        fits = logistic.fit(X, labels, problems, penalty, standardize, device=device, progress=bar)
+    for index, (result, (_, C)) in zip(owner, zip(fits, problems)):
+        job = jobs[index]
+        if not result.converged:
+            raise UserError(f"{job['path']}: the {penalty} probe did not converge (excess about {result.excess:.0e} "
+                            f"after {result.iterations} iterations); try --standardize with --probe l2")
+        logits = X[job["val"]].astype(np.float64) @ result.weight + result.bias
+        loss = np.logaddexp(0, (1 - 2.0 * labels[job["val"]]) * logits).mean() if len(logits) else 0.0
+        if "fit" not in job or loss < job["fit"]["val_loss"]:  # on a tie the smaller C, which comes first
+            job["weight"], job["bias"] = result.weight, result.bias
+            job["fit"] = {"C": logistic.uni_C(X.shape[1]) if C is None else C, "train_loss": result.loss,
+                          "val_loss": float(loss), "iterations": result.iterations, "excess": result.excess,
+                          "change": result.change}
+
+
+def fit_prototypes(X, labels, job, shots, seed):
+    """Class means of `shots` training patches per class: the logit is linear, -2 at one mean and +2 at the other."""
+    rng = np.random.Generator(np.random.Philox(key=seed))
+    means = []
+    for label in (0, 1):
+        rows = job["train"][labels[job["train"]] == label]
+        chosen = np.sort(rng.permutation(rows)[:shots])
+        means.append(X[chosen].astype(np.float64).mean(0))
+    difference = means[1] - means[0]
+    job["weight"] = 4 * difference / max(difference @ difference, 1e-300)
+    job["bias"] = -float(job["weight"] @ (means[0] + means[1]) / 2)
+    job["fit"] = {"shots": shots}
+
+
+def knn_logits(features, X, labels, train, rows, k):
+    """Log-odds of the mitotic figures among the k training rows nearest by cosine, one of each class added."""
+    def normalised(part):
+        part = part.astype(np.float32)
+        return part / np.linalg.norm(part, axis=1, keepdims=True).clip(1e-12)
+    bank, k = normalised(X[train]), min(k, len(train))
+    logits = np.empty(len(rows))
+    for i in range(0, len(rows), 1024):
+        similarity = normalised(features[rows[i:i + 1024]]) @ bank.T
+        nearest = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
+        positive = labels[train][nearest].sum(1) + 1.0
+        logits[i:i + 1024] = np.log(positive / (k + 2 - positive))
+    return logits
+
+
+# ---------------------------------------------------------------- runs
+
+def configuration(args, probe, annotations, encoder, frac, fold, domain):
+    flags = {"data": annotations.name, "model": args.model, "method": "probe", "probe": probe, "frac": frac,
+             "fold": fold, "domain": domain, "seed": args.seed, "by": args.split, "val_frac": args.val_frac,
+             "pool": encoder.pool, "layer": args.layer, "dtype": args.dtype, "tta": args.tta, "fit": args.fit,
+             "mpp": args.mpp, "weights": args.weights}
+    own = {"uni": (), "l2": ("C", "standardize"), "knn": ("k",), "prototype": ("shots",)}[probe]
+    flags |= {name: getattr(args, name) for name in own}
+    return {"flags": flags,
+            "data": {"name": annotations.name, "fingerprint": annotations.fingerprint()},
+            "encoder": {"name": args.model, "licence": encoder.licence, "weights_hash": encoder.weights_hash},
+            "environment": runs.environment()}
+
+
+def suffixes(args, probe, encoder):
+    """What goes into the run's name beside the method: the choices that are not the default."""
+    found = [] if probe == "uni" else [probe]
+    if probe == "l2":
+        found += [f"C{args.C:g}"] * (args.C is not None) + ["standardized"] * args.standardize
+    if probe == "knn" and args.k != 20:
+        found += [f"k{args.k}"]
+    if probe == "prototype" and args.shots != 10:
+        found += [f"shots{args.shots}"]
+    if encoder.pool != encoder.spec.pool:
+        found += [encoder.pool]
+    found += [f"layer{args.layer}"] * bool(args.layer) + ["tta"] * args.tta
+    return found + [f"by{args.split}"] * (args.split != "case") + [args.fit] * (args.fit != "resize")
+
+
+def one_class(annotations, job):
+    """UserError where a training set cannot make a classifier."""
+    counts = np.bincount(annotations.label[job["train"]], minlength=2)
+    if counts.min() == 0:
+        raise UserError(f"fraction {job['frac']:g}, fold {job['fold']}: the training set holds {counts[1]} mitotic "
+                        f"figures and {counts[0]} look-alikes; both are needed, choose a larger --frac")
+
+
+def all_embeddings(model, annotations, args, dtype):
+    """Embeddings of one dataset, from their place below the runs' folder."""
+    data.need_images(annotations)
+    encoder = model.encoder
+    patches = crops.Patches(annotations, fit=args.fit, mpp=args.mpp)
+    name = "-".join([encoder.spec.name, encoder.pool] + [f"layer{args.layer}"] * bool(args.layer) + ["tta"] * args.tta)
+    path = Path(args.runs) / "embeddings" / annotations.name / name
+    return embeddings(model, patches, annotations, path, dtype, args.batch_size)
+
+
+def finish(job, annotations, X, tests, args):
+    """Predictions, metrics and the head of one fitted probe into its run folder; returns its rows of the table."""
+    run, split, probe = job["run"], job["split"], job["probe"]
+
+    def logits(features, rows):
+        if probe == "knn":
+            return knn_logits(features, X, annotations.label, job["train"], rows, args.k)
+        return features[rows].astype(np.float64) @ job["weight"] + job["bias"]
+
+    sets = [("val", annotations, X, job["val"]), ("test", annotations, X, annotations.rows(split.test))]
+    sets += [(name, annotations, X, annotations.rows(ids)) for name, ids in split.others.items()]
+    sets += [(other.name, other, features, np.arange(len(other))) for other, features in tests]
+    columns = {name: [] for name in runs.PREDICTION_COLUMNS}
+    for name, table, features, rows in sets:
+        own = logits(features, rows)
+        for key, values in (("set", [name] * len(rows)), ("id", table.id[rows]), ("case", table.case[rows]),
+                            ("domain", table.domain[rows]), ("label", table.label[rows]), ("logit", own),
+                            ("probability", 1 / (1 + np.exp(-own)))):
+            columns[key].extend(values)
+    split.save(run.path / "split.json")
+    if probe != "knn":
+        head = {"head.weight": torch.tensor(job["weight"], dtype=torch.float32)[None],
+                "head.bias": torch.tensor([job["bias"]], dtype=torch.float32)}
+        with runs.atomic(run.path / "model.safetensors") as temporary:
+            save_file(head, temporary, metadata={"format": "mitosis-run", "method": "probe", "encoder": args.model})
+    runs.write_predictions(run.path / "predictions.csv", columns)
+    run.finish(metrics := evaluate.of_predictions(columns) | {"fit": job.get("fit", {})})
+    run.close()
+    return [(str(run.path), name, len(rows), *(f"{metrics['sets'][name][k]:.3f}" for k in (
+        "balanced_accuracy", "weighted_f1", "auroc"))) for name, _, _, rows in sets if name != "val"]
+
+
+# ---------------------------------------------------------------- the command
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    data.add_arguments(parser)
+    data.add_split_arguments(parser)
+    models.add_arguments(parser)
+    group = parser.add_argument_group("probe")
+    group.add_argument("--probe", nargs="+", choices=PROBES, default=["uni"], metavar="P",
+                       help="; ".join(f"{name}: {text}" for name, text in PROBES.items()) + " (default: uni)")
+    group.add_argument("--C", type=float, help="l2: this C instead of the choice on the validation set")
+    group.add_argument("--standardize", action="store_true", help="l2: features of zero mean and unit variance")
+    group.add_argument("--k", type=int, default=20, help="knn: neighbours (default: 20)")
+    group.add_argument("--shots", type=int, default=10, help="prototype: patches per class (default: 10)")
+    group.add_argument("--tta", action="store_true", help="embedding: mean over the eight flips and quarter turns")
+    group.add_argument("--batch-size", type=int, default=64, help="patches per forward pass (default: 64)")
+    group = parser.add_argument_group("runs")
+    group.add_argument("--runs", default="runs", metavar="DIR", help="folder of all runs (default: runs)")
+    group.add_argument("--test", nargs="+", default=[], metavar="D2", help="whole datasets as further test sets")
+    group.add_argument("--resume", action="store_true", help="continue runs that were begun (does no harm otherwise)")
+    group.add_argument("--force", action="store_true", help="repeat runs that are there")
+    return parser.parse_args()
+
+
+def main():
+    args = arguments()
+    for name, least in (("k", 1), ("shots", 1), ("batch_size", 1)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least}")
+    if args.C is not None and not args.C > 0:
+        raise UserError(f"--C {args.C}: a number above 0")
+    annotations = data.from_arguments(args)
+    data.need_images(annotations)
+    rank = int(os.environ.get("RANK", 0))
+    device = models.resolve_device(args.device)
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    dtype = models.resolve_dtype(args.dtype, device, models.find_encoder(args.model))
+    encoder = models.load_encoder(args.model, args.weights, device, dtype, args.pool, args.layer, args.revision)
+    model = models.PatchClassifier(encoder, tta=args.tta).to(device)
+
+    # The runs that are to be done; the finished ones are named and left alone.
+    jobs = []
+    for probe in dict.fromkeys(args.probe) if rank == 0 else ():
+        for domain in dict.fromkeys(args.domain or [None]):
+            for frac in dict.fromkeys(args.frac):
+                for fold in dict.fromkeys(args.fold):
+                    path = runs.run_path(args.runs, annotations.name, args.model, "probe", frac, fold, domain,
+                                         suffixes(args, probe, encoder))
+                    config = configuration(args, probe, annotations, encoder, frac, fold, domain)
+                    split = data.make_split(annotations, fold, frac, domain, args.seed, args.split, args.val_frac)
+                    jobs.append({"probe": probe, "path": path, "config": config, "split": split, "frac": frac,
+                                 "fold": fold, "train": np.sort(annotations.rows(split.train)),
+                                 "val": annotations.rows(split.val)})
+                    one_class(annotations, jobs[-1])
+
+    X = all_embeddings(model, annotations, args, dtype)
+    if rank:
+        return
+    todo = []
+    for job in jobs:
+        job["run"] = runs.open_run(job["path"], job["config"], args.resume, args.force)
+        if job["run"].finished:
+            print(f"finished: {job['path']}")
+        else:
+            todo.append(job)
+    for probe in dict.fromkeys(job["probe"] for job in todo):
+        own = [job for job in todo if job["probe"] == probe]
+        if probe in ("uni", "l2"):
+            fit_logistic(X, annotations.label, own, probe, args.standardize and probe == "l2", args.C, device)
+        elif probe == "prototype":
+            for job in own:
+                fit_prototypes(X, annotations.label, job, args.shots, (args.seed << 16) + job["fold"])
+    tests = [(other, all_embeddings(model, other, args, dtype))
+             for other in (data.from_arguments(args, data=name) for name in args.test)]
+    rows = [finish(job, annotations, X, tests, args) for job in todo]
+    if rows:
+        print(cli.table(rows, ("run", "set", "patches", "balanced acc", "weighted F1", "AUROC"), right=(2, 3, 4, 5)))
+
+
+if __name__ == "__main__":
+    cli.command(main)
