@@ -192,8 +192,8 @@ class Tissue:
         stripes = 0.5 + 0.25 * np.sin(along / 3.3 + 5 * octaves[2]) + 0.25 * np.sin(along / 7.7 + 9 * octaves[3])
         self.stroma = step(0.56 - smooth_noise(rng, SIZE, 170), 0.03)
         self.E += self.stroma * (0.30 * stripes - 0.05)
-        # Gaps: empty slide.
-        self.gap = step(smooth_noise(rng, SIZE, 110) - 0.14, 0.012)
+        # 0 where the slide is empty.
+        self.gap = step(0.14 - smooth_noise(rng, SIZE, 110), 0.012)
         self.places = []
         self.cells = []
         self.nucleus_size = 0.85 + 0.3 * rng.random()
