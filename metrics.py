@@ -16,10 +16,9 @@ def checked(y, p, weight=None, what="probabilities"):
     """(y as bool, p, weight) as arrays of one length; UserError: NaN, another label than 0 and 1, negative weights."""
     y, p = np.asarray(y), np.asarray(p)
     if y.dtype != bool:
-        y = y.astype(np.float64, copy=False)
         found = y == 1
-        if not np.array_equal(found, y):
-            raise UserError(f"the labels hold {y[(y != 0) & (y != 1)][0]:g}; 0 and 1 are known")
+        if np.count_nonzero(found) + np.count_nonzero(y == 0) != y.size:
+            raise UserError(f"the labels hold {y[(y != 0) & (y != 1)].flat[0]}; 0 and 1 are known")
         y = found
     if p.dtype not in (np.float64, np.float32, bool):
         p = p.astype(np.float64)
@@ -55,10 +54,10 @@ def auroc(y, p, weight=None):
     if swapped:
         few, many = many, few
     place = np.searchsorted(many, few, "left")
-    tied = few[many[np.minimum(place, len(many) - 1)] == few]  # only these need to be looked up from the other side
+    tied = many[np.minimum(place, len(many) - 1)] == few  # only these need to be looked up from the other side
     twice = 2 * place.sum(dtype=np.int64)
-    if len(tied):
-        twice += (np.searchsorted(many, tied, "right") - np.searchsorted(many, tied, "left")).sum(dtype=np.int64)
+    if tied.any():
+        twice += (np.searchsorted(many, few[tied], "right") - place[tied]).sum(dtype=np.int64)
     area = float(twice) / (2.0 * len(few) * len(many))
     return 1.0 - area if swapped else area
 

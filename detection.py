@@ -1,0 +1,218 @@
+"""A detector's candidates against the annotations: F1 of detection before and after the second stage. No torch.
+
+A candidate finds a mitotic figure within 7.5 µm of it (the radius of the MIDOG challenges); one candidate finds at
+most one figure and the other way round. The number found is that of a maximum matching, so it does not depend on the
+order of the file. This is not the challenges' own script, which may pair greedily.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+import candidates as formats
+import cli
+import data
+import runs
+import slides
+from cli import UserError
+
+RADIUS = 7.5  # µm
+
+
+def matched(x, y, score, figures_x, figures_y, radius):
+    """For candidates in the order of falling score: how many figures the first k of them find at most, k = 1 … n.
+
+    A maximum matching grown one candidate at a time: a candidate adds one to it exactly where an augmenting path
+    starts at it, and one that adds nothing never will. → (order [n], found [n] bool); cumulate `found` for the sizes.
+    """
+    order = np.argsort(-np.asarray(score, np.float64), kind="stable")
+    first, second = data.near_pairs(np.asarray(x, np.float64), np.asarray(y, np.float64),
+                                    np.asarray(figures_x, np.float64), np.asarray(figures_y, np.float64), radius)
+    near = [[] for _ in order]
+    for i, j in zip(first.tolist(), second.tolist()):
+        near[i].append(j)
+    owner, found = {}, np.zeros(len(order), bool)
+    for k, i in enumerate(order.tolist()):
+        found[k] = _augment(i, near, owner)
+    return order, found
+
+
+def _augment(start, near, owner):
+    """Give candidate `start` a figure, moving others along; breadth first, so that depth of recursion is no limit."""
+    reached, queue = {}, [start]
+    for i in queue:
+        for j in near[i]:
+            if j in reached:
+                continue
+            reached[j] = i
+            if j in owner:
+                queue.append(owner[j])
+                continue
+            while True:  # back along the path, each candidate takes the figure it was reached by
+                i = reached[j]
+                previous = next((figure for figure in near[i] if owner.get(figure) == i), None)
+                owner[j] = i
+                if i == start:
+                    return True
+                j = previous
+    return False
+
+
+def score_images(images, radius=RADIUS):
+    """Detection over images → dict. images: list of dicts with x, y, probability (candidates, px), figures_x,
+    figures_y (px), mpp (µm/px), domain.
+
+    before: all candidates; curve: thresholds from the highest probability with tp, fp, fn, precision, recall, f1.
+    """
+    parts, figures = [], 0
+    for image in images:
+        order, found = matched(image["x"], image["y"], image["probability"], image["figures_x"], image["figures_y"],
+                               radius / image["mpp"])
+        parts.append((np.asarray(image["probability"], np.float64)[order], found))
+        figures += len(image["figures_x"])
+    p = np.concatenate([part[0] for part in parts]) if parts else np.zeros(0)
+    found = np.concatenate([part[1] for part in parts]) if parts else np.zeros(0, bool)
+    if np.isnan(p).any():
+        raise UserError("the candidates' probabilities hold NaN")
+    order = np.argsort(-p, kind="stable")  # keeps each image's own order, so its prefixes stay prefixes
+    p, tp = p[order], np.cumsum(found[order])
+    last = np.flatnonzero(np.r_[p[1:] != p[:-1], True]) if len(p) else np.zeros(0, int)
+    return {"figures": figures, "candidates": len(p), "thresholds": p[last], "tp": tp[last],
+            "fp": last + 1 - tp[last], "fn": figures - tp[last]}
+
+
+def at(curve, threshold=None):
+    """tp, fp, fn, precision, recall and f1 of the candidates with p >= threshold (None: of all)."""
+    kept = len(curve["thresholds"]) if threshold is None else int((curve["thresholds"] >= threshold).sum())
+    tp, fp, fn = ((int(curve[name][kept - 1]) for name in ("tp", "fp", "fn")) if kept else (0, 0, curve["figures"]))
+    return {"threshold": threshold, "tp": tp, "fp": fp, "fn": fn,
+            "precision": tp / (tp + fp) if tp + fp else 0.0, "recall": tp / (tp + fn) if tp + fn else float("nan"),
+            "f1": 2 * tp / (2 * tp + fp + fn) if tp + fp + fn else float("nan")}
+
+
+def best(curve):
+    """The threshold with the highest F1 (of several the highest); it is chosen on the very data it is scored on."""
+    if not len(curve["thresholds"]):
+        return at(curve, 1.0)
+    f1 = 2 * curve["tp"] / np.maximum(2 * curve["tp"] + curve["fp"] + curve["fn"], 1)
+    return at(curve, float(curve["thresholds"][np.argmax(f1)]))
+
+
+# ---------------------------------------------------------------- files
+
+def _probability(record):
+    return record.get("probability") if isinstance(record, dict) else None
+
+
+def probabilities(found):
+    """The probabilities that classify.py wrote beside each candidate; UserError where there are none."""
+    if found.kind == "csv":
+        values = [row.get("probability") for row in _csv_rows(found.path)]
+    elif found.kind == "midog":
+        values = [_probability(record) for record in found.content["annotations"]]
+    elif found.kind == "challenge":
+        values = [_probability(record) for record in found.content["points"]]
+    else:
+        raise UserError(f"{found.path}: detection is scored from MIDOG JSON, the challenge's JSON or CSV, as "
+                        "classify.py writes them")
+    try:
+        return np.array([float(value) for value in values])
+    except (TypeError, ValueError):
+        raise UserError(f"{found.path}: not every candidate has a probability; score them with classify.py first") \
+            from None
+
+
+def _csv_rows(path):
+    import csv
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        text = file.read()
+    delimiter = ";" if text.split("\n", 1)[0].count(";") > text.split("\n", 1)[0].count(",") else ","
+    return [{key.strip().lower(): value for key, value in row.items() if key}
+            for row in csv.DictReader(text.splitlines(), delimiter=delimiter)]
+
+
+def images_of(found, probability, annotations, ids=None, mpp=None):
+    """Candidates and figures by image. ids: of the annotations of a test set, whose images alone are scored."""
+    def stem(name):
+        return Path(str(name)).name.rsplit(".", 1)[0].lower()
+    table = {}
+    for image, rows in data.by_image(annotations).items():
+        table.setdefault(stem(image), (image, rows))
+    names = np.array([stem(name) if name else "" for name in found.images])
+    wanted = set(names.tolist())
+    if found.kind == "midog":  # its list of images also names those without a candidate
+        wanted |= {stem(image.get("file_name", "")) for image in found.content.get("images", ())
+                   if isinstance(image, dict)}
+    if wanted == {""}:
+        if len(table) != 1:
+            raise UserError(f"{found.path}: does not say which image its candidates are on")
+        names[:], wanted = next(iter(table)), {next(iter(table))}
+    if ids is not None:
+        wanted &= {stem(annotations.image[row]) for row in annotations.rows(ids)}
+    unknown = wanted - set(table)
+    if unknown - {""}:
+        print(f"{found.path}: {len(unknown)} images are not in {annotations.name} and are left out "
+              f"({', '.join(sorted(unknown)[:3])})")
+    images = []
+    for name in sorted(wanted & set(table)):
+        image, rows = table[name]
+        scale = mpp or (annotations.mpp or {}).get(image)
+        if scale is None and annotations.image_path(image).exists():
+            scale = slides.microns_per_pixel(annotations.image_path(image))
+        if scale is None:
+            raise UserError(f"{image}: its µm/px is not known, so 7.5 µm is not; give --source-mpp")
+        figures, own = rows[annotations.label[rows] == 1], names == name
+        x, y = found.x[own], found.y[own]
+        if found.kind == "challenge":  # millimetres
+            x, y = x * 1000 / scale, y * 1000 / scale
+        images.append({"x": x, "y": y, "probability": probability[own], "figures_x": annotations.x[figures],
+                       "figures_y": annotations.y[figures], "mpp": scale, "domain": str(annotations.domain[rows[0]])})
+    if not images:
+        raise UserError(f"{found.path}: none of its images is in {annotations.name}")
+    return images
+
+
+def report(path, annotations, threshold, ids=None, mpp=None):
+    """Scores of a file of candidates: list of rows (domain, images, curve), all first."""
+    found = formats.read(path)
+    images = images_of(found, probabilities(found), annotations, ids, mpp)
+    domains = sorted({image["domain"] for image in images})
+    rows = [("all", len(images), score_images(images))]
+    if len(domains) > 1:
+        for domain in domains:
+            own = [image for image in images if image["domain"] == domain]
+            rows.append((domain, len(own), score_images(own)))
+    return rows
+
+
+def table(rows, threshold):
+    """The rows of report() as text and as a list of dicts."""
+    text, records = [], []
+    for domain, images, curve in rows:
+        stages = {"before": at(curve), "after": at(curve, threshold), "best": best(curve)}
+        records.append({"domain": domain, "images": images, "figures": curve["figures"],
+                        "candidates": curve["candidates"]} | {f"{stage}_{key}": value
+                                                              for stage, values in stages.items()
+                                                              for key, value in values.items()})
+        text.append([domain, images, curve["figures"], curve["candidates"]] +
+                    [f"{stages[stage][key]:.3f}" for stage in ("before", "after")
+                     for key in ("precision", "recall", "f1")] +
+                    [f"{stages['best']['f1']:.3f} @ {stages['best']['threshold']:.2f}"])
+    header = ("domain", "images", "figures", "cand.", "P before", "R", "F1", "P after", "R", "F1", "best F1")
+    return cli.table(text, header, right=range(1, 11)), records
+
+
+def write(out, rows, threshold):
+    """detection.csv (by domain) and detection_curve.csv (all thresholds) into the folder `out`."""
+    import csv
+    _, records = table(rows, threshold)
+    with runs.atomic(Path(out) / "detection.csv") as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, records[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
+    with runs.atomic(Path(out) / "detection_curve.csv") as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("domain", "threshold", "tp", "fp", "fn"))
+        for domain, _, curve in rows:
+            for row in zip(*(curve[name].tolist() for name in ("thresholds", "tp", "fp", "fn"))):
+                writer.writerow((domain, *row))
