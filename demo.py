@@ -29,6 +29,8 @@ IMAGES_PER_DOMAIN = 8
 MITOTIC_PER_IMAGE, LOOK_ALIKES_PER_IMAGE = 18, 22
 MITOTIC = ("prometaphase", "metaphase side", "metaphase end", "anaphase", "telophase")
 LOOK_ALIKE = ("pyknotic", "apoptotic", "hyperchromatic", "elongated", "pigment")
+# What measure() says of any nucleus, dividing or not: demo_encoder.py learns to see these, not the classes.
+ATTRIBUTES = ("area", "length", "width", "density", "texture", "edge", "eosin", "pigment")
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,7 @@ class Tissue:
         self.gap = step(0.14 - smooth_noise(rng, SIZE, 110), 0.012)
         self.places = []
         self.cells = []
+        self.nuclei = []  # (x, y, attributes) of every nucleus that was painted
         self.nucleus_size = 0.85 + 0.3 * rng.random()
         self.darkness = 0.9 + 0.25 * rng.random()
 
@@ -233,6 +236,24 @@ class Tissue:
             chromatin = chromatin + 0.5 * level * step(np.hypot(stamp.u - u, stamp.v - v) - r, 0.6)
         self.H[stamp.place] = self.H[stamp.place] * (1 - inside) + inside * chromatin
         self.E[stamp.place] *= 1 - 0.6 * inside
+        self.measure(x, y, stamp, inside)
+
+    def measure(self, x, y, stamp, shape):
+        """Note the ATTRIBUTES of what was just painted: px, concentrations; `edge` is perimeter / sqrt(area)."""
+        area = max(float(shape.sum()), 1.0)
+        w = shape / area
+        u, v = stamp.u - (w * stamp.u).sum(), stamp.v - (w * stamp.v).sum()
+        mean, half = ((w * u * u).sum() + (w * v * v).sum()) / 2, ((w * u * u).sum() - (w * v * v).sum()) / 2
+        apart = np.hypot(half, (w * u * v).sum())
+        absorbing = self.H[stamp.place] + self.P[stamp.place]
+        density = (w * absorbing).sum()
+        texture = np.sqrt((w * (absorbing - density) ** 2).sum())
+        edge = np.hypot(*np.gradient(shape)).sum() / np.sqrt(area)
+        around = (1 - shape) * step(np.hypot(stamp.u, stamp.v) - 26, 2)
+        eosin = (around * self.E[stamp.place]).sum() / max(float(around.sum()), 1.0)
+        self.nuclei.append((float(x), float(y), np.array([
+            np.log(area), np.log(np.sqrt(mean + apart)), np.log(np.sqrt(max(mean - apart, 0.25))), density,
+            np.log(texture + 0.01), np.log(edge), eosin, (w * self.P[stamp.place]).sum()], np.float32)))
 
     def annotated(self, x, y, kind):
         """A mitotic figure or a look-alike; returns what is known of it."""
@@ -263,11 +284,8 @@ class Tissue:
         else:
             self.H[stamp.place] = np.maximum(self.H[stamp.place] * (1 - 0.6 * shape), level * shape * texture)
             self.E[stamp.place] *= 1 - 0.5 * shape
-        weight = shape / max(float(shape.sum()), 1e-6)
-        cell = {"x": float(x), "y": float(y), "kind": kind, "label": int(mitotic), "area": float(shape.sum()),
-                "level": float(level), "angle": float(angle), "eosin": float(eosin), "radius": float(radius),
-                "spread": float((weight * (stamp.u ** 2 + stamp.v ** 2)).sum())}
-        self.cells.append(cell)
+        self.cells.append({"x": float(x), "y": float(y), "kind": kind, "label": int(mitotic)})
+        self.measure(x, y, stamp, shape)
 
     def compose(self, domain):
         """uint8 [SIZE, SIZE, 3]: absorbance to light, optics, sensor."""
@@ -286,7 +304,7 @@ class Tissue:
 
 
 def paint(rng, domain, mitotic=MITOTIC_PER_IMAGE, look_alikes=LOOK_ALIKES_PER_IMAGE, nuclei=430):
-    """One image: (uint8 [SIZE, SIZE, 3], annotated cells as dicts)."""
+    """One image: (uint8 [SIZE, SIZE, 3], annotated cells as dicts, all nuclei as (x, y, ATTRIBUTES))."""
     tissue = Tissue(rng)
     kinds = [MITOTIC[i] for i in rng.choice(5, mitotic, p=(0.26, 0.28, 0.14, 0.17, 0.15))]
     kinds += [LOOK_ALIKE[i] for i in rng.choice(5, look_alikes, p=(0.26, 0.20, 0.24, 0.22, 0.08))]
@@ -307,7 +325,7 @@ def paint(rng, domain, mitotic=MITOTIC_PER_IMAGE, look_alikes=LOOK_ALIKES_PER_IM
             tissue.nucleus(x, y, stromal)
     for (x, y), kind in zip(spots, kinds):
         tissue.annotated(x, y, kind)
-    return tissue.compose(domain), tissue.cells
+    return tissue.compose(domain), tissue.cells, tissue.nuclei
 
 
 # ---------------------------------------------------------------- the dataset
@@ -315,7 +333,7 @@ def paint(rng, domain, mitotic=MITOTIC_PER_IMAGE, look_alikes=LOOK_ALIKES_PER_IM
 def make_image(job):
     folder, number, name, seed = job
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, number])))
-    pixels, cells = paint(rng, DOMAINS[name])
+    pixels, cells, _ = paint(rng, DOMAINS[name])
     Image.fromarray(pixels).save(Path(folder) / f"{number:03d}.tiff", compression="tiff_adobe_deflate",
                                  resolution_unit="cm", x_resolution=10000 / MPP, y_resolution=10000 / MPP)
     return number, name, cells
