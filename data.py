@@ -166,7 +166,7 @@ class Annotations:
     all_images: list = field(default_factory=list)  # labelled and unlabelled
     missing: list = field(default_factory=list)  # images that are not below root
     notes: list = field(default_factory=list)
-    _order: np.ndarray = field(default=None, init=False, repr=False, compare=False)  # of the ids, once it was needed
+    _kept: dict = field(default_factory=dict, init=False, repr=False, compare=False)  # what was sorted once
 
     def __len__(self):
         return len(self.id)
@@ -176,18 +176,29 @@ class Annotations:
         return replace(self, **{name: getattr(self, name)[index]
                                 for name in ("id", "image", "case", "domain", "x", "y", "label")})
 
+    def order(self):
+        """The rows in the order of their ids."""
+        if self._kept.get("id", (None,))[0] is not self.id:
+            self._kept["id"] = self.id, np.argsort(self.id, kind="stable")
+        return self._kept["id"][1]
+
+    def codes(self, column):
+        """(names, code): the sorted different values of a column, and for each row which it has."""
+        values = getattr(self, column)
+        if self._kept.get(column, (None,))[0] is not values:
+            self._kept[column] = values, np.unique(values, return_inverse=True)
+        return self._kept[column][1]
+
     def rows(self, ids):
         """Row indices of annotation ids, in their order; UserError for an id that is not there."""
-        if self._order is None:
-            self._order = np.argsort(self.id, kind="stable")
-        order, ids = self._order, np.asarray(ids, dtype=str)
+        order, ids = self.order(), np.asarray(ids, dtype=str)
         if len(ids) == 0:
             return np.zeros(0, np.int64)
         at = np.searchsorted(self.id[order], ids).clip(max=len(order) - 1)
         found = order[at] if len(order) else at
         wrong = self.id[found] != ids if len(order) else np.ones(len(ids), bool)
         if wrong.any():
-            raise UserError(f"{self.name}: there is no annotation {ids[np.argmax(wrong)]!r}; the ids belong to "
+            raise UserError(f"{self.name}: there is no annotation {str(ids[np.argmax(wrong)])!r}; the ids belong to "
                             "another dataset")
         return found
 
@@ -489,9 +500,10 @@ def _choose_cases(annotations, rows, share, rng, leave=1):
     one comes within 0.5 points, with a tenth of the cases at least (one case of 21% is no test set) and both
     classes on both sides; else the best of 200 is taken.
     """
-    names, case = np.unique(annotations.case[rows], return_inverse=True)
+    # Codes are in the order of the names, so numbers do for drawing.
+    names, case = np.unique(annotations.codes("case")[1][rows], return_inverse=True)
     label = annotations.label[rows]
-    domains, domain = np.unique(annotations.domain[rows], return_inverse=True)
+    domains, domain = np.unique(annotations.codes("domain")[1][rows], return_inverse=True)
     table = np.zeros((len(names), len(domains)), np.int64)
     np.add.at(table, (case, domain), 1)
     home = table.argmax(1)  # a case that spans domains counts for the one where it has most
@@ -537,8 +549,7 @@ def make_split(annotations, fold=0, frac=1.0, domain=None, seed=0, by="case", va
     if not (isinstance(fold, (int, np.integer)) and fold >= 0):
         raise UserError(f"--fold {fold}: a number from 0 is needed")
     # In the order of the ids, so that the order of the file does not matter.
-    rows = np.argsort(annotations.id, kind="stable")
-    others = {}
+    rows, others = annotations.order(), {}
     if domain is not None:
         domain = resolve_domain(annotations, domain)
         inside = annotations.domain[rows] == domain
@@ -556,7 +567,7 @@ def make_split(annotations, fold=0, frac=1.0, domain=None, seed=0, by="case", va
         if not in_test.any() or in_test.all():
             raise UserError("--split official: the published test slides, or all others, are not among the images")
     elif by == "case":
-        if len(np.unique(annotations.case[rows])) < 3:
+        if len(np.unique(annotations.codes("case")[1][rows])) < 3:
             raise UserError(f"{annotations.name}: a split by case needs 3 cases at least (train, validation, test)"
                             f"{f' in domain {domain}' if domain else ''}; --split annotation ignores cases and leaks")
         in_test = _choose_cases(annotations, rows, TEST_SHARE, _rng("test", seed, domain, by), leave=2)
@@ -578,7 +589,8 @@ def make_split(annotations, fold=0, frac=1.0, domain=None, seed=0, by="case", va
                   {"fold": int(fold), "frac": float(frac), "domain": domain, "seed": seed, "by": by,
                    "val_frac": float(val_frac)},
                   {"name": annotations.name, "fingerprint": annotations.fingerprint()})
-    split.cases = {name: sorted(set(annotations.case[part].tolist()))
+    names, case = annotations.codes("case")
+    split.cases = {name: names[np.unique(case[part])].tolist()
                    for name, part in (("train", train), ("val", val), ("test", test))}
     check_split(annotations, split)
     return split
@@ -610,18 +622,24 @@ def check_split(annotations, split):
     """Assert that no annotation and (unless drawn by annotation) no case is on two sides; UserError if one is."""
     sets = {"train": split.train, "val": split.val, "test": split.test} | \
         {f"domain {name}": ids for name, ids in split.others.items()}
-    of_id, of_case, by_case = {}, {}, split.settings.get("by") != "annotation"
-    for name, ids in sets.items():
+    names, case = annotations.codes("case")
+    side = np.full(len(annotations), -1)
+    sides = np.zeros((len(names), len(sets)), bool)  # case × set
+    for number, (name, ids) in enumerate(sets.items()):
         rows = annotations.rows(ids)
-        if len(np.unique(rows)) < len(rows):
+        taken = rows[side[rows] >= 0]
+        if len(taken):
+            raise UserError(f"the split leaks: annotation {annotations.id[taken[0]]} is in "
+                            f"{list(sets)[side[taken[0]]]} and in {name}")
+        side[rows] = number
+        if (side == number).sum() < len(rows):
             raise UserError(f"the split is not valid: an annotation stands twice in {name}")
-        for id in np.asarray(ids).tolist():
-            if of_id.setdefault(id, name) != name:
-                raise UserError(f"the split leaks: annotation {id} is in {of_id[id]} and in {name}")
-        for case in np.unique(annotations.case[rows]).tolist() if by_case else ():
-            # Two test sets may share a case; training or validation and anything else may not.
-            if of_case.setdefault(case, name) != name and {of_case[case], name} & {"train", "val"}:
-                raise UserError(f"the split leaks: case {case} is in {of_case[case]} and in {name}")
+        sides[case[rows], number] = True
+    # Two test sets may share a case; training or validation and anything else may not.
+    leaking = np.flatnonzero((sides.sum(1) > 1) & sides[:, :2].any(1))
+    if len(leaking) and split.settings.get("by") != "annotation":
+        first, second = np.array(list(sets))[sides[leaking[0]]][:2].tolist()
+        raise UserError(f"the split leaks: case {names[leaking[0]]} is in {first} and in {second}")
 
 
 def load_split(path, annotations):
@@ -703,7 +721,7 @@ class Sampler:
         if not len(self.positive) or not len(self.negative):
             raise UserError(f"{annotations.name}: the training set needs mitotic figures and hard negatives; it has "
                             f"{len(self.positive)} and {len(self.negative)}")
-        self.names, self.image_of = np.unique(annotations.image, return_inverse=True)
+        self.names, self.image_of = annotations.codes("image")
         self.images = np.unique(annotations.image[rows])
         self.random = 0 if annotations.kind == "patches" else round(random_share * self.epoch_size)
         if annotations.kind == "patches" and random_share:
