@@ -1,82 +1,236 @@
-"""Augmentation of training patches: batched, on the device, parameters of each sample from a key of its own.
+"""Augmentation of training patches: batched, on the device, the parameters of each sample from a key of its own.
 
-    python augment.py --data D --gallery out.png
+    python augment.py --data D --gallery out.png      augmented samples of each class and domain
 
-Operations and probabilities as in the paper's published code: colour jitter 0.1 each (p 0.5), Gaussian blur 5 px,
-sigma 0.1-1 (p 0.1), flips (p 0.5 each), rotation by any angle (p 0.5).
+The paper's operations (its published code gives the probabilities): rotation by any angle (p 0.5), flips (p 0.5 each),
+colour jitter of brightness, contrast, saturation and hue by 0.1 in random order (p 0.5), Gaussian blur of 5 px, sigma
+0.1 to 1 (p 0.1). A patch is rotated within a larger crop, so that no corner is black; `--stain-jitter` adds jitter of
+the stains in optical density (Tellez et al. 2018).
 """
 
+import argparse
 import math
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+import cli
+import crops
+import data
+import runs
+from cli import UserError
+
+# Share of the samples that each operation changes, in the order of the random numbers that decide on it.
+PROBABILITY = {"rotate": 0.5, "hflip": 0.5, "vflip": 0.5, "jitter": 0.5, "blur": 0.1, "stain": 0.5}
+JITTER = 0.1            # brightness, contrast, saturation: 1 ± JITTER; hue: ± JITTER turns
+BLUR, SIGMA = 5, (0.1, 1.0)  # px
+GREY = (0.2989, 0.587, 0.114)  # ITU-R 601, as torchvision rounds it
+# Absorbance of haematoxylin, eosin and DAB (Ruifrok and Johnston 2001), rows of length one.
+HED = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
+HED = HED / np.linalg.norm(HED, axis=1, keepdims=True)
+
+
 def margin(size=224):
-    """Side of the crop that a patch of `size` px is rotated within, so that no corner of it lies outside."""
+    """Side (px) of the crop to read for a training patch of `size`: its corners stay inside at any angle."""
     return math.ceil(size * math.sqrt(2) / 32) * 32
 
 
-def parameters(seed, step, samples):
-    """Random parameters of the samples of a step: dict of arrays [B]. Each depends on (seed, step, sample) alone."""
-    names = ("brightness", "contrast", "saturation", "hue", "sigma", "angle")
-    out = {name: np.zeros(len(samples)) for name in names}
-    for key in ("jitter", "blur", "hflip", "vflip", "rotate"):
-        out[key] = np.zeros(len(samples), bool)
-    out["order"] = np.zeros((len(samples), 4), np.int64)
-    for i, sample in enumerate(samples):
-        u = np.random.Generator(np.random.Philox(key=[seed & (2**64 - 1), (step << 32) + int(sample)])).random(16)
-        out["jitter"][i], out["blur"][i], out["hflip"][i], out["vflip"][i], out["rotate"][i] = u[:5] < (
-            0.5, 0.1, 0.5, 0.5, 0.5)
-        for name, value in zip(names[:3], u[5:8]):
-            out[name][i] = 0.9 + 0.2 * value
-        out["hue"][i], out["sigma"][i], out["angle"][i] = 0.2 * u[8] - 0.1, 0.1 + 0.9 * u[9], 360 * u[10] - 180
-        out["order"][i] = np.argsort(u[11:15])
+# ---------------------------------------------------------------- parameters
+
+def _mix(x):
+    """Finaliser of splitmix64 (Steele et al. 2014) on a uint64 array."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def uniform(seed, step, samples, n):
+    """Random numbers [B, n] in [0, 1), those of a sample a pure function of (seed, step, sample)."""
+    with np.errstate(over="ignore"):
+        key = _mix(np.asarray(samples).astype(np.uint64) + _mix(np.uint64(step) + _mix(np.array(seed, np.uint64))))
+        words = _mix(key[:, None] + np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    return (words >> np.uint64(11)).astype(np.float64) / 2**53
+
+
+def parameters(seed, step, samples, stain=0.0):
+    """What happens to each sample: dict of arrays [B] (`order` [B, 4], `stains` [B, 3, 2]).
+
+    Booleans rotate, hflip, vflip, jitter, blur, stain; angle (degrees), brightness, contrast, saturation (factors),
+    hue (turns), sigma (px), order of the four colour operations, factor and shift of each stain.
+    """
+    u = uniform(seed, step, samples, 24)
+    out = {name: u[:, i] < p for i, (name, p) in enumerate(PROBABILITY.items())}
+    out["stain"] &= stain > 0
+    out["angle"] = 360 * u[:, 6] - 180
+    for i, name in enumerate(("brightness", "contrast", "saturation"), start=7):
+        out[name] = 1 - JITTER + 2 * JITTER * u[:, i]
+    out["hue"] = JITTER * (2 * u[:, 10] - 1)
+    out["sigma"] = SIGMA[0] + (SIGMA[1] - SIGMA[0]) * u[:, 11]
+    out["order"] = np.argsort(u[:, 12:16], axis=1)
+    jitter = stain * (2 * u[:, 16:22].reshape(-1, 3, 2) - 1)
+    out["stains"] = jitter + (1.0, 0.0)
     return out
 
 
-def augment(images, keys, size=224):
-    """uint8 [B, S, S, 3] (S >= size) → float32 [B, 3, size, size] in [0, 1]. keys: (seed, step, samples)."""
-    p = parameters(*keys)
-    x = images.permute(0, 3, 1, 2).float() / 255
-    S = x.shape[-1]
-    a = (S - size) // 2
-    out = x[:, :, a:a + size, a:a + size].clone()
-    r = np.flatnonzero(p["rotate"])
-    if len(r):
-        src = x[r]
-        if S < margin(size):
-            pad = (margin(size) - S + 1) // 2
-            src = F.pad(src, (pad,) * 4, mode="reflect")
-        angle = torch.as_tensor(np.deg2rad(p["angle"][r]), dtype=torch.float32, device=x.device)
-        c, s, k = angle.cos(), angle.sin(), size / src.shape[-1]
-        theta = torch.stack([torch.stack([c, -s, c * 0], 1), torch.stack([s, c, c * 0], 1)], 1) * k
-        grid = F.affine_grid(theta, (len(r), 3, size, size), align_corners=False)
-        out[r] = F.grid_sample(src, grid, align_corners=False)
-    out = torch.where(_of(p["hflip"], x), out.flip(3), out)
-    out = torch.where(_of(p["vflip"], x), out.flip(2), out)
-    j = np.flatnonzero(p["jitter"])
-    if len(j):
-        v = out[j]
-        grey = torch.tensor([0.2989, 0.587, 0.114], device=x.device).view(1, 3, 1, 1)
-        for _ in range(1):
-            v = (v * _of(p["brightness"][j], x)).clamp(0, 1)
-            m = (v * grey).sum(1, keepdim=True).mean((2, 3), keepdim=True)
-            v = (m + (v - m) * _of(p["contrast"][j], x)).clamp(0, 1)
-            g = (v * grey).sum(1, keepdim=True)
-            v = (g + (v - g) * _of(p["saturation"][j], x)).clamp(0, 1)
-        out[j] = v
-    b = np.flatnonzero(p["blur"])
-    if len(b):
-        t = torch.arange(-2, 3, device=x.device).float()
-        w = torch.exp(-t ** 2 / (2 * torch.as_tensor(p["sigma"][b], device=x.device).float()[:, None] ** 2))
-        w = w / w.sum(1, keepdim=True)
-        v = F.pad(out[b], (2, 2, 2, 2), mode="reflect").reshape(1, -1, size + 4, size + 4)
-        w3 = w.repeat_interleave(3, 0)
-        v = F.conv2d(v, w3[:, None, None, :], groups=len(w3))
-        out[b] = F.conv2d(v, w3[:, None, :, None], groups=len(w3)).view(len(b), 3, size, size)
-    return out
+# ---------------------------------------------------------------- operations, images float [B, 3, S, S] in [0, 1]
+
+def _column(values, like):
+    return torch.as_tensor(values, dtype=like.dtype, device=like.device).view(-1, 1, 1, 1)
 
 
-def _of(values, x):
-    return torch.as_tensor(values, device=x.device, dtype=None if values.dtype == bool else x.dtype).view(-1, 1, 1, 1)
+def grey(x):
+    r, g, b = x.unbind(1)
+    return (GREY[0] * r + GREY[1] * g + GREY[2] * b).unsqueeze(1)
+
+
+def brightness(x, factor):
+    return (x * factor).clamp_(0, 1)
+
+
+def contrast(x, factor):
+    mean = grey(x).mean((2, 3), keepdim=True)
+    return torch.lerp(mean, x, factor).clamp_(0, 1)
+
+
+def saturation(x, factor):
+    return torch.lerp(grey(x), x, factor).clamp_(0, 1)
+
+
+def hue(x, turns):
+    """Turn the hue (HSV), keeping saturation and value."""
+    value, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
+    chroma = value - low
+    r, g, b = x.split(1, dim=1)
+    safe = torch.where(chroma == 0, 1, chroma)
+    sixth = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
+    # Each channel of a hue h: value - chroma * clip(min(k, 4 - k), 0, 1), k = (n + 6 h) mod 6, n = 5, 3, 1.
+    k = (torch.tensor([5.0, 3.0, 1.0], device=x.device).view(1, 3, 1, 1) + sixth + 6 * turns) % 6
+    return value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
+
+
+COLOUR = ((brightness, "brightness"), (contrast, "contrast"), (saturation, "saturation"), (hue, "hue"))
+
+
+def blur(x, sigma):
+    """Gaussian blur with a kernel of BLUR px, reflected at the border; sigma [n] px."""
+    n, _, height, width = x.shape
+    t = torch.arange(BLUR, dtype=torch.float32, device=x.device) - BLUR // 2
+    kernel = torch.exp(-0.5 * (t / torch.as_tensor(sigma, dtype=torch.float32, device=x.device)[:, None]) ** 2)
+    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(3, 0)[:, None]  # [3 n, 1, BLUR]
+    x = F.pad(x, (BLUR // 2,) * 4, mode="reflect").reshape(1, 3 * n, height + BLUR - 1, width + BLUR - 1)
+    x = F.conv2d(F.conv2d(x, kernel[:, :, None, :], groups=3 * n), kernel[:, :, :, None], groups=3 * n)
+    return x.view(n, 3, height, width)
+
+
+def rotated(x, angle, size):
+    """The middle `size` px of x [n, 3, S, S] turned by `angle` [n] degrees counter-clockwise, bilinear."""
+    if x.shape[-1] < margin(size):  # a ready-made patch has no margin: reflect it
+        before = (margin(size) - x.shape[-1]) // 2
+        x = F.pad(x, (before, margin(size) - x.shape[-1] - before) * 2, mode="reflect")
+    radians = torch.deg2rad(torch.as_tensor(angle, dtype=torch.float32, device=x.device))
+    zero, scale = torch.zeros_like(radians), size / x.shape[-1]
+    cos, sin = radians.cos() * scale, radians.sin() * scale
+    theta = torch.stack([torch.stack([cos, -sin, zero], 1), torch.stack([sin, cos, zero], 1)], 1)
+    grid = F.affine_grid(theta, (len(x), 3, size, size), align_corners=False)
+    return F.grid_sample(x, grid, align_corners=False)
+
+
+def stain_jitter(x, stains):
+    """Scale and shift haematoxylin, eosin and the rest: stains [n, 3, 2] (factor, shift), in optical density."""
+    to_rgb = torch.as_tensor(HED, dtype=torch.float32, device=x.device)
+    stains = torch.as_tensor(stains, dtype=torch.float32, device=x.device)
+    density = -torch.log(x.clamp(min=1 / 255)).movedim(1, -1)  # [n, S, S, 3]
+    amounts = density @ torch.linalg.inv(to_rgb)
+    amounts = amounts * stains[:, None, None, :, 0] + stains[:, None, None, :, 1]
+    return torch.exp(-(amounts @ to_rgb)).clamp_(0, 1).movedim(-1, 1)
+
+
+def augment(images, keys, size=224, stain=0.0):
+    """Augmented patches float32 [B, 3, size, size] in [0, 1] of crops uint8 [B, S, S, 3], S ≥ size, on their device.
+
+    keys    (seed, step, samples): numbers that everything random is a function of, `samples` [B] one per sample, so
+            that a sample's augmentation does not depend on its batch, on the device or on the number of processes
+    stain   half width of the stain jitter; 0: none (the paper's)
+    """
+    p = parameters(*keys, stain)
+    S = images.shape[1]
+    if S < size:
+        raise ValueError(f"crops of {S} px are smaller than the patches of {size} px")
+    # Numbers come over together: each index tensor of its own would make the host wait for a GPU.
+    index = {name: torch.from_numpy(np.flatnonzero(p[name])) for name in PROBABILITY}
+    start = (S - size) // 2
+    x = images[:, start:start + size, start:start + size].permute(0, 3, 1, 2).float().div_(255)
+    x = x.contiguous()
+    if len(rows := index["rotate"]):
+        whole = images[rows.to(images.device)].permute(0, 3, 1, 2).float().div_(255)
+        x[rows] = rotated(whole, p["angle"][p["rotate"]], size)
+    for name, axis in (("hflip", 3), ("vflip", 2)):
+        if len(rows := index[name]):
+            x[rows] = x[rows].flip(axis)
+    if len(rows := index["stain"]):
+        x[rows] = stain_jitter(x[rows], p["stains"][p["stain"]])
+    if p["jitter"].any():
+        for place in range(4):
+            for number, (operation, name) in enumerate(COLOUR):
+                chosen = p["jitter"] & (p["order"][:, place] == number)
+                if chosen.any():
+                    rows = np.flatnonzero(chosen)
+                    x[rows] = operation(x[rows], _column(p[name][chosen], x))
+    if len(rows := index["blur"]):
+        x[rows] = blur(x[rows], p["sigma"][p["blur"]])
+    return x
+
+
+# ---------------------------------------------------------------- the gallery
+
+def gallery(annotations, patches, path, seed=0, columns=8, stain=0.0):
+    """One row per domain and class: a patch as it is, then augmented samples of it."""
+    from PIL import Image, ImageDraw
+    picked = []
+    for domain in np.unique(annotations.domain):
+        for label in (1, 0):
+            rows = np.flatnonzero((annotations.domain == domain) & (annotations.label == label))
+            if len(rows):
+                picked.append((domain, label, rows[int(uniform(seed, 0, [len(picked)], 1)[0, 0] * len(rows))]))
+    size, side, left = 224, 112, 150
+    sheet = Image.new("RGB", (left + columns * (side + 4), 22 + len(picked) * (side + 4)), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((left, 5), "as it is", fill="black")
+    draw.text((left + side + 4, 5), "augmented", fill="black")
+    for line, (domain, label, row) in enumerate(picked):
+        large = patches.read([row], margin(size))
+        views = augment(torch.from_numpy(np.repeat(large, columns - 1, 0)), (seed, line, range(columns - 1)), size,
+                        stain)
+        start = (margin(size) - size) // 2
+        views = [large[0, start:start + size, start:start + size],
+                 *(views.movedim(1, -1) * 255 + 0.5).to(torch.uint8).numpy()]
+        top = 22 + line * (side + 4)
+        draw.text((6, top + 40), f"{domain}"[:22] or "–", fill="black")
+        draw.text((6, top + 56), "mitotic figure" if label else "look-alike", fill="black")
+        for column, view in enumerate(views):
+            sheet.paste(Image.fromarray(view).resize((side, side), Image.Resampling.BOX),
+                        (left + column * (side + 4), top))
+    with runs.atomic(path) as temporary:
+        sheet.save(temporary, format="PNG")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    data.add_arguments(parser)
+    parser.add_argument("--gallery", required=True, metavar="PNG", help="picture to write")
+    parser.add_argument("--stain-jitter", type=float, default=0.0, metavar="S", help="stain jitter, e.g. 0.05 "
+                        "(default: 0, none)")
+    parser.add_argument("--seed", type=int, default=0, help="other patches, other augmentations (default: 0)")
+    args = parser.parse_args()
+    if not 0 <= args.stain_jitter < 1:
+        raise UserError(f"--stain-jitter {args.stain_jitter}: a number in [0, 1)")
+    annotations = data.from_arguments(args)
+    data.need_images(annotations)
+    patches = crops.Patches(annotations, fit=args.fit, mpp=args.mpp, source_mpp=args.source_mpp)
+    gallery(annotations, patches, args.gallery, args.seed, stain=args.stain_jitter)
+    print(f"{args.gallery}: written")
+
+
+if __name__ == "__main__":
+    cli.command(main)

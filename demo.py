@@ -116,8 +116,8 @@ def plate(rng, stamp, x, length, thick, bend):
     """A plate of chromosomes seen from the side, at distance x: a ragged bar across the axis, arms sticking out."""
     n = int(length * 0.9)
     t = np.linspace(-1, 1, n)
-    centers = [(x + bend * (u * u - 0.4) + (rng.random() - 0.5) * thick * 0.5, u * length / 2 + (rng.random() - 0.5) * 2)
-               for u in t]
+    centers = [(x + bend * (u * u - 0.4) + (rng.random() - 0.5) * thick * 0.5,
+                u * length / 2 + (rng.random() - 0.5) * 2) for u in t]
     radii = [thick / 2 * (0.75 + 0.5 * rng.random()) * (1 - 0.35 * u * u) for u in t]
     for _ in range(rng.integers(2, 6)):  # arms
         u = 2 * rng.random() - 1
@@ -351,7 +351,7 @@ def build(folder, seed=0, images_per_domain=IMAGES_PER_DOMAIN):
         if annotations_file.exists():
             return annotations_file
         if folder.exists() and any(folder.iterdir()):
-            raise UserError(f"{folder}: is there and holds no MIDOG.json; remove it or choose another folder with --out")
+            raise UserError(f"{folder}: is there and holds no MIDOG.json; remove it or choose another --out")
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
             jobs = [(str(temporary), i + 1, name, seed)
@@ -377,7 +377,8 @@ def as_midog(made, seed):
                        "tumor_type": name, "license": 1})
         for cell in cells:
             x, y = round(cell["x"]), round(cell["y"])
-            annotations.append({"id": len(annotations) + 1, "image_id": number, "category_id": 1 if cell["label"] else 2,
+            annotations.append({"id": len(annotations) + 1, "image_id": number,
+                                "category_id": 1 if cell["label"] else 2,
                                 "bbox": [x - 25, y - 25, x + 25, y + 25], "cell": cell["kind"]})
     return {"info": {"description": "Synthetic H&E for trying programs: no tissue of any patient", "version": "1.0",
                      "seed": seed},

@@ -120,8 +120,9 @@ def main():
             bar.update()
     state = {name: tensor.detach().half().contiguous().cpu() for name, tensor in encoder.state_dict().items()}
     with runs.atomic(args.out) as temporary:
-        save_file(state, temporary, metadata={"licence": "MIT", "made by": f"demo_encoder.py --images {args.images} "
-                                              f"--steps {args.steps}", "unexplained variance": f"{np.mean(recent):.3f}"})
+        save_file(state, temporary, metadata={
+            "licence": "MIT", "made by": f"demo_encoder.py --images {args.images} --steps {args.steps}",
+            "unexplained variance": f"{np.mean(recent):.3f}"})
     print(f"{args.out}: unexplained variance of the attributes {np.mean(recent):.3f}, {time.time() - start:.0f} s")
 
 
