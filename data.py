@@ -904,6 +904,25 @@ def from_arguments(args, data=None, quiet=False):
     return annotations
 
 
+SOURCE = ("data", "images", "classes", "profile", "positive", "negative", "columns", "fit", "mpp", "source_mpp")
+
+
+def source(args):
+    """The flags of add_arguments as a run keeps them (paths absolute), so that its data is found again from anywhere."""
+    kept = {name: getattr(args, name) for name in SOURCE}
+    kept["data"] = args.data or os.environ.get("MITOSIS_DATA") or "demo"
+    for name in ("data", "images"):
+        if kept[name] and Path(kept[name]).exists():
+            kept[name] = str(Path(kept[name]).resolve())
+    return kept
+
+
+def from_source(kept, quiet=True):
+    """(Annotations, the flags as a namespace) of a run's config["source"]; UserError where the data is not here."""
+    args = argparse.Namespace(**{name: kept.get(name) for name in SOURCE})
+    return from_arguments(args, quiet=quiet), args
+
+
 def _classes(args):
     if args.classes and (args.positive or args.negative):
         raise UserError("--classes and --positive/--negative say the same thing: give one of them")

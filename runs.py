@@ -129,6 +129,8 @@ def differing(old, new):
     for part in ("flags", "data", "encoder"):
         before, after = old.get(part, {}), new.get(part, {})
         for key in sorted(set(before) | set(after)):
+            if (part, key) == ("flags", "weights"):
+                continue  # what the weights are is compared by their hash, not where they lie
             # Through JSON, so that tuples equal lists and numpy's numbers equal Python's.
             was, now = (json.dumps(d.get(key), default=_plain, sort_keys=True) for d in (before, after))
             if was != now:
@@ -246,6 +248,31 @@ def write_predictions(path, rows):
         writer.writerow(PREDICTION_COLUMNS)
         for name, id, case, domain, label, logit, probability in zip(*columns):
             writer.writerow([name, id, case, domain, int(label), repr(float(logit)), repr(float(probability))])
+
+
+def predictions(sets):
+    """Columns for write_predictions of [(name of the set, Annotations, its rows, their logits)]."""
+    columns = {name: [] for name in PREDICTION_COLUMNS}
+    for name, table, rows, logits in sets:
+        logits = np.asarray(logits, np.float64)
+        probability = 1 / (1 + np.exp(-logits.clip(-700, 700)))
+        for key, values in (("set", [name] * len(rows)), ("id", table.id[rows]), ("case", table.case[rows]),
+                            ("domain", table.domain[rows]), ("label", table.label[rows]), ("logit", logits),
+                            ("probability", probability)):
+            columns[key].extend(values)
+    return {name: np.asarray(values) for name, values in columns.items()}
+
+
+def add_predictions(path, columns):
+    """Put sets into the predictions.csv of a finished run, in the place of its own of the same names.
+
+    Returns all columns, old and new.
+    """
+    old = read_predictions(path)
+    keep = ~np.isin(old["set"], np.unique(columns["set"]))
+    both = {name: np.concatenate([old[name][keep], columns[name]]) for name in PREDICTION_COLUMNS}
+    write_predictions(path, both)
+    return both
 
 
 def read_predictions(path):
