@@ -5,6 +5,7 @@ most one figure and the other way round. The number found is that of a maximum m
 order of the file. This is not the challenges' own script, which may pair greedily.
 """
 
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -100,35 +101,20 @@ def best(curve):
 
 # ---------------------------------------------------------------- files
 
-def _probability(record):
-    return record.get("probability") if isinstance(record, dict) else None
-
-
 def probabilities(found):
     """The probabilities that classify.py wrote beside each candidate; UserError where there are none."""
-    if found.kind == "csv":
-        values = [row.get("probability") for row in _csv_rows(found.path)]
-    elif found.kind == "midog":
-        values = [_probability(record) for record in found.content["annotations"]]
-    elif found.kind == "challenge":
-        values = [_probability(record) for record in found.content["points"]]
-    else:
-        raise UserError(f"{found.path}: detection is scored from MIDOG JSON, the challenge's JSON or CSV, as "
-                        "classify.py writes them")
     try:
+        if found.kind == "csv":
+            table = found.content[0]
+            column = [name.strip().lower() for name in table[0]].index("probability")
+            values = [table[place][column] for place in found.places]
+        else:
+            records = found.content[{"midog": "annotations", "challenge": "points"}[found.kind]]
+            values = [records[place]["probability"] for place in found.places]
         return np.array([float(value) for value in values])
-    except (TypeError, ValueError):
-        raise UserError(f"{found.path}: not every candidate has a probability; score them with classify.py first") \
-            from None
-
-
-def _csv_rows(path):
-    import csv
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        text = file.read()
-    delimiter = ";" if text.split("\n", 1)[0].count(";") > text.split("\n", 1)[0].count(",") else ","
-    return [{key.strip().lower(): value for key, value in row.items() if key}
-            for row in csv.DictReader(text.splitlines(), delimiter=delimiter)]
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{found.path}: not every candidate has a probability; score them with classify.py first "
+                        "(MIDOG JSON, the challenge's JSON or CSV)") from None
 
 
 def images_of(found, probability, annotations, ids=None, mpp=None):
@@ -204,7 +190,6 @@ def table(rows, threshold):
 
 def write(out, rows, threshold):
     """detection.csv (by domain) and detection_curve.csv (all thresholds) into the folder `out`."""
-    import csv
     _, records = table(rows, threshold)
     with runs.atomic(Path(out) / "detection.csv") as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, records[0], lineterminator="\n")

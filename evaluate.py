@@ -1,5 +1,486 @@
-"""Metrics of finished runs (in metrics.py) and their report."""
+"""What finished runs are worth: tables, figures, intervals, paired tests, an error gallery. No torch.
 
+    python evaluate.py runs/                             a table here, everything else into report/
+    python evaluate.py runs/midog2022 --paper            with the values the paper published beside ours
+    python evaluate.py runs/ --grid "sweeps/scaling.sh midog2022 uni virchow2"      done, failed, missing, time left
+    python evaluate.py --detection scored.json --data midog2022 --threshold 0.4     F1 of detection before and after
+
+A run counts only when all of it is there and agrees with itself; what does not is named, and never averaged.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import os
+import shlex
+import subprocess
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+import cli
+import runs
+from cli import UserError
 from metrics import (  # noqa: F401  what other scripts use by the name evaluate.…
     auroc, average_precision, balanced_accuracy, brier, choose_threshold, expected_calibration_error, f1,
     of_predictions, precision, sensitivity, specificity, summarise, weighted_f1)
+
+GRID_MARK = "# grid: --list prints the commands and runs none of them"
+
+
+# ---------------------------------------------------------------- reading runs
+
+@dataclass
+class Finished:
+    """A finished run: its flags and predictions, checked against its metrics."""
+    path: Path
+    root: Path
+    flags: dict
+    data: str          # name of the dataset it was trained on
+    fingerprint: str
+    label: str         # model and method with the choices that are not the default, as the folder is named
+    split: dict        # ids by set, counts, settings
+    columns: dict      # predictions
+    threshold: float
+    sets: dict         # name → summary
+    seconds: float = None
+    hashes: dict = field(default_factory=dict)
+
+    @property
+    def model(self):
+        return str(self.flags.get("model"))
+
+    @property
+    def method(self):
+        return str(self.flags.get("method"))
+
+    @property
+    def domain(self):
+        return self.flags.get("domain")
+
+    @property
+    def frac(self):
+        return float(self.flags.get("frac", 1.0))
+
+    @property
+    def fold(self):
+        return int(self.flags.get("fold", 0))
+
+    @property
+    def by(self):
+        return str(self.flags.get("by", "case"))
+
+    def group(self):
+        """What repeats are averaged over: everything but the fold."""
+        return self.data, self.label, self.by, self.flags.get("seed", 0), self.domain or "", self.frac
+
+    def rows(self, name):
+        """(ids, labels, probabilities, cases, domains) of a set, in the order of the ids."""
+        rows = np.flatnonzero(self.columns["set"] == name)
+        rows = rows[np.argsort(self.columns["id"][rows], kind="stable")]
+        return tuple(self.columns[key][rows] for key in ("id", "label", "probability", "case", "domain"))
+
+
+def find(roots):
+    """Run folders below the given folders, sorted; UserError where one is not there."""
+    found = {}
+    for root in roots:
+        if not Path(root).is_dir():
+            raise UserError(f"{root}: no such folder of runs")
+        for folder, subfolders, files in os.walk(root):
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and name != "embeddings")
+            if {"config.json", "metrics.json", "predictions.csv", "split.json"} & set(files):
+                found[os.path.realpath(folder)] = Path(folder)
+    return [found[key] for key in sorted(found)]
+
+
+def is_locked(path):
+    """Whether a live process works on the run."""
+    try:
+        with open(path / "lock") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def read_run(path):
+    """A Finished run; UserError says what is damaged. None where it is not finished (yet)."""
+    if not (path / "metrics.json").exists() and (path / "config.json").exists():
+        runs.read_json(path / "config.json")
+        return None
+    config, stored = runs.read_json(path / "config.json"), runs.read_json(path / "metrics.json")
+    split = runs.read_json(path / "split.json")
+    columns = runs.read_predictions(path / "predictions.csv")
+    try:
+        flags, data = dict(config["flags"]), dict(config["data"])
+        name, fingerprint = str(data["name"]), str(data.get("fingerprint"))
+        ids = {part: np.array(sorted(map(str, split["ids"][part]))) for part in ("train", "val", "test")}
+        others = {str(key): np.array(sorted(map(str, values))) for key, values in split["others"].items()}
+        split_of = str(split["dataset"].get("fingerprint"))
+        before = {key: (stored["sets"][key]["n"], stored["sets"][key]["auroc"]) for key in stored["sets"]}
+        float(flags.get("frac", 1)), int(flags.get("fold", 0)), str(flags["model"]), str(flags["method"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(f"{path}: config.json, split.json or metrics.json lacks what belongs there") from None
+    if split_of != fingerprint:
+        raise UserError(f"{path}: split.json is of another dataset than config.json")
+    if not len(columns["set"]):
+        raise UserError(f"{path}: predictions.csv is empty")
+    if not np.isin(columns["label"], (0, 1)).all():
+        raise UserError(f"{path}: predictions.csv has labels other than 0 and 1")
+    try:
+        found = of_predictions(columns)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    for key in before.keys() | found["sets"].keys():
+        now = found["sets"].get(key)
+        if key not in before or now is None or now["n"] != before[key][0] or not _equal(now["auroc"], before[key][1]):
+            raise UserError(f"{path}: predictions.csv and metrics.json do not agree on the set {key}; one of them is "
+                            "of another run, or cut off")
+    for key, wanted in (ids | others).items():
+        if key == "train":
+            continue
+        own = np.sort(columns["id"][columns["set"] == key])
+        if (key != "val" or len(own)) and not np.array_equal(own, wanted):
+            raise UserError(f"{path}: the predictions of {key} are not those of the annotations that split.json lists")
+    label = path.parent.name if path.parent.name.startswith(f"{flags['model']}-") else \
+        f"{flags['model']}-{flags['method']}"
+    if flags.get("by", "case") != "case":
+        label = label.replace(f"-by{flags['by']}", "")
+    seconds = stored.get("seconds")
+    if not isinstance(seconds, (int, float)):
+        seconds = max(0.0, (path / "metrics.json").stat().st_mtime - (path / "config.json").stat().st_mtime)
+    run = Finished(path, path.parent.parent, flags, name, fingerprint, label,
+                   {"ids": ids, "others": others, "pool": split.get("pool")}, columns, found["threshold"],
+                   found["sets"], seconds)
+    run.hashes = {"split": _hash(*ids.values(), *others.values()), "test": _hash(ids["test"], *others.values())}
+    return run
+
+
+def _equal(a, b):
+    return a == b if a is None or b is None else abs(a - b) < 1e-9
+
+
+def _hash(*arrays):
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(("\x1f".join(array.tolist()) + "\x1e").encode())
+    return digest.hexdigest()[:16]
+
+
+def collect(roots):
+    """(runs that count, problems): problems are (path, what) of everything below the roots that is left out."""
+    found, problems = [], []
+    for path in find(roots):
+        try:
+            run = read_run(path)
+        except UserError as error:
+            problems.append((path, str(error).removeprefix(f"{path}: ").removeprefix(f"{path}/")))
+            continue
+        except OSError as error:
+            problems.append((path, f"cannot be read ({error.strerror})"))
+            continue
+        if run is None:
+            problems.append((path, "a process works on it" if is_locked(path) else
+                             "not finished; the same command with --resume continues it"))
+        else:
+            found.append(run)
+    # runs/<data>/…: a run that is not of its folder's dataset was copied there by mistake.
+    homes = {run.root.resolve() for run in found if run.root.resolve().name == _folder(run.data)}
+    for run in found:
+        if run.root.resolve() in homes and run.root.resolve().name != _folder(run.data):
+            problems.append((run.path, f"a run of the dataset {run.data} in the folder of {run.root.name}: left out"))
+    found = [run for run in found if run.root.resolve() not in homes or run.root.resolve().name == _folder(run.data)]
+    found = _agreeing(found, problems, "annotations of its dataset", lambda run: run.data,
+                      lambda run: run.fingerprint)
+    found = _agreeing(found, problems, "test set", lambda run: (run.data, run.by, run.flags.get("seed"), run.domain),
+                      lambda run: run.hashes["test"])
+    found = _agreeing(found, problems, "split", lambda run: (
+        run.data, run.by, run.flags.get("seed"), run.domain, run.frac, run.fold, run.flags.get("val_frac")),
+        lambda run: run.hashes["split"])
+    names, counted = defaultdict(list), []
+    for run in found:
+        names[run.group() + (run.fold,)].append(run)
+    for same in names.values():
+        if len(same) == 1:
+            counted += same
+        elif len({_hash(run.columns["id"], run.columns["logit"].astype(str)) for run in same}) == 1:
+            counted.append(same[0])
+            problems += [(run.path, f"a copy of {same[0].path}") for run in same[1:]]
+        else:
+            problems += [(run.path, "the same name and repeat as " + ", ".join(
+                str(other.path) for other in same if other is not run) + ", with other predictions: none of them "
+                "counts") for run in same]
+    return sorted(counted, key=lambda run: str(run.path)), sorted(problems, key=lambda problem: str(problem[0]))
+
+
+def _folder(name):
+    return "".join(c if c.isalnum() or c in "-_.+" else "_" for c in name).lstrip(".")
+
+
+def _agreeing(found, problems, what, key, value):
+    """Runs that have the value most runs of their key have; the others go to the problems. On a tie none counts."""
+    votes = defaultdict(Counter)
+    for run in found:
+        votes[key(run)][value(run)] += 1
+    kept = []
+    for run in found:
+        ranked = votes[key(run)].most_common(2)
+        if len(ranked) == 1 or (ranked[0][1] > ranked[1][1] and value(run) == ranked[0][0]):
+            kept.append(run)
+        elif ranked[0][1] > ranked[1][1]:
+            other = next(r.path for r in found if key(r) == key(run) and value(r) == ranked[0][0])
+            problems.append((run.path, f"another {what} than {ranked[0][1]} other runs have ({other}): left out"))
+        else:
+            other = next(r.path for r in found if key(r) == key(run) and value(r) != value(run))
+            problems.append((run.path, f"another {what} than {other}, and no telling which is right: neither counts"))
+    return kept
+
+
+# ---------------------------------------------------------------- one row per run and test set
+
+def results(found):
+    """Rows (dicts) of results.csv: one per run and test set."""
+    rows = []
+    for run in found:
+        for name, values in run.sets.items():
+            if name == "val":
+                continue
+            row = {"run": str(run.path), "data": run.data, "model": run.model, "method": run.method,
+                   "label": run.label, "split": run.by, "seed": run.flags.get("seed"), "frac": run.frac,
+                   "fold": run.fold, "train_domain": run.domain or "", "set": name,
+                   "train": len(run.split["ids"]["train"]), "val": len(run.split["ids"]["val"])}
+            row |= {key: values[key] for key in ("n", "positives", "cases", "balanced_accuracy", "weighted_f1", "auroc",
+                                                 "average_precision", "brier", "ece")}
+            for part in ("at_0.5", "at_threshold"):
+                row |= {f"{key}_{part}": values[part][key] for key in ("sensitivity", "specificity", "precision", "f1")}
+            row["threshold"] = values["at_threshold"]["threshold"]
+            rows.append(row)
+    return rows
+
+
+def overview(found):
+    """The compact table of the terminal (at most 100 columns wide) as text."""
+    groups = defaultdict(lambda: ([], set()))
+    for run in found:
+        for name, values in run.sets.items():
+            if name == "val":
+                continue
+            # One line in the domain of training and one out of it; the report has each pair of domains.
+            side = "in domain" if name == "test" else "out of dom." if name in run.split["others"] else name
+            key = (run.data, run.model, run.label.removeprefix(run.model + "-"), run.by, run.domain is not None,
+                   run.frac, side if run.domain else name)
+            groups[key][0].append(values)
+            groups[key][1].add((run.domain, run.fold))
+
+    def cell(values, key):
+        known = [v[key] for v in values if v[key] is not None]
+        return "-" if not known else f"{np.mean(known):.3f}" + (f" ± {np.std(known, ddof=1):.3f}" if len(known) > 1
+                                                                else "")
+    several = len({key[0] for key in groups}) > 1
+    rows = []
+    for key in sorted(groups, key=lambda key: (key[0], key[3] != "case", key[1:3], key[4:])):
+        data, model, method, by, crossed, frac, name = key
+        values, repeats = groups[key]
+        rows.append(([data[:10]] if several else []) + [
+            model[:14], method[:14] + (", leaking" if by == "annotation" else f", {by}" if by != "case" else ""),
+            f"{frac:g}", name[:11], len(repeats),
+            *(cell(values, k) for k in ("balanced_accuracy", "weighted_f1", "auroc"))])
+    header = ["model", "method", "frac", "test", "runs", "bal. acc.", "w. F1", "AUROC"]
+    title = "mean ± standard deviation; leaking: split by annotation" if any(key[3] == "annotation" for key in groups) \
+        else "mean ± standard deviation over the runs"
+    return (title if several else f"{found[0].data}: {title}") + "\n" + cli.table(
+        rows, ["data"] * several + header, right=range(len(header) - 4 + several, len(header) + several))
+
+
+# ---------------------------------------------------------------- grids
+
+def grid_commands(text):
+    """The commands of a sweep, as lists of words. The sweep is asked to list them, and can start none of them."""
+    words = shlex.split(text)
+    script = Path(words[0]) if words else Path()
+    if not script.is_file():
+        raise UserError(f"--grid {text}: there is no such script")
+    # A script that does not know --list might train: only those that say so are run, and python is not python there.
+    if GRID_MARK not in script.read_text(encoding="utf-8", errors="replace").splitlines():
+        raise UserError(f"--grid {script}: not a sweep that can list its commands (it lacks the line '{GRID_MARK}')")
+    try:
+        listed = subprocess.run(["bash", str(script), "--list", *words[1:]], capture_output=True, text=True, timeout=60,
+                                env=os.environ | {"PYTHON": "false"}, check=False)
+    except subprocess.TimeoutExpired:
+        raise UserError(f"--grid {script}: did not list its commands within a minute") from None
+    if listed.returncode:
+        raise UserError(f"--grid {script}: {(listed.stderr.strip().splitlines() or ['failed'])[-1]}")
+    return [shlex.split(line) for line in listed.stdout.splitlines() if " train.py " in line or " probe.py " in line]
+
+
+def cells(command):
+    """The runs one command makes: dicts of the flags that it names, one per fraction, fold and domain."""
+    script = next(Path(word).name for word in command if word.endswith(".py"))
+    given, flag = {}, None
+    for word in command[command.index(next(w for w in command if w.endswith(".py"))) + 1:]:
+        if word.startswith("--"):
+            flag = word[2:].replace("-", "_")
+            given[flag] = []
+        elif flag:
+            given[flag].append(word)
+    method = "probe" if script == "probe.py" else "lora" if "lora" in given else "full"
+    folder = (given.get("runs") or ["runs"])[-1]
+    fixed = {"data": (given.get("data") or ["demo"])[-1], "model": (given.get("model") or ["demo"])[-1],
+             "method": method, "by": (given.get("split") or ["case"])[-1]}
+    for key in ("seed", "val_frac", "epochs", "epoch_size", "rank", "pool", "layer"):
+        if given.get(key):
+            fixed[key] = given[key][-1]
+    return [fixed | {"runs": folder, "frac": frac, "fold": fold, "domain": domain} | ({"probe": probe} if probe else {})
+            for probe in (given.get("probe") or ["uni" if method == "probe" else None])
+            for domain in (given.get("domain") or [None])
+            for frac in map(float, given.get("frac") or ["1"]) for fold in map(int, given.get("fold") or ["0"])]
+
+
+def _same(wanted, flags):
+    for key, value in wanted.items():
+        if key == "runs":
+            continue
+        have = flags.get(key)
+        if key == "data":
+            value = Path(str(value)).name if os.sep in str(value) else value
+        if str(have) != str(value) and not (_number(have) is not None and _number(have) == _number(value)):
+            return False
+    return True
+
+
+def _number(value):
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def grid(text, found):
+    """Text that says of each cell of a sweep whether it is done, running, failed or missing, and the time left."""
+    wanted = [cell | {"script": i} for i, command in enumerate(grid_commands(text)) for cell in cells(command)]
+    unfinished = []
+    for folder in {cell["runs"] for cell in wanted}:
+        for path in find([folder]) if Path(folder).is_dir() else ():
+            if not (path / "metrics.json").exists():
+                try:
+                    unfinished.append((path, runs.read_json(path / "config.json")["flags"]))
+                except (UserError, KeyError, TypeError):
+                    unfinished.append((path, {}))
+    state, left, took = Counter(), defaultdict(list), defaultdict(list)
+    lines, seconds, unknown = [], 0.0, 0
+    for run in found:
+        took[run.model, run.method].append(run.seconds)
+        took[None, run.method].append(run.seconds)
+    for cell in wanted:
+        script = cell.pop("script")
+        flags = {key: value for key, value in cell.items()}
+        key = (cell["data"], cell["model"], cell["method"])
+        begun = next((path for path, have in unfinished if have and _same(flags, have)), None)
+        if any(_same(flags, run.flags) for run in found):
+            what = "done"
+        elif begun is not None:
+            what = "running" if is_locked(begun) else "failed"
+        else:
+            what = "missing"
+        state[key, what] += 1
+        if what != "done":
+            known = took.get((cell["model"], cell["method"])) or took.get((None, cell["method"]))
+            seconds += float(np.median(known)) if known else 0.0
+            unknown += not known
+            place = f"domain {cell['domain']}" if cell["domain"] else f"frac {cell['frac']:g}"
+            left[what].append(f"{what}: {'-'.join(key[1:])} on {key[0]}, {place}, fold {cell['fold']}"
+                              f" (command {script + 1})")
+    keys = sorted({key for key, _ in state})
+    rows = [[*key, *(state[key, what] for what in ("done", "running", "failed", "missing"))] for key in keys]
+    header = ("data", "model", "method", "done", "running", "failed", "missing")
+    lines.append(cli.table(rows, header, right=range(3, 7)))
+    for what in ("failed", "running", "missing"):
+        lines += left[what][:20] + ([f"… and {len(left[what]) - 20} more {what}"] if len(left[what]) > 20 else [])
+    total = sum(len(values) for values in left.values())
+    if total:
+        hours = f"about {seconds / 3600:.1f} h" if seconds >= 5400 else f"about {max(1, round(seconds / 60))} min"
+        lines.append(f"{total} of {len(wanted)} runs are left: " + (
+            f"{hours} one after the other, by the time that finished runs took" if unknown < total else
+            "no finished run tells how long they take") + (f"; {unknown} of them not counted (no such run finished yet)"
+                                                          if 0 < unknown < total else ""))
+    else:
+        lines.append(f"all {len(wanted)} runs are done")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- the command
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", metavar="RUNS", help="folders of runs, searched with their subfolders "
+                        "(default: runs)")
+    parser.add_argument("--out", default="report", metavar="DIR", help="folder of the report (default: "
+                        "%(default)s)")
+    parser.add_argument("--paper", action="store_true", help="the paper's published values beside ours")
+    parser.add_argument("--grid", metavar="'SWEEP ARGS'", help="say which runs of a sweep are done, failed and missing; "
+                        "nothing is run and no report is written")
+    parser.add_argument("--replicates", type=int, default=2000, metavar="N", help="draws of the bootstrap (default: "
+                        "2000)")
+    parser.add_argument("--no-gallery", action="store_true", help="no gallery of errors (it reads the images)")
+    group = parser.add_argument_group("detection (instead of a report on runs)")
+    group.add_argument("--detection", metavar="SCORED", help="candidates that classify.py scored (MIDOG JSON, the "
+                       "challenge's JSON, CSV), to be compared with the annotations of --data")
+    group.add_argument("--threshold", type=float, metavar="P", help="of the second stage, as its model chose it on "
+                       "validation (default: 0.5)")
+    group.add_argument("--only", metavar="RUN", help="score the test images of this run's split alone")
+    group.add_argument("--data", metavar="D", help="dataset with the annotations (and of the gallery, where it is not "
+                       "found by its name)")
+    group.add_argument("--images", metavar="DIR", help="folder of its images")
+    group.add_argument("--source-mpp", type=float, metavar="MPP", help="µm/px, where the images do not say it")
+    return parser.parse_args()
+
+
+def detect(args):
+    import data
+    import detection
+    if not args.data:
+        raise UserError("--detection needs --data: the dataset whose annotations tell where mitotic figures are")
+    annotations = data.load_dataset(args.data, args.images)
+    ids = None
+    if args.only:
+        ids = data.load_split(Path(args.only) / "split.json", annotations).test
+    threshold = 0.5 if args.threshold is None else args.threshold
+    rows = detection.report(args.detection, annotations, threshold, ids, args.source_mpp)
+    print(f"detection within {detection.RADIUS} µm, one to one; after: candidates with p >= {threshold:g}; best F1: "
+          "over all thresholds, chosen on these very images")
+    print(detection.table(rows, threshold)[0])
+    detection.write(args.out, rows, threshold)
+    import figures
+    figures.detection(Path(args.out), rows, threshold)
+    print(f"{args.out}/detection.csv, detection_curve.csv, detection.png")
+
+
+def main():
+    args = arguments()
+    if args.replicates < 100:
+        raise UserError(f"--replicates {args.replicates}: at least 100")
+    if args.detection:
+        return detect(args)
+    roots = args.runs or ["runs"]
+    if args.grid:
+        print(grid(args.grid, collect([root for root in roots if Path(root).is_dir()])[0]))
+        return
+    found, problems = collect(roots)
+    for path, what in problems:
+        print(f"not counted: {path}: {what}")
+    if not found:
+        raise UserError(f"{', '.join(roots)}: no finished run that can be used; see above, or run "
+                        "train.py or probe.py first")
+    print(overview(found))
+    import report
+    index = report.write(found, problems, results(found), args)
+    print(f"report: {index}")
+
+
+if __name__ == "__main__":
+    cli.command(main)

@@ -20,7 +20,8 @@ FEW_CASES = 20
 METRICS = ("auroc", "balanced_accuracy", "weighted_f1")
 
 # Share of the 95% intervals of AUROC that held the true value, by number of cases: python bench/metrics.py --coverage
-COVERAGE = {4: 0.853, 5: 0.915, 6: 0.919, 8: 0.922, 10: 0.929, 12: 0.922, 15: 0.924, 20: 0.934, 30: 0.939, 50: 0.940, 100: 0.942}
+COVERAGE = {4: 0.853, 5: 0.915, 6: 0.919, 8: 0.922, 10: 0.929, 12: 0.922, 15: 0.924, 20: 0.934, 30: 0.939,
+            50: 0.940, 100: 0.942}
 
 
 # ---------------------------------------------------------------- Student's t, so that scipy is not needed

@@ -1,0 +1,68 @@
+"""Finished run folders without training: real splits of a small invented dataset, scores drawn from a distribution."""
+
+from pathlib import Path
+
+import numpy as np
+
+import data
+import evaluate
+import runs
+
+
+def annotations(name="tissue", domains=("A", "B", "C"), cases=8, size=16, seed=0, root="."):
+    """A table of domains × cases × size annotations on images that are not there."""
+    rng = np.random.default_rng(seed)
+    rows = [(f"{d}{c}_{k}", f"{d}{c}.tif", f"{d}{c}", d) for d in domains for c in range(cases) for k in range(size)]
+    id, image, case, domain = (np.array(column) for column in zip(*rows))
+    x, y = rng.uniform(200, 4000, (2, len(rows)))
+    return data.Annotations(id, image, case, domain, x, y, (rng.random(len(rows)) < 0.45).astype(np.int8), name,
+                            Path(root))
+
+
+def make(root, table, model="uni", method="probe", frac=1.0, fold=0, domain=None, by="case", strength=1.5, seed=0,
+         suffixes=(), tests=(), seconds=60.0):
+    """Write a finished run; strength: how far apart the two classes' scores are. Returns its path."""
+    split = data.make_split(table, fold, frac, domain, by=by)
+    path = runs.run_path(root, table.name, model, method, frac, fold, domain,
+                         list(suffixes) + ([f"by{by}"] if by != "case" else []))
+    flags = {"data": table.name, "model": model, "method": method, "frac": frac, "fold": fold, "domain": domain,
+             "seed": 0, "by": by, "val_frac": 1.0, "fit": "resize", "mpp": None}
+    config = {"flags": flags, "data": {"name": table.name, "fingerprint": table.fingerprint()},
+              "encoder": {"name": model}, "environment": {}}
+    rng = np.random.default_rng([seed, fold, int(1000 * frac), *map(ord, f"{model}{method}{domain}")])
+    # What makes a patch difficult is the same for all models, so that paired tests have something to pair.
+    hard = np.random.default_rng(1).normal(size=len(table))
+    sets = [("val", table, split.val), ("test", table, split.test)]
+    sets += [(name, table, ids) for name, ids in split.others.items()]
+    sets += [(other.name, other, other.id) for other in tests]
+    columns = {key: [] for key in runs.PREDICTION_COLUMNS}
+    for name, own, ids in sets:
+        rows = own.rows(ids)
+        shared = hard[rows] if own is table else rng.normal(size=len(rows))
+        logit = strength * (2 * own.label[rows] - 1) + shared + 0.5 * rng.normal(size=len(rows))
+        if name not in ("val", "test"):
+            logit -= 0.5
+        for key, values in (("set", [name] * len(rows)), ("id", own.id[rows]), ("case", own.case[rows]),
+                            ("domain", own.domain[rows]), ("label", own.label[rows]), ("logit", logit),
+                            ("probability", 1 / (1 + np.exp(-logit)))):
+            columns[key].extend(values)
+    path.mkdir(parents=True)
+    runs.write_json(path / "config.json", config)
+    split.save(path / "split.json")
+    runs.write_predictions(path / "predictions.csv", columns)
+    runs.write_json(path / "metrics.json", evaluate.of_predictions(columns) | {"seconds": seconds})
+    return path
+
+
+def study(root, table, models=("uni", "virchow2"), folds=2, fractions=(0.1, 1.0), domains=True):
+    """A small grid of everything: fractions, domains, by annotation."""
+    strengths = {"probe": 0.9, "lora": 1.4, "full": 1.1}
+    for m, model in enumerate(models):
+        for method, strength in strengths.items():
+            for fold in range(folds):
+                for frac in fractions:
+                    make(root, table, model, method, frac, fold, strength=(strength + 0.15 * m) * (0.6 + 0.4 * frac))
+                if domains:
+                    for domain in np.unique(table.domain):
+                        make(root, table, model, method, 1.0, fold, str(domain), strength=strength)
+                make(root, table, model, method, 1.0, fold, by="annotation", strength=strength + 0.3)
