@@ -113,15 +113,10 @@ def validation_patches(run, config, args, count):
 
     The demo's, where the run's data is not here.
     """
-    parser = argparse.ArgumentParser()
-    data.add_arguments(parser)
-    choices, rows = parser.parse_args([]), []
-    for name in vars(choices):  # the run's own --data, --images, --fit, …
-        if config["flags"].get(name) is not None:
-            setattr(choices, name, config["flags"][name])
-    choices.data, choices.images = args.data or choices.data, args.images or choices.images
+    kept, rows = dict(config.get("source", {})), []
+    kept |= {name: getattr(args, name) for name in ("data", "images") if getattr(args, name)}
     try:
-        annotations = data.from_arguments(choices)
+        annotations, choices = data.from_source(kept, quiet=False)
         wanted = data.load_split(run / "split.json", annotations).val
         rows, source = annotations.rows(wanted), f"validation patches of {annotations.name}"
     except (UserError, OSError) as error:
@@ -130,8 +125,7 @@ def validation_patches(run, config, args, count):
         print(f"note: the run's data cannot be used here ({error}); comparing on demo patches (--data D names it)",
               file=sys.stderr)
     if len(rows) == 0:
-        choices.data, choices.images = "demo", None
-        annotations = data.from_arguments(choices)
+        annotations, choices = data.from_source({"data": "demo", "fit": "resize"}, quiet=False)
         rows, source = np.arange(len(annotations)), "demo patches"
     rows = pick(rows, annotations.label, count)
     if len(rows) < min(count, FEWEST, len(annotations)):  # a batch of 64 needs so many

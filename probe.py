@@ -144,9 +144,9 @@ def configuration(args, probe, annotations, encoder, frac, fold, domain):
     own = {"uni": (), "l2": ("C", "standardize"), "knn": ("k",), "prototype": ("shots",)}[probe]
     flags |= {name: getattr(args, name) for name in own}
     return {"flags": flags,
-            "data": {"name": annotations.name, "fingerprint": annotations.fingerprint()},
+            "data": {"name": annotations.name, "fingerprint": annotations.fingerprint(), **data.facts(annotations)},
             "encoder": {"name": args.model, "licence": encoder.licence, "weights_hash": encoder.weights_hash},
-            "environment": runs.environment()}
+            "source": data.source(args), "environment": runs.environment()}
 
 
 def suffixes(args, probe, encoder):
@@ -194,13 +194,7 @@ def finish(job, annotations, X, tests, args):
     sets = [("val", annotations, X, job["val"]), ("test", annotations, X, annotations.rows(split.test))]
     sets += [(name, annotations, X, annotations.rows(ids)) for name, ids in split.others.items()]
     sets += [(other.name, other, features, np.arange(len(other))) for other, features in tests]
-    columns = {name: [] for name in runs.PREDICTION_COLUMNS}
-    for name, table, features, rows in sets:
-        own = logits(features, rows)
-        for key, values in (("set", [name] * len(rows)), ("id", table.id[rows]), ("case", table.case[rows]),
-                            ("domain", table.domain[rows]), ("label", table.label[rows]), ("logit", own),
-                            ("probability", 1 / (1 + np.exp(-own)))):
-            columns[key].extend(values)
+    columns = runs.predictions([(name, table, rows, logits(features, rows)) for name, table, features, rows in sets])
     split.save(run.path / "split.json")
     if probe != "knn":
         head = {"head.weight": torch.tensor(job["weight"], dtype=torch.float32)[None],
@@ -208,10 +202,9 @@ def finish(job, annotations, X, tests, args):
         with runs.atomic(run.path / "model.safetensors") as temporary:
             save_file(head, temporary, metadata={"format": "mitosis-run", "method": "probe", "encoder": args.model})
     runs.write_predictions(run.path / "predictions.csv", columns)
-    run.finish(metrics := evaluate.of_predictions(columns) | {"fit": job.get("fit", {})})
-    run.close()
-    return [(str(run.path), name, len(rows), *(f"{metrics['sets'][name][k]:.3f}" for k in (
-        "balanced_accuracy", "weighted_f1", "auroc"))) for name, _, _, rows in sets if name != "val"]
+    metrics = evaluate.of_predictions(columns)
+    run.finish(metrics | {"training": {"train_annotations": len(split.train), **job.get("fit", {})}})
+    return runs.metric_rows(run.path, metrics)
 
 
 # ---------------------------------------------------------------- the command

@@ -275,6 +275,14 @@ def add_predictions(path, columns):
     return both
 
 
+def metric_rows(path, metrics, only=None):
+    """Rows (run, set, patches, balanced accuracy, weighted F1, AUROC) of the table that train.py and probe.py print."""
+    def text(value):
+        return "–" if value is None else f"{value:.3f}"
+    return [(str(path), name, values["n"], *(text(values[k]) for k in ("balanced_accuracy", "weighted_f1", "auroc")))
+            for name, values in metrics["sets"].items() if name != "val" and (only is None or name in only)]
+
+
 def read_predictions(path):
     """predictions.csv as a dict of arrays; UserError naming the line where it is broken."""
     try:
