@@ -908,13 +908,27 @@ SOURCE = ("data", "images", "classes", "profile", "positive", "negative", "colum
 
 
 def source(args):
-    """The flags of add_arguments as a run keeps them (paths absolute), so that its data is found again from anywhere."""
+    """The flags of add_arguments as a run keeps them; absolute paths, so that its data is found from anywhere."""
     kept = {name: getattr(args, name) for name in SOURCE}
     kept["data"] = args.data or os.environ.get("MITOSIS_DATA") or "demo"
     for name in ("data", "images"):
         if kept[name] and Path(kept[name]).exists():
             kept[name] = str(Path(kept[name]).resolve())
     return kept
+
+
+def facts(annotations):
+    """What a model trained on this data must be told: {"mpp": µm/px of its images, "patch": px of ready-made patches}.
+
+    None where it is not known, or differs by more than 2% between the first image and the others that tell.
+    """
+    import slides
+    first = annotations.image_path(annotations.image[0])
+    patch = max(slides.dimensions(first)) if annotations.kind == "patches" else None
+    values = list((annotations.mpp or {}).values()) or [slides.microns_per_pixel(first)]
+    known = [value for value in values if value]
+    same = known and max(known) <= 1.02 * min(known)
+    return {"mpp": round(sum(known) / len(known), 6) if same else None, "patch": patch}
 
 
 def from_source(kept, quiet=True):
