@@ -331,12 +331,12 @@ def paint(rng, domain, mitotic=MITOTIC_PER_IMAGE, look_alikes=LOOK_ALIKES_PER_IM
 # ---------------------------------------------------------------- the dataset
 
 def make_image(job):
-    folder, number, name, seed = job
+    folder, number, file_name, name, seed = job
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, number])))
     pixels, cells, _ = paint(rng, DOMAINS[name])
-    Image.fromarray(pixels).save(Path(folder) / f"{number:03d}.tiff", compression="tiff_adobe_deflate",
+    Image.fromarray(pixels).save(Path(folder) / file_name, compression="tiff_adobe_deflate",
                                  resolution_unit="cm", x_resolution=10000 / MPP, y_resolution=10000 / MPP)
-    return number, name, cells
+    return number, file_name, name, cells
 
 
 def build(folder, seed=0, images_per_domain=IMAGES_PER_DOMAIN):
@@ -354,8 +354,9 @@ def build(folder, seed=0, images_per_domain=IMAGES_PER_DOMAIN):
             raise UserError(f"{folder}: is there and holds no MIDOG.json; remove it or choose another --out")
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
-            jobs = [(str(temporary), i + 1, name, seed)
-                    for i, name in enumerate(n for n in DOMAINS for _ in range(images_per_domain))]
+            # Not 001.tiff: these are the names of MIDOG's images.
+            jobs = [(str(temporary), i * images_per_domain + k + 1, f"{name}{k + 1:02d}.tiff", name, seed)
+                    for i, name in enumerate(DOMAINS) for k in range(images_per_domain)]
             with ProcessPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
                 made = list(cli.progress(pool.map(make_image, jobs), total=len(jobs), desc="demo dataset",
                                          unit="images"))
@@ -372,8 +373,8 @@ def build(folder, seed=0, images_per_domain=IMAGES_PER_DOMAIN):
 
 def as_midog(made, seed):
     images, annotations = [], []
-    for number, name, cells in made:
-        images.append({"id": number, "file_name": f"{number:03d}.tiff", "width": SIZE, "height": SIZE,
+    for number, file_name, name, cells in made:
+        images.append({"id": number, "file_name": file_name, "width": SIZE, "height": SIZE,
                        "tumor_type": name, "license": 1})
         for cell in cells:
             x, y = round(cell["x"]), round(cell["y"])
