@@ -701,14 +701,17 @@ class Sampler:
     ids: the training set. random_share: share of random patches (label 0); they come from the images that hold one
     of the ids, uniformly, and one whose final window could hold a mitotic figure of the whole table is drawn again.
     balance: "annotation" draws a class's annotations uniformly; "slide" draws the image first, then among its own.
-    window: px at level 0 that the final patch covers (224 × mpp / the image's mpp, when resampled).
+    window: px at level 0 that the final patch covers (224 × mpp / the image's mpp, when resampled; Patches.window).
     jitter: centres of annotated patches are moved by up to this share of the window (0.1 in the published code).
-    pool: positions (arrays "image", "x", "y") that random patches are drawn from instead of from everywhere.
-    accept: function (image, x, y) → bool that may refuse a random position (tissue).
+    accept: function (random part of a sample) → bool array that may refuse positions (crops.Patches.tissue).
+
+    Random positions come from a fixed pool per image (random_pool), whether a store of crops is there or not: so
+    training sees the same patches with and without it. Epoch k takes the k-th part of a random order of the pool's
+    allowed positions, so none comes twice before all have come; one that `accept` refuses is replaced by any other.
     """
 
     def __init__(self, annotations, ids, epoch_size=1280, seed=0, fold=0, balance="annotation", random_share=0.25,
-                 window=PATCH, jitter=0.0, pool=None, accept=None):
+                 window=PATCH, jitter=0.0, accept=None):
         if balance not in ("annotation", "slide"):
             raise UserError(f"--balance {balance}: annotation or slide")
         if epoch_size < 2 or not 0 <= random_share <= 0.5:
@@ -731,23 +734,22 @@ class Sampler:
         self.reach = self.window / 2 * math.sqrt(2)
         mitotic = np.flatnonzero(annotations.label == 1)
         self.mitotic = by_image(annotations, mitotic)
-        self._size = {}
-        self.pool = self._pool(pool) if pool is not None and self.random else None
+        self._allowed, self._order = None, (None, None)
 
-    def _pool(self, pool):
-        """Row numbers of the pool that may be drawn, by image: on these images, and without a mitotic figure."""
-        image, x, y = (np.asarray(pool[key]) for key in ("image", "x", "y"))
-        self._pool_x, self._pool_y = x, y
-        found = {}
-        for name in self.images.tolist():
-            own = np.flatnonzero(image == name)
-            own = own[~self._holds_mitosis(name, x[own], y[own])]
-            if len(own):
-                found[name] = own
-        if not found:
-            raise UserError(f"{self.annotations.name}: the store has no random crop without a mitotic figure on the "
-                            "training images; build it anew with python data.py … --cache")
-        return found
+    def _pool(self):
+        """(image, number within its pool, x, y) of the positions that may be drawn: on the training images, without
+        a mitotic figure in the window."""
+        if self._allowed is None:
+            number, parts = pool_size(self.annotations), []
+            for name in self.images.tolist():
+                x, y = random_pool(self.annotations, name, number, self.window)
+                free = np.flatnonzero(~self._holds_mitosis(name, x, y))
+                parts.append((np.full(len(free), np.searchsorted(self.names, name)), free, x[free], y[free]))
+            self._allowed = [np.concatenate(column) for column in zip(*parts)]
+        if not len(self._allowed[0]):
+            raise UserError(f"{self.annotations.name}: the training images have no place for random patches without a "
+                            "mitotic figure; use --random-share 0")
+        return self._allowed
 
     def _holds_mitosis(self, image, x, y):
         rows = self.mitotic.get(image)
@@ -756,19 +758,10 @@ class Sampler:
         i, _ = near_pairs(x, y, self.annotations.x[rows], self.annotations.y[rows], self.reach)
         return np.isin(np.arange(len(x)), i)
 
-    def size(self, image):
-        """(width, height) of an image, of the annotation file or of the image itself."""
-        if image not in self._size:
-            known = self.annotations.sizes.get(image)
-            if known is None:
-                import slides
-                known = slides.dimensions(self.annotations.image_path(image))
-            self._size[image] = known
-        return self._size[image]
-
     def epoch(self, epoch):
         """Structured array [epoch_size]: row (of the table; -1: random), image (index into np.unique of the table's),
-        x, y, label, pool (row of the pool, -1: none). A pure function of the table, the ids, seed, fold and epoch.
+        x, y, label, pool (number within the image's pool; -1: annotated). A pure function of the table, the ids, seed,
+        fold and epoch.
         """
         table, rng = self.annotations, _rng("epoch", self.seed, self.fold, int(epoch))
         sample = np.zeros(self.epoch_size, [("row", "i8"), ("image", "i8"), ("x", "f8"), ("y", "f8"),
@@ -785,7 +778,7 @@ class Sampler:
             annotated["x"] += shift[:, 0]
             annotated["y"] += shift[:, 1]
         if self.random:
-            self._draw_random(rng, sample[len(rows):])
+            self._draw_random(rng, sample[len(rows):], int(epoch))
         return _shuffle(rng, sample)
 
     def _draw(self, rng, rows, n):
@@ -799,40 +792,63 @@ class Sampler:
         starts = np.cumsum(lengths) - lengths
         return np.concatenate(groups)[starts[image] + (u[1] * lengths[image]).astype(np.int64)]
 
-    def _draw_random(self, rng, sample):
+    def _draw_random(self, rng, sample, epoch):
+        pool = self._pool()
         sample["row"], sample["label"] = -1, 0
-        names = self.images if self.pool is None else np.array(list(self.pool))
-        todo = np.arange(len(sample))
-        for _ in range(1000):
-            u = rng.random((3, len(todo)))
-            images = names[(u[0] * len(names)).astype(np.int64)]
-            refused = np.zeros(len(todo), bool)
-            for name in np.unique(images).tolist():
-                here = images == name
-                if self.pool is not None:
-                    own = self.pool[name]
-                    index = own[(u[1, here] * len(own)).astype(np.int64)]
-                    sample["pool"][todo[here]] = index
-                    x, y = self._pool_x[index], self._pool_y[index]
-                else:
-                    x, y = (low + u * (high - low) for u, (low, high) in
-                            zip(u[1:, here], (self._range(extent) for extent in self.size(name))))
-                sample["image"][todo[here]] = np.searchsorted(self.names, name)
-                sample["x"][todo[here]], sample["y"][todo[here]] = x, y
-                if self.pool is None:
-                    refused[here] = self._holds_mitosis(name, x, y)
-                if self.accept is not None:
-                    refused[here] |= [not self.accept(name, *xy) for xy in zip(x.tolist(), y.tolist())]
-            todo = todo[refused]
-            if not len(todo):
-                return
-        raise UserError(f"{self.annotations.name}: the training images have no place for random patches without a "
-                        "mitotic figure; use --random-share 0")
 
-    def _range(self, extent):
-        """Where the centre may lie: the whole window inside, or the middle where the image is smaller than it."""
-        half = min(self.window, extent) / 2
-        return half, extent - half
+        def place(at, index):
+            for name, column in zip(("image", "pool", "x", "y"), pool):
+                sample[name][at] = column[index]
+        todo = np.arange(len(sample))
+        place(todo, self._turn(epoch * len(sample) + todo, len(pool[0])))
+        for _ in range(1000):
+            if self.accept is None or not len(todo):
+                return
+            todo = todo[~self.accept(sample[todo])]
+            place(todo, (rng.random(len(todo)) * len(pool[0])).astype(np.int64))
+        raise UserError(f"{self.annotations.name}: the training images have no tissue for random patches; leave "
+                        "--tissue out, or use --random-share 0")
+
+    def _turn(self, draws, n):
+        """Which of n positions each draw of the run is: every n draws go through all of them, in another order."""
+        index = np.empty(len(draws), np.int64)
+        for turn in np.unique(draws // n).tolist():
+            if self._order[0] != turn:
+                self._order = turn, _shuffle(_rng("random", self.seed, self.fold, turn), np.arange(n))
+            here = draws // n == turn
+            index[here] = self._order[1][draws[here] % n]
+        return index
+
+
+# Random positions of all images together: a full run draws 100 × 320, from about two thirds of the images.
+POOL = 64_000
+
+
+def image_size(annotations, image):
+    """(width, height) of an image: of the annotation file, or of the image itself."""
+    known = annotations.sizes.get(image)
+    if known is None:
+        import slides
+        known = annotations.sizes[image] = slides.dimensions(annotations.image_path(image))
+    return known
+
+
+def pool_size(annotations):
+    """Random positions per image: POOL in all, but not so many that they cover an image of mean area over 4 times."""
+    names = annotations.codes("image")[0].tolist()
+    area = sum(width * height for width, height in (image_size(annotations, name) for name in names)) / len(names)
+    return max(1, min(math.ceil(POOL / len(names)), math.ceil(4 * area / PATCH ** 2)))
+
+
+def random_pool(annotations, image, number, window=PATCH):
+    """x, y of the first `number` random positions of an image: uniform where the whole window lies inside, in the
+    middle where the image is smaller than it. A pure function of the file's name, the image's size and the window.
+    """
+    u = _rng("pool", _stem(str(image))).random((number, 2))
+    x, y = (low + u[:, i] * (high - low) for i, (low, high) in
+            enumerate((min(window, extent) / 2, extent - min(window, extent) / 2)
+                      for extent in image_size(annotations, image)))
+    return x, y
 
 
 # ---------------------------------------------------------------- flags
@@ -1142,7 +1158,7 @@ def main():
     group.add_argument("--check-split", metavar="FILE", help="read a split file and assert that it fits and leaks "
                        "nothing")
     group.add_argument("--cache", nargs="?", const="", metavar="DIR", help="build the store of crops (in DIR; default: "
-                       ".crops beside the images)")
+                       "$MITOSIS_CACHE, else .crops beside the images)")
     group.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="processes of --cache, "
                        "connections of --download (default: %(default)s)")
     group.add_argument("--download", metavar="NAME", help=f"fetch {', '.join(DOWNLOADABLE)} to $MITOSIS_ROOT/NAME; "
@@ -1161,7 +1177,10 @@ def main():
     if args.cache is not None:
         need_images(annotations)
         import crops
-        crops.build_store(annotations, args.cache or None, workers=args.workers)
+        patches = crops.Patches(annotations, mpp=args.mpp, source_mpp=args.source_mpp, cache=args.cache or None)
+        path = crops.build_store(patches, args.workers)
+        elsewhere = args.cache and Path(args.cache).resolve() != (annotations.root / ".crops").resolve()
+        print(f"training reads {path}.npy" + (f" where MITOSIS_CACHE={args.cache} is set" if elsewhere else ""))
         return
     if args.check_split:
         split = load_split(args.check_split, annotations)

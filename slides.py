@@ -34,15 +34,23 @@ def read(image, x, y, size, mpp=None, source_mpp=None):
     where the image has another resolution, which is read from the file or given as `source_mpp`.
     UserError: no such file, broken, not an image, resolution unknown.
     """
-    slide = open_slide(image)
-    wide = size
-    if mpp is not None:
-        source = source_mpp or slide.mpp
-        if source is None:
-            raise UserError(f"{image}: does not tell its microns per pixel; give them with --source-mpp")
-        wide = max(1, round(size * mpp / source))
-    window = slide.window(corner(x, wide), corner(y, wide), wide)
-    if wide == size:
+    wide = source_size(image, size, mpp, source_mpp)
+    return resample(open_slide(image).window(corner(x, wide), corner(y, wide), wide), size)
+
+
+def source_size(image, size, mpp=None, source_mpp=None):
+    """Side at level 0, in px, of the window that becomes `size` px at `mpp`; UserError where nobody tells."""
+    if mpp is None:
+        return size
+    source = source_mpp or microns_per_pixel(image)
+    if source is None:
+        raise UserError(f"{image}: does not tell its microns per pixel; give them with --source-mpp")
+    return max(1, round(size * mpp / source))
+
+
+def resample(window, size):
+    """uint8 [wide, wide, 3] → [size, size, 3]; bicubic, with a wider filter where it shrinks."""
+    if len(window) == size:
         return window
     return np.asarray(Image.fromarray(window).resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3.0))
 
@@ -67,13 +75,14 @@ def random_access(image):
 
 _open = OrderedDict()  # path → slide, the longest unused first
 _lock = threading.RLock()
-_owner = os.getpid()
+_inherited = []  # of the parent process: kept, so that nothing closes them here
 
 
 def _forget():
-    """In a forked child: the parent's handles must not be used, nor its lock, which may be held."""
-    global _open, _lock, _owner
-    _open, _lock, _owner = OrderedDict(), threading.RLock(), os.getpid()
+    """In a forked child: the parent's handles must be neither used nor closed, its locks may be held."""
+    global _open, _lock
+    _inherited.append(_open)
+    _open, _lock = OrderedDict(), threading.RLock()
 
 
 os.register_at_fork(after_in_child=_forget)
@@ -90,6 +99,13 @@ def open_slide(image):
                 _open.popitem(last=False)  # closed when the last reader lets it go
         _open.move_to_end(key)
         return slide
+
+
+def close(image):
+    """Let go of an image and of its decoded pixels: for whoever is done with it."""
+    with _lock:
+        _open.pop(str(image), None)
+        PlainImage.decoded.pop(str(image), None)
 
 
 def _open_file(path):
@@ -155,11 +171,12 @@ class PlainImage:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is the limit here
-                limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-                try:
-                    image = Image.open(self.path)
-                finally:
-                    Image.MAX_IMAGE_PIXELS = limit
+                with _lock:
+                    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+                    try:
+                        image = Image.open(self.path)
+                    finally:
+                        Image.MAX_IMAGE_PIXELS = limit
         except (OSError, ValueError, SyntaxError) as error:
             if isinstance(error, PermissionError):
                 raise
@@ -208,7 +225,7 @@ def _rgb(image):
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (WHITE,) * 4)
         return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _number(text):

@@ -334,26 +334,42 @@ def test_patches_have_no_random_ones(capsys):
     assert capsys.readouterr().out.count("no random ones") == 1
 
 
-def test_random_patches_from_a_pool():
+def test_random_patches_come_from_a_pool_and_none_twice_before_all_have_come():
     a = made([40] * 10)
-    train = data.make_split(a).train
-    rng = np.random.default_rng(0)
-    pool = {"image": np.repeat(np.unique(a.image), 50), "x": rng.uniform(112, 2888, 500),
-            "y": rng.uniform(112, 2888, 500)}
-    names = np.unique(a.image)
-    s = data.Sampler(a, train, pool=pool).epoch(0)
-    s = s[s["row"] < 0]
-    assert (pool["image"][s["pool"]] == names[s["image"]]).all() and (pool["x"][s["pool"]] == s["x"]).all()
-    assert set(names[s["image"]]) <= set(a.image[a.rows(train)])
-    for patch in s:
-        own = (a.image == names[patch["image"]]) & (a.label == 1)
-        assert np.hypot(a.x[own] - patch["x"], a.y[own] - patch["y"]).min() > 112 * np.sqrt(2)
+    names, number = np.unique(a.image), data.pool_size(a)
+    assert number == np.ceil(4 * 3000 ** 2 / 224 ** 2)  # the images are small; else 64,000 in all
+    sampler = data.Sampler(a, data.make_split(a).train, seed=2)
+    drawn = []
+    for k in range(12):
+        s = sampler.epoch(k)
+        drawn.append(s[s["row"] < 0])
+    drawn = np.concatenate(drawn)
+    for patch in drawn[:50]:
+        x, y = data.random_pool(a, names[patch["image"]], number)
+        assert (patch["x"], patch["y"]) == (x[patch["pool"]], y[patch["pool"]])
+    allowed = len(sampler._pool()[0])
+    assert 1000 < allowed < 3840  # so that the 12 epochs go through all of them, and begin again
+    keys = drawn["image"] * number + drawn["pool"]
+    whole = allowed // 320 * 320  # an epoch is shuffled
+    assert len(np.unique(keys[:whole])) == whole and len(np.unique(keys)) == allowed
+    image = np.bincount(drawn["image"])
+    assert image[image > 0].min() > 0.8 * image.max()
+    # The pool is the same whoever asks, and its beginning does not depend on how much of it is asked for.
+    x, y = data.random_pool(a, "c003.png", 50)
+    assert data.random_pool(a, "c003.png", 9)[0].tolist() == x[:9].tolist()
+    assert x.min() >= 112 and y.max() <= 3000 - 112 and abs(data.random_pool(a, "c003.png", 5000)[0].mean() - 1500) < 50
+
+
+def test_a_large_dataset_has_a_pool_of_64000():
+    a = made([10] * 354)
+    a.sizes = {image: (7000, 5000) for image in a.sizes}
+    assert data.pool_size(a) == 181
 
 
 def test_jitter_and_accept():
     a = made([40] * 10)
     train = data.make_split(a).train
-    s = data.Sampler(a, train, jitter=0.1, accept=lambda image, x, y: x < 1000).epoch(0)
+    s = data.Sampler(a, train, jitter=0.1, accept=lambda sample: sample["x"] < 1000).epoch(0)
     random = s["row"] < 0
     moved = np.abs(s["x"][~random] - a.x[s["row"][~random]])
     assert 0 < moved.mean() and moved.max() <= 22.4 and s["x"][random].max() < 1000
