@@ -609,3 +609,13 @@ def test_near_pairs_equals_the_plain_way():
         assert set(zip(*map(np.ndarray.tolist, data.near_pairs(xa, ya, xb, yb, 40, chebyshev)))) == \
             set(zip(*map(np.ndarray.tolist, np.nonzero(near))))
     assert len(data.near_pairs(xa, ya, xb[:0], yb[:0], 40)[0]) == 0
+
+
+def test_a_file_with_a_known_name_is_not_that_dataset_for_its_name_alone(tmp_path):
+    annotations = [{"id": i, "image_id": i % 9, "category_id": 1 + i % 2, "bbox": [10, 10, 60, 60]} for i in range(30)]
+    (tmp_path / "MIDOG.json").write_text(json.dumps({
+        "images": [{"id": i, "file_name": f"{i + 1:03d}.tiff", "width": 500, "height": 500} for i in range(9)],
+        "categories": [{"id": 1, "name": "mitotic figure"}, {"id": 2, "name": "hard negative"}],
+        "annotations": annotations}))
+    a = data.load_dataset(tmp_path / "MIDOG.json")
+    assert (a.known, a.name, a.licence, set(a.domain.tolist())) == (None, "MIDOG", None, {"all"})
