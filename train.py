@@ -581,21 +581,20 @@ def main():
                 path = runs.run_path(args.runs, annotations.name, args.model, config["flags"]["method"], frac, fold,
                                      split.settings["domain"], suffixes(args))
                 run, finished = open_on_first(path, config, args)
-                if finished:
+                with run:
                     if rank() == 0:
-                        print(f"finished: {path}", flush=True)
-                else:
-                    if rank() == 0:
-                        print(f"run: {path}", flush=True)
-                        split.save(path / "split.json")
-                    patches = patches or crops.Patches(annotations, fit=args.fit, mpp=args.mpp)
-                    rows += train(args, annotations, patches, run, split, device, dtype)
-                run.close()
+                        print(f"{'finished' if finished else 'run'}: {path}", flush=True)
+                    if not finished:
+                        if rank() == 0:
+                            split.save(path / "split.json")
+                        patches = patches or crops.Patches(annotations, fit=args.fit, mpp=args.mpp)
+                        rows += train(args, annotations, patches, run, split, device, dtype)
                 if args.test and rank() == 0:
                     rows += further_tests(args, annotations, path, device, dtype)
     if rows:
         print(cli.table(rows, ("run", "set", "patches", "balanced acc", "weighted F1", "AUROC"), right=(2, 3, 4, 5)))
     if dist.is_initialized():
+        dist.barrier()  # the first process still writes when the others are done
         dist.destroy_process_group()
 
 

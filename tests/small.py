@@ -1,0 +1,65 @@
+"""What tests of whole runs share: a small dataset, an encoder that takes milliseconds, the commands called in process."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+import cli
+import models
+
+HERE = Path(__file__).resolve().parent
+TINY = models.Encoder("tiny", "", "MIT", 0, dim=32, depth=2, heads=2, patch=32, hidden=64, layerscale=True)
+models.ENCODERS.setdefault("tiny", TINY)
+
+
+def dataset(folder, cases=10, per_case=6, seed=0, name="small"):
+    """Patch CSV of 48 px images: mitotic figures are blue bars, look-alikes brown discs; easy, for a tiny encoder."""
+    folder = Path(folder)
+    (folder / "patches").mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    rows = []
+    y, x = np.mgrid[-24:24, -24:24]
+    for case in range(cases):
+        tint = rng.integers(-15, 16, 3)
+        for k in range(per_case):
+            label = k % 2
+            shape = (np.abs(x) < 9) & (np.abs(y) < 18) if label else np.hypot(x, y) < 14
+            colour = np.array([150, 90, 40]) if label else np.array([50, 90, 140])
+            pixels = np.array([215, 150, 200]) + tint - colour * shape[..., None] + rng.normal(0, 8, (48, 48, 3))
+            path = f"patches/{case:02d}-{k}.png"
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / path)
+            rows.append((path, label, f"case{case:02d}", "AB"[case % 2]))
+    with open(folder / f"{name}.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("path", "label", "case", "domain"), *rows])
+    return folder / f"{name}.csv"
+
+
+def call(module, *args):
+    """Run a script's main() in this process as its command would → exit status."""
+    old = sys.argv
+    sys.argv = [f"{module.__name__}.py", *map(str, args)]
+    try:
+        cli.command(module.main)
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        sys.argv = old
+
+
+def command(script, *args, wait=True, launcher=(), **environment):
+    """The same in a process of its own, which knows the tiny encoder."""
+    code = f"import sys; sys.path[:0] = [{str(HERE.parent)!r}, {str(HERE)!r}]; import small, cli, {script} as script; " \
+           "cli.command(script.main)"
+    start = launcher or (sys.executable, "-c", code)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    process = subprocess.Popen([*start, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=environment)
+    if not wait:
+        return process
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
