@@ -133,7 +133,8 @@ def validation_patches(run, config, args, count):
         more = pick(others, annotations.label, min(count, FEWEST) - len(rows))
         source += f" ({len(rows)}, and {len(more)} others)"
         rows = np.concatenate([rows, more])
-    reader = Patches(annotations, size=models.SIZE, fit=choices.fit, mpp=choices.mpp)
+    reader = Patches(annotations, size=models.SIZE, fit=choices.fit or "resize", mpp=choices.mpp,
+                     source_mpp=choices.source_mpp)
     return reader.read(rows), annotations.label[rows].astype(np.int8), annotations.id[rows], source
 
 

@@ -176,7 +176,7 @@ def all_embeddings(model, annotations, args, dtype):
     """Embeddings of one dataset, from their place below the runs' folder."""
     data.need_images(annotations)
     encoder = model.encoder
-    patches = crops.Patches(annotations, fit=args.fit, mpp=args.mpp)
+    patches = crops.Patches(annotations, fit=args.fit, mpp=args.mpp, source_mpp=args.source_mpp)
     name = "-".join([encoder.spec.name, encoder.pool] + [f"layer{args.layer}"] * bool(args.layer) + ["tta"] * args.tta)
     path = Path(args.runs) / "embeddings" / annotations.name / name
     return embeddings(model, patches, annotations, path, dtype, args.batch_size)

@@ -31,7 +31,6 @@ import evaluate
 import lora
 import models
 import runs
-import slides
 from cli import UserError
 
 WATCH = 16  # steps between looks at the loss: each look waits for the device
@@ -336,7 +335,8 @@ def configuration(args, annotations, dtype, weights_hash, licence, frac, fold, d
              "weights": args.weights, "pool": args.pool, "layer": args.layer, "fit": args.fit, "mpp": args.mpp,
              "dtype": models.name_of(dtype), "epochs": args.epochs, "epoch_size": args.epoch_size,
              "batch_size": args.batch_size, "lr": args.lr, "balance": args.balance,
-             "random_share": args.random_share, "jitter": args.jitter, "stain_jitter": args.stain_jitter}
+             "random_share": args.random_share, "jitter": args.jitter, "stain_jitter": args.stain_jitter,
+             "tissue": args.tissue}
     if args.lora:
         flags |= {name: getattr(args, name) for name in ("rank", "alpha", "dropout", "targets", "dora", "rslora")}
     return {"flags": flags,
@@ -358,15 +358,6 @@ def suffixes(args):
     return found + [f"by{args.split}"] * (args.split != "case") + [args.fit] * (args.fit != "resize")
 
 
-def window(annotations, mpp):
-    """px at level 0 that a patch covers, the widest where images differ."""
-    if mpp is None:
-        return models.SIZE
-    known = [(annotations.mpp or {}).get(image) or slides.microns_per_pixel(annotations.image_path(image))
-             for image in np.unique(annotations.image).tolist()]
-    return models.SIZE * mpp / min((value for value in known if value), default=mpp)
-
-
 def train(args, annotations, patches, run, split, device, dtype):
     """Train the run to its end (from its checkpoint, where there is one) and test it; rank 0 writes."""
     config, first = run.config, rank() == 0
@@ -374,7 +365,7 @@ def train(args, annotations, patches, run, split, device, dtype):
     seed = run_seed(args.seed, fold)
     model, parameters = make_model(args, dtype, device, seed)
     sampler = data.Sampler(annotations, split.train, args.epoch_size, args.seed, fold, args.balance,
-                           args.random_share, window(annotations, args.mpp), args.jitter)
+                           args.random_share, patches.window, args.jitter, patches.tissue if args.tissue else None)
     engine = Engine(args, model, parameters, sampler, patches, device, dtype, seed)
     validation = annotations.rows(split.val)
     labels, val_patches = annotations.label[validation], Decoded(patches, validation)
@@ -484,7 +475,7 @@ def further_tests(args, annotations, path, device, dtype):
         if shared:
             print(f"note: {other.name} shares {len(shared)} cases with {annotations.name}, for example "
                   f"{sorted(map(str, shared))[0]}: its figures are not those of unseen cases", flush=True)
-        reader = crops.Patches(other, fit=args.fit, mpp=args.mpp)
+        reader = crops.Patches(other, fit=args.fit, mpp=args.mpp, source_mpp=args.source_mpp)
         logits = models.predict(model, reader, batch_size=max(args.batch_size, 64),
                                 dtype=dtype if dtype != torch.float32 else None, progress=other.name)
         predicted.append((other.name, other, np.arange(len(other)), logits))
@@ -522,6 +513,7 @@ def arguments():
     group.add_argument("--jitter", type=float, default=0.0, help="move centres by up to this share of the patch "
                        "(default: 0; the published code: 0.1)")
     group.add_argument("--stain-jitter", type=float, default=0.0, help="augmentation of the stains (default: 0, none)")
+    group.add_argument("--tissue", action="store_true", help="random patches from tissue alone")
     group.add_argument("--accumulate", type=int, default=1, metavar="N", help="compute each batch in N parts "
                        "(default: 1, and more where it does not fit)")
     group.add_argument("--checkpointing", action="store_true", help="compute activations again in the backward pass: "
@@ -587,7 +579,8 @@ def main():
                     if not finished:
                         if rank() == 0:
                             split.save(path / "split.json")
-                        patches = patches or crops.Patches(annotations, fit=args.fit, mpp=args.mpp)
+                        patches = patches or crops.Patches(annotations, fit=args.fit, mpp=args.mpp,
+                                                           source_mpp=args.source_mpp, jitter=args.jitter)
                         rows += train(args, annotations, patches, run, split, device, dtype)
                 if args.test and rank() == 0:
                     rows += further_tests(args, annotations, path, device, dtype)
