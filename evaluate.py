@@ -362,7 +362,7 @@ def _number(value):
 
 def grid(text, found):
     """Text that says of each cell of a sweep whether it is done, running, failed or missing, and the time left."""
-    wanted = [cell | {"script": i} for i, command in enumerate(grid_commands(text)) for cell in cells(command)]
+    wanted = [cell for command in grid_commands(text) for cell in cells(command)]
     unfinished = []
     for folder in {cell["runs"] for cell in wanted}:
         for path in find([folder]) if Path(folder).is_dir() else ():
@@ -371,17 +371,15 @@ def grid(text, found):
                     unfinished.append((path, runs.read_json(path / "config.json")["flags"]))
                 except (UserError, KeyError, TypeError):
                     unfinished.append((path, {}))
-    state, left, took = Counter(), defaultdict(list), defaultdict(list)
+    state, left, took = Counter(), defaultdict(lambda: defaultdict(list)), defaultdict(list)
     lines, seconds, unknown = [], 0.0, 0
     for run in found:
         took[run.model, run.method].append(run.seconds)
         took[None, run.method].append(run.seconds)
     for cell in wanted:
-        script = cell.pop("script")
-        flags = {key: value for key, value in cell.items()}
         key = (cell["data"], cell["model"], cell["method"])
-        begun = next((path for path, have in unfinished if have and _same(flags, have)), None)
-        if any(_same(flags, run.flags) for run in found):
+        begun = next((path for path, have in unfinished if have and _same(cell, have)), None)
+        if any(_same(cell, run.flags) for run in found):
             what = "done"
         elif begun is not None:
             what = "running" if is_locked(begun) else "failed"
@@ -393,15 +391,14 @@ def grid(text, found):
             seconds += float(np.median(known)) if known else 0.0
             unknown += not known
             place = f"domain {cell['domain']}" if cell["domain"] else f"frac {cell['frac']:g}"
-            left[what].append(f"{what}: {'-'.join(key[1:])} on {key[0]}, {place}, fold {cell['fold']}"
-                              f" (command {script + 1})")
+            left[what][f"{'-'.join(key[1:])} on {key[0]}, {place}"].append(str(cell["fold"]))
     keys = sorted({key for key, _ in state})
     rows = [[*key, *(state[key, what] for what in ("done", "running", "failed", "missing"))] for key in keys]
     header = ("data", "model", "method", "done", "running", "failed", "missing")
     lines.append(cli.table(rows, header, right=range(3, 7)))
     for what in ("failed", "running", "missing"):
-        lines += left[what][:20] + ([f"… and {len(left[what]) - 20} more {what}"] if len(left[what]) > 20 else [])
-    total = sum(len(values) for values in left.values())
+        lines += [f"{what}: {place}, fold {' '.join(folds)}" for place, folds in left[what].items()]
+    total = sum(len(folds) for places in left.values() for folds in places.values())
     if total:
         hours = f"about {seconds / 3600:.1f} h" if seconds >= 5400 else f"about {max(1, round(seconds / 60))} min"
         lines.append(f"{total} of {len(wanted)} runs are left: " + (
@@ -419,8 +416,7 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", metavar="RUNS", help="folders of runs, searched with their subfolders "
                         "(default: runs)")
-    parser.add_argument("--out", default="report", metavar="DIR", help="folder of the report (default: "
-                        "%(default)s)")
+    parser.add_argument("--out", default="report", metavar="DIR", help="folder of the report (default: report)")
     parser.add_argument("--paper", action="store_true", help="the paper's published values beside ours")
     parser.add_argument("--grid", metavar="'SWEEP ARGS'", help="say which runs of a sweep are done, failed and missing; "
                         "nothing is run and no report is written")

@@ -153,7 +153,8 @@ def suffixes(args, probe, encoder):
     """What goes into the run's name beside the method: the choices that are not the default."""
     found = [] if probe == "uni" else [probe]
     if probe == "l2":
-        found += [f"C{args.C:g}"] * (args.C is not None) + ["standardized"] * args.standardize
+        found += [f"C{args.C:g}"] if args.C is not None else []
+        found += ["standardized"] * args.standardize
     if probe == "knn" and args.k != 20:
         found += [f"k{args.k}"]
     if probe == "prototype" and args.shots != 10:
@@ -282,7 +283,7 @@ def main():
                 fit_prototypes(X, annotations.label, job, args.shots, (args.seed << 16) + job["fold"])
     tests = [(other, all_embeddings(model, other, args, dtype))
              for other in (data.from_arguments(args, data=name) for name in args.test)]
-    rows = [finish(job, annotations, X, tests, args) for job in todo]
+    rows = [row for job in todo for row in finish(job, annotations, X, tests, args)]
     if rows:
         print(cli.table(rows, ("run", "set", "patches", "balanced acc", "weighted F1", "AUROC"), right=(2, 3, 4, 5)))
 
