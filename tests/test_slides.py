@@ -1,0 +1,355 @@
+"""Pixels, compared with what wrote them: Pillow, tifffile, and OpenSlide's own regions on a real slide."""
+
+import concurrent.futures
+import gc
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+import zlib
+from pathlib import Path
+
+import numpy as np
+import openslide
+import psutil
+import pytest
+import tifffile
+from PIL import Image
+
+import slides
+from cli import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+REAL = Path(os.environ.get("MITOSIS_REALDATA") or "/nowhere") / "slides"
+real = pytest.mark.skipif(not REAL.is_dir(), reason="MITOSIS_REALDATA is not set")
+HEIGHT, WIDTH = 700, 900
+
+
+@pytest.fixture(autouse=True)
+def nothing_open():
+    """Every test starts with no image open."""
+    slides._open.clear()
+    slides.PlainImage.decoded.clear()
+
+
+def picture(height=HEIGHT, width=WIDTH, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def tiled(path, pixels, **options):
+    tifffile.imwrite(path, pixels, tile=(256, 256), photometric="rgb", compression="zlib", **options)
+    return path
+
+
+def png(path, pixels):
+    Image.fromarray(pixels).save(path, compress_level=1)
+    return path
+
+
+def jpeg(path, pixels):
+    Image.fromarray(pixels).save(path, quality=95)
+    return path
+
+
+def stripped(path, pixels):
+    tifffile.imwrite(path, pixels, rowsperstrip=16, photometric="rgb")
+    return path
+
+
+def lzw(path, pixels):
+    Image.fromarray(pixels).save(path, compression="tiff_lzw")
+    return path
+
+
+def pages(path, pixels):
+    with tifffile.TiffWriter(path) as file:
+        file.write(pixels, photometric="rgb")
+        file.write(255 - pixels[:64, :64], photometric="rgb")
+    return path
+
+
+WRITERS = {"tiled.tif": tiled, "a.png": png, "a.jpg": jpeg, "stripped.tiff": stripped, "lzw.tif": lzw,
+           "pages.tif": pages}
+
+
+def expected(pixels, x, y, size):
+    """The window written out: a white canvas, pixel by pixel where the image is."""
+    window = np.full((size, size, 3), 255, np.uint8)
+    left, top = int(np.floor(x - size / 2 + 0.5)), int(np.floor(y - size / 2 + 0.5))
+    for row in range(size):
+        for column in range(size):
+            if 0 <= top + row < pixels.shape[0] and 0 <= left + column < pixels.shape[1]:
+                window[row, column] = pixels[top + row, left + column]
+    return window
+
+
+PLACES = [(450, 350), (450.5, 350.5), (450.49, 349.51), (0, 0), (-2, -5), (3, 690.5), (899, 699), (899.75, 0.25),
+          (-200, 300), (2000, 2000), (WIDTH - 32, HEIGHT - 32)]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_format_gives_the_pixels_that_were_written(tmp_path, name):
+    path = WRITERS[name](tmp_path / name, picture())
+    pixels = picture() if name != "a.jpg" else np.asarray(Image.open(path).convert("RGB"))
+    assert slides.dimensions(path) == (WIDTH, HEIGHT)
+    assert slides.random_access(path) == (name == "tiled.tif")
+    for size in (64, 63):
+        for x, y in PLACES:
+            window = slides.read(path, x, y, size)
+            assert window.dtype == np.uint8 and window.shape == (size, size, 3) and window.flags.c_contiguous
+            assert np.array_equal(window, expected(pixels, x, y, size)), (x, y, size)
+    whole = slides.read(path, WIDTH / 2, HEIGHT / 2, 1000)
+    assert np.array_equal(whole[150:850, 50:950], pixels)
+    whole[150:850, 50:950] = 255
+    assert (whole == 255).all()
+
+
+@pytest.mark.parametrize("center, size, first", [(10, 4, 8), (10.5, 4, 9), (10.49, 4, 8), (10, 5, 8), (10.5, 5, 8),
+                                                 (9.99, 5, 7), (-2, 224, -114), (0.25, 3, -1)])
+def test_corner(center, size, first):
+    # The pixel that holds the centre lies in the middle (odd) or right of it (even); half-integers go right.
+    assert slides.corner(center, size) == first
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "CMYK"])
+def test_other_modes(tmp_path, mode):
+    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    colours = picture(40, 50)
+    image = Image.fromarray(colours)
+    if mode in ("RGBA", "LA"):
+        image = image.convert("RGB" if mode == "RGBA" else "L")
+        alpha = np.zeros((40, 50), np.uint8)
+        alpha[:, 25:] = 255
+        image.putalpha(Image.fromarray(alpha))
+    else:
+        image = image.convert(mode)
+    image.save(path)
+    window = slides.read(path, 25, 20, 50)[5:45]
+    wanted = np.asarray(image.convert("RGB")).copy()
+    if mode in ("RGBA", "LA"):
+        wanted[:, :25] = 255  # where it is transparent
+    assert np.array_equal(window, wanted)
+
+
+def test_deep_pixels_are_refused(tmp_path):
+    Image.fromarray(np.full((40, 50), 40000, np.uint16)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match="8 bits"):
+        slides.read(tmp_path / "a.png", 20, 20, 10)
+
+
+# ---------------------------------------------------------------- resolution
+
+def test_microns_per_pixel_of_the_formats(tmp_path):
+    pixels = picture(300, 300)
+    cases = {
+        tiled(tmp_path / "a.tif", pixels, resolution=(40000, 40000), resolutionunit="CENTIMETER"): 0.25,
+        tiled(tmp_path / "b.tif", pixels, resolution=(50800, 50800), resolutionunit="INCH"): 0.5,
+        tiled(tmp_path / "c.tif", pixels, resolution=(72, 72), resolutionunit="INCH"): None,
+        tiled(tmp_path / "d.tif", pixels, resolution=(40000, 40000), resolutionunit="NONE"): None}
+    tifffile.imwrite(tmp_path / "e.tif", pixels, resolution=(40000, 40000), resolutionunit="CENTIMETER")
+    Image.fromarray(pixels).save(tmp_path / "f.png", dpi=(101600, 101600))
+    Image.fromarray(pixels).save(tmp_path / "g.png")
+    Image.fromarray(pixels).save(tmp_path / "h.jpg", dpi=(72, 72))
+    cases |= {tmp_path / "e.tif": 0.25, tmp_path / "f.png": 0.25, tmp_path / "g.png": None, tmp_path / "h.jpg": None}
+    for path, mpp in cases.items():
+        assert slides.microns_per_pixel(path) == (None if mpp is None else pytest.approx(mpp, rel=1e-3)), path
+
+
+def test_resampling(tmp_path):
+    # A ramp over 600 px: shrunk by 2 its steps double; its values at given places stay.
+    ramp = np.broadcast_to((np.arange(600) / 600 * 250).astype(np.uint8)[None, :, None], (600, 600, 3))
+    path = tiled(tmp_path / "a.tif", np.ascontiguousarray(ramp), resolution=(40000, 40000),
+                 resolutionunit="CENTIMETER")
+    assert slides.source_size(path, 100, 0.5) == 200 and slides.source_size(path, 100, 0.5, 0.125) == 400
+    window = slides.read(path, 300, 300, 100, mpp=0.5)
+    assert window.shape == (100, 100, 3)
+    wanted = (200 + 2 * np.arange(100) + 0.5) / 600 * 250
+    assert np.abs(window[50, 4:-4, 0] - wanted[4:-4]).max() <= 1.5
+    larger = slides.read(path, 300, 300, 100, mpp=0.125)
+    wanted = (275 + (np.arange(100) - 0.5) / 2) / 600 * 250
+    assert np.abs(larger[50, 4:-4, 0] - wanted[4:-4]).max() <= 1.5
+    # As scanned where the resolutions are the same, or none is asked for.
+    plain = slides.read(path, 300, 300, 100)
+    assert np.array_equal(slides.read(path, 300, 300, 100, mpp=0.25), plain)
+    assert np.array_equal(slides.read(path, 300, 300, 100, mpp=0.5, source_mpp=0.5), plain)
+    # The filter is wide enough: fine stripes become grey, not coarse stripes.
+    stripes = np.zeros((400, 400, 3), np.uint8)
+    stripes[:, ::2] = 255
+    small = slides.read(png(tmp_path / "b.png", stripes), 200, 200, 60, mpp=1.0, source_mpp=0.25)
+    assert np.abs(small[4:-4, 4:-4].astype(int) - 127).max() < 12
+    with pytest.raises(UserError, match="does not tell its microns per pixel; give them with --source-mpp"):
+        slides.read(tmp_path / "b.png", 200, 200, 60, mpp=0.25)
+
+
+# ---------------------------------------------------------------- what is broken
+
+def broken_files(folder):
+    tiled(folder / "whole.tif", picture())
+    png(folder / "whole.png", picture())
+    whole = (folder / "whole.tif").read_bytes()
+    (folder / "text.png").write_text("no image")
+    (folder / "empty.tif").write_bytes(b"")
+    (folder / "cut.png").write_bytes((folder / "whole.png").read_bytes()[:5000])
+    (folder / "cut.tif").write_bytes(whole[:len(whole) // 2])
+    (folder / "text.svs").write_text("no slide")
+    return [folder / name for name in ("text.png", "empty.tif", "cut.png", "cut.tif", "text.svs", "absent.svs", ".")]
+
+
+def test_broken_files_are_one_line_that_names_them(tmp_path):
+    for path in broken_files(tmp_path):
+        for _ in range(2):  # a second try answers the same
+            with pytest.raises(UserError) as error:
+                for x in range(100, 900, 200):
+                    for y in range(100, 700, 200):
+                        slides.read(path, x, y, 64)
+            assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_broken_tile_does_not_spoil_the_others(tmp_path):
+    path = tiled(tmp_path / "a.tif", picture())
+    with tifffile.TiffFile(path) as file:
+        offset, length = file.pages[0].dataoffsets[5], file.pages[0].databytecounts[5]  # second row, second column
+    content = bytearray(path.read_bytes())
+    content[offset:offset + length] = os.urandom(length)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="broken at"):
+        slides.read(path, 384, 384, 64)
+    assert np.array_equal(slides.read(path, 100, 100, 64), expected(picture(), 100, 100, 64))
+
+
+def test_a_huge_header_is_refused_before_memory_is_taken(tmp_path):
+    def chunk(kind, content):
+        return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+    header = (100_000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")))
+    with pytest.raises(UserError, match="cannot be decoded whole"):
+        slides.read(tmp_path / "a.png", 5, 5, 5)
+
+
+# ---------------------------------------------------------------- handles
+
+def test_a_plain_image_is_decoded_once(tmp_path, monkeypatch):
+    path, count = png(tmp_path / "a.png", picture()), []
+    decode = slides._rgb
+    monkeypatch.setattr(slides, "_rgb", lambda image: count.append(1) or decode(image))
+    for i in range(50):
+        slides.read(path, i, i, 32)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # nor by several threads at once
+        slides.close(path)
+        list(pool.map(lambda i: slides.read(path, i, i, 32), range(50)))
+    assert len(count) == 2
+
+
+def open_files(folder):
+    return sum(str(folder) in file.path for file in psutil.Process().open_files())
+
+
+def alive():
+    gc.collect()
+    return sum(isinstance(thing, slides.WholeSlide) for thing in gc.get_objects())
+
+
+def test_few_handles_stay_open(tmp_path):
+    paths = [tiled(tmp_path / f"{i}.tif", picture(300, 300, i)) for i in range(20)]
+    rng = np.random.default_rng(0)
+    for i in rng.integers(0, 20, 300).tolist():
+        assert np.array_equal(slides.read(paths[i], 150, 150, 8), picture(300, 300, i)[146:154, 146:154])
+        assert len(slides._open) <= slides.OPEN_SLIDES
+    assert open_files(tmp_path) <= 2 * slides.OPEN_SLIDES and alive() == slides.OPEN_SLIDES
+    for path in paths:
+        slides.close(path)
+    assert not slides._open and open_files(tmp_path) == alive() == 0
+
+
+def test_decoded_images_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(slides, "DECODED_BYTES", 3 * 200 * 200 * 3)
+    paths = [png(tmp_path / f"{i}.png", picture(200, 200, i)) for i in range(6)]
+    for path in paths:
+        slides.read(path, 9, 9, 9)
+        assert len(slides.PlainImage.decoded) <= 3
+    assert list(slides.PlainImage.decoded) == [str(path) for path in paths[3:]]  # the newest
+    monkeypatch.setattr(slides, "DECODED_BYTES", 1)
+    assert np.array_equal(slides.read(paths[0], 100, 100, 200), picture(200, 200, 0))
+    assert len(slides.PlainImage.decoded) == 1
+
+
+def _sum(task):
+    return int(sum(slides.read(path, x, y, 64).astype(int).sum() for path, x, y in task))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_other_processes_read_what_this_one_has_open(tmp_path, method):
+    paths = [tiled(tmp_path / "a.tif", picture()), png(tmp_path / "b.png", picture(seed=1))]
+    tasks = [[(path, x, y) for path in paths] for x in range(0, 900, 180) for y in (90, 600)]
+    here = [_sum(task) for task in tasks]  # all handles are open now
+    stop = threading.Event()
+
+    def busy():  # holds the lock now and then while the processes are made
+        while not stop.is_set():
+            _sum(tasks[0])
+    thread = threading.Thread(target=busy)
+    thread.start()
+    try:
+        with concurrent.futures.ProcessPoolExecutor(3, multiprocessing.get_context(method)) as pool:
+            assert list(pool.map(_sum, tasks, timeout=60)) == here
+    finally:
+        stop.set()
+        thread.join()
+    assert [_sum(task) for task in tasks] == here
+
+
+def test_threads_with_fewer_handles_than_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(slides, "OPEN_SLIDES", 2)
+    paths = [tiled(tmp_path / f"{i}.tif", picture(300, 300, i)) for i in range(6)]
+    paths += [png(tmp_path / f"{i}.png", picture(300, 300, i)) for i in range(6)]
+    wanted = [expected(picture(300, 300, i % 6), 40, 200, 32) for i in range(12)]
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        for i, window in enumerate(pool.map(lambda i: slides.read(paths[i % 12], 40, 200, 32), range(240))):
+            assert np.array_equal(window, wanted[i % 12])
+
+
+def test_no_torch():
+    code = "import sys, slides, store; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+# ---------------------------------------------------------------- real files
+
+@real
+def test_real_slide_equals_openslide():
+    path = REAL / "CMU-1-Small-Region.svs"
+    handle = openslide.OpenSlide(path)
+    width, height = handle.dimensions
+    assert slides.dimensions(path) == (width, height) == (2220, 2967) and slides.random_access(path)
+    assert slides.microns_per_pixel(path) == pytest.approx(0.499)
+    for x, y in np.random.default_rng(0).uniform(200, 1900, (20, 2)).round(1):
+        corner = int(np.floor(x - 112 + 0.5)), int(np.floor(y - 112 + 0.5))
+        wanted = np.asarray(handle.read_region(corner, 0, (224, 224)))
+        assert (wanted[..., 3] == 255).all()
+        assert np.array_equal(slides.read(path, x, y, 224), wanted[..., :3])
+    # Over the border: white, also where the last tiles are padded.
+    window = slides.read(path, width, height, 200)
+    assert (window[100:] == 255).all() and (window[:, 100:] == 255).all()
+    assert np.array_equal(window[:100, :100], np.asarray(handle.read_region((width - 100, height - 100), 0,
+                                                                            (100, 100)))[..., :3])
+    # 0.25 µm/px is a magnification here: 112 px become 224.
+    assert slides.source_size(path, 224, 0.25) == 112
+    small = slides.read(path, 1000, 1000, 224, mpp=0.25).astype(float)
+    again = small.reshape(112, 2, 112, 2, 3).mean((1, 3))
+    assert np.abs(again - slides.read(path, 1000, 1000, 112)).mean() < 4
+
+
+@real
+def test_real_plain_images_equal_pillow_and_tifffile():
+    for name in ("stack_5.tiff", "owkin_example.tif", *sorted(
+            str(path.relative_to(REAL)) for path in (REAL / "ccmct_tiles").glob("*.png"))[:5]):
+        path = REAL / name
+        pixels = np.asarray(Image.open(path).convert("RGB"))
+        assert slides.dimensions(path) == (pixels.shape[1], pixels.shape[0])
+        assert np.array_equal(slides.read(path, 60, 50, 90), expected(pixels, 60, 50, 90)), name
+    with tifffile.TiffFile(REAL / "stack_5.tiff") as file:
+        assert len(file.pages) == 16
+        first = file.pages[0].asarray()
+    first = np.repeat(first[..., None], 3, 2) if first.ndim == 2 else first[..., :3]
+    assert np.array_equal(slides.read(REAL / "stack_5.tiff", 64, 64, 128), first)
