@@ -30,7 +30,7 @@ MITOTIC_PER_IMAGE, LOOK_ALIKES_PER_IMAGE = 18, 22
 MITOTIC = ("prometaphase", "metaphase side", "metaphase end", "anaphase", "telophase")
 LOOK_ALIKE = ("pyknotic", "apoptotic", "hyperchromatic", "elongated", "pigment")
 # What measure() says of any nucleus, dividing or not: demo_encoder.py learns to see these, not the classes.
-ATTRIBUTES = ("area", "length", "width", "density", "texture", "edge", "eosin", "pigment")
+ATTRIBUTES = ("area", "length", "width", "density", "texture", "edge", "eosin", "pigment", "filled", "peaked", "hollow")
 
 
 @dataclass(frozen=True)
@@ -239,12 +239,16 @@ class Tissue:
         self.measure(x, y, stamp, inside)
 
     def measure(self, x, y, stamp, shape):
-        """Note the ATTRIBUTES of what was just painted: px, concentrations; `edge` is perimeter / sqrt(area)."""
+        """Note the ATTRIBUTES of what was just painted: logarithms of px, concentrations; `edge` is perimeter /
+        sqrt(area), `filled` the share of the ellipse of equal axes, `peaked` the kurtosis along the long axis, `hollow`
+        the share of the area that lies outside the mean radius."""
         area = max(float(shape.sum()), 1.0)
         w = shape / area
         u, v = stamp.u - (w * stamp.u).sum(), stamp.v - (w * stamp.v).sum()
         mean, half = ((w * u * u).sum() + (w * v * v).sum()) / 2, ((w * u * u).sum() - (w * v * v).sum()) / 2
         apart = np.hypot(half, (w * u * v).sum())
+        direction = np.arctan2((w * u * v).sum(), half) / 2
+        along = u * np.cos(direction) + v * np.sin(direction)
         absorbing = self.H[stamp.place] + self.P[stamp.place]
         density = (w * absorbing).sum()
         texture = np.sqrt((w * (absorbing - density) ** 2).sum())
@@ -253,7 +257,10 @@ class Tissue:
         eosin = (around * self.E[stamp.place]).sum() / max(float(around.sum()), 1.0)
         self.nuclei.append((float(x), float(y), np.array([
             np.log(area), np.log(np.sqrt(mean + apart)), np.log(np.sqrt(max(mean - apart, 0.25))), density,
-            np.log(texture + 0.01), np.log(edge), eosin, (w * self.P[stamp.place]).sum()], np.float32)))
+            np.log(texture + 0.01), np.log(edge), eosin, (w * self.P[stamp.place]).sum(),
+            area / (4 * np.pi * np.sqrt(max(mean ** 2 - apart ** 2, 0.1))),
+            (w * along ** 4).sum() / max((w * along ** 2).sum() ** 2, 1e-3),
+            (w * (u * u + v * v > 2 * mean)).sum()], np.float32)))
 
     def annotated(self, x, y, kind):
         """A mitotic figure or a look-alike; returns what is known of it."""
@@ -304,7 +311,7 @@ class Tissue:
 
 
 def paint(rng, domain, mitotic=MITOTIC_PER_IMAGE, look_alikes=LOOK_ALIKES_PER_IMAGE, nuclei=430):
-    """One image: (uint8 [SIZE, SIZE, 3], annotated cells as dicts, all nuclei as (x, y, ATTRIBUTES))."""
+    """One image: (uint8 [SIZE, SIZE, 3], its Tissue, which knows the annotated cells and all nuclei)."""
     tissue = Tissue(rng)
     kinds = [MITOTIC[i] for i in rng.choice(5, mitotic, p=(0.26, 0.28, 0.14, 0.17, 0.15))]
     kinds += [LOOK_ALIKE[i] for i in rng.choice(5, look_alikes, p=(0.26, 0.20, 0.24, 0.22, 0.08))]
@@ -325,7 +332,7 @@ def paint(rng, domain, mitotic=MITOTIC_PER_IMAGE, look_alikes=LOOK_ALIKES_PER_IM
             tissue.nucleus(x, y, stromal)
     for (x, y), kind in zip(spots, kinds):
         tissue.annotated(x, y, kind)
-    return tissue.compose(domain), tissue.cells, tissue.nuclei
+    return tissue.compose(domain), tissue
 
 
 # ---------------------------------------------------------------- the dataset
@@ -333,10 +340,10 @@ def paint(rng, domain, mitotic=MITOTIC_PER_IMAGE, look_alikes=LOOK_ALIKES_PER_IM
 def make_image(job):
     folder, number, file_name, name, seed = job
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, number])))
-    pixels, cells, _ = paint(rng, DOMAINS[name])
+    pixels, tissue = paint(rng, DOMAINS[name])
     Image.fromarray(pixels).save(Path(folder) / file_name, compression="tiff_adobe_deflate",
                                  resolution_unit="cm", x_resolution=10000 / MPP, y_resolution=10000 / MPP)
-    return number, file_name, name, cells
+    return number, file_name, name, tissue.cells
 
 
 def build(folder, seed=0, images_per_domain=IMAGES_PER_DOMAIN):

@@ -1,12 +1,12 @@
 """Pretraining of the demo's small encoder (demo_encoder.safetensors, shipped with the repository).
 
-    python demo_encoder.py          writes demo_encoder.safetensors anew: about 15 minutes on 2 cores
+    python demo_encoder.py          writes demo_encoder.safetensors anew: about 25 minutes on 2 cores
 
-A ViT of the same code as the real encoders learns, on synthetic tissue of other seeds than the demo's, to read off what
-a nucleus in the middle of a patch looks like (area, axes, density, texture, raggedness of the edge, eosin around it,
-pigment) and what surrounds it (how crowded, how pink). It is told nothing of mitosis: the targets are measured on every
-nucleus in the same way. It stands in for a foundation model so that probe and LoRA mean something without a download,
-and knows nothing about real tissue.
+A ViT of the same code as the real encoders learns on synthetic tissue of other seeds than the demo's. Its class token
+learns what the nucleus in the middle of a patch looks like (area, axes, density, texture, raggedness of the edge, …)
+and what surrounds it; its patch tokens learn how much haematoxylin, eosin and pigment lies where, whatever stain and
+scanner. It is told nothing of mitosis: the targets are measured on every nucleus in the same way. It stands in for
+a foundation model so that probe and LoRA mean something without a download, and knows nothing about real tissue.
 """
 
 import argparse
@@ -29,101 +29,147 @@ import runs
 
 SEED = 20_000  # far from the seeds that a demo dataset is made with
 CENTRE, OTHERS = 6, 28  # patch tokens that are kept while training: 6 × 6 in the middle, and a few elsewhere
+CELL = 4  # px: side of the squares that the patch tokens say the stains of
+JITTER = 0.2
+DENSE = demo.MITOTIC_PER_IMAGE + demo.LOOK_ALIKES_PER_IMAGE  # the last nuclei of an image, few and dense
 
 
 def paint(number):
-    """An image of a laboratory between two of the demo's: (pixels, places [n, 2], targets [n, T])."""
+    """An image of a laboratory between two of the demo's.
+
+    (pixels uint8 [S, S, 3], stains float16 [S / CELL, S / CELL, 3], places [n, 2], targets [n, T])
+    """
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([SEED, number])))
     a, b = (demo.DOMAINS[name] for name in rng.choice(list(demo.DOMAINS), 2, replace=False))
     t = rng.random()
-    domain = demo.Domain(*(tuple(np.array(getattr(a, f.name)) * t + np.array(getattr(b, f.name)) * (1 - t))
-                           if isinstance(getattr(a, f.name), tuple) else getattr(a, f.name) * t
-                           + getattr(b, f.name) * (1 - t) for f in fields(a)))
-    pixels, _, nuclei = demo.paint(rng, domain)
-    places = np.array([(x, y) for x, y, _ in nuclei], np.float32)
-    own = np.stack([attributes for _, _, attributes in nuclei])
-    near = (np.abs(places[:, None] - places[None]).max(-1) < 56).sum(1, keepdims=True) / 8
-    around = np.stack([(own[np.abs(places - place).max(-1) < 112]).mean(0)[[0, 3, 6]] for place in places])
-    return pixels, places, np.concatenate([own, near, around], axis=1).astype(np.float32)
+
+    def between(name):
+        first, second = (np.array(getattr(domain, name)) for domain in (a, b))
+        mixed = first * t + second * (1 - t)
+        return tuple(mixed) if mixed.ndim else float(mixed)
+    pixels, tissue = demo.paint(rng, demo.Domain(*(between(f.name) for f in fields(a))))
+    stains = np.stack([tissue.H, tissue.E, tissue.P], axis=-1) * tissue.gap[..., None]
+    side = demo.SIZE // CELL
+    stains = stains.reshape(side, CELL, side, CELL, 3).mean((1, 3)).astype(np.float16)
+    places = np.array([(x, y) for x, y, _ in tissue.nuclei], np.float32)
+    own = np.stack([attributes for _, _, attributes in tissue.nuclei])
+    far = np.abs(places[:, None] - places[None]).max(-1)
+    crowd = (far < 56).sum(1, keepdims=True) / 8
+    around = np.stack([own[row < 112].mean(0)[[0, 3, 6]] for row in far])
+    return pixels, stains, places, np.concatenate([own, crowd, around], axis=1).astype(np.float32)
 
 
 def crop(image, x, y, size):
-    """[size, size, 3] around (x, y), reflected at the border."""
-    half = size // 2
-    rows = np.arange(round(float(y)) - half, round(float(y)) - half + size)
-    columns = np.arange(round(float(x)) - half, round(float(x)) - half + size)
-    last = demo.SIZE - 1
+    """[size, size, C] with its middle at (x, y), reflected at the border."""
+    rows, columns = (np.arange(c - size // 2, c - size // 2 + size) for c in (y, x))
+    last = len(image) - 1
     return image[np.ix_(last - np.abs(last - np.abs(rows)), last - np.abs(last - np.abs(columns)))]
 
 
-def embed_part(encoder, images, generator):
-    """The class embedding from a part of the patch tokens: all in the middle, some elsewhere. [B, D]"""
+def batch_of(painted, index, targets, rng, size):
+    """Random patches uint8 [B, 224, 224, 3], stains float32 [B, 56, 56, 3], targets [B, T], turned and flipped."""
+    images, stains, wanted = [], [], []
+    for dense in rng.random(size) < 0.5:
+        if dense:
+            number = rng.integers(len(painted))
+            row = index[number + 1] - 1 - rng.integers(DENSE)
+        else:
+            row = rng.integers(len(targets))
+            number = np.searchsorted(index, row, side="right") - 1
+        pixels, stain, places, _ = painted[number]
+        # To a multiple of CELL, so that both crops show the same.
+        x, y = (CELL * int(np.floor(c / CELL + 0.5)) for c in places[row - index[number]])
+        pair = crop(pixels, x, y, models.SIZE), crop(stain, x // CELL, y // CELL, models.SIZE // CELL)
+        turns, flip = rng.integers(4), rng.integers(2)
+        pair = [np.rot90(part[:, ::-1] if flip else part, turns) for part in pair]
+        images.append(pair[0])
+        stains.append(pair[1])
+        wanted.append(targets[row])
+    return tuple(torch.from_numpy(np.stack(part)) for part in (images, np.stack(stains).astype(np.float32), wanted))
+
+
+def recolour(images, rng):
+    """Colour jitter and blur of float images [B, 3, S, S], stronger than the augmentation of training runs."""
+    for operation, middle, half in ((augment.brightness, 1, JITTER), (augment.contrast, 1, JITTER),
+                                    (augment.saturation, 1, JITTER), (augment.hue, 0, JITTER / 4)):
+        amount = torch.from_numpy(rng.uniform(middle - half, middle + half, len(images)).astype(np.float32))
+        images = operation(images, amount.to(images.device).view(-1, 1, 1, 1))
+    blurred = rng.random(len(images)) < 0.2
+    images[blurred] = augment.blur(images[blurred], rng.uniform(0.3, 1.2, blurred.sum()))
+    return images
+
+
+def some_tokens(encoder, images, generator):
+    """Tokens after the final norm, for a part of the patches only: (x [B, 1 + K, D], which patches [K])."""
     grid = encoder.grid
     middle = torch.zeros(grid, grid, dtype=torch.bool)
     start = (grid - CENTRE) // 2
     middle[start:start + CENTRE, start:start + CENTRE] = True
     middle, rest = middle.flatten().nonzero()[:, 0], (~middle).flatten().nonzero()[:, 0]
-    rest = rest[torch.randperm(len(rest), generator=generator)[:OTHERS]]
-    x = encoder.tokens(images)[:, torch.cat([torch.arange(encoder.prefix), encoder.prefix + middle,
-                                             encoder.prefix + rest])]
+    kept = torch.cat([middle, rest[torch.randperm(len(rest), generator=generator)[:OTHERS]]]).to(images.device)
+    x = encoder.tokens(images)
+    x = torch.cat([x[:, :encoder.prefix], x[:, encoder.prefix:][:, kept]], dim=1)
     for block in encoder.blocks:
         x = block(x)
-    return encoder.norm(x)[:, 0]
+    return encoder.norm(x), kept
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=str(Path(__file__).parent / "demo_encoder.safetensors"), metavar="PATH")
-    parser.add_argument("--images", type=int, default=120, help="images that are painted (default: 120)")
-    parser.add_argument("--steps", type=int, default=900, help="steps of 64 patches (default: 900)")
+    parser.add_argument("--images", type=int, default=150, help="images that are painted (default: 150)")
+    parser.add_argument("--steps", type=int, default=1800, help="steps of 64 patches (default: 1800)")
     args = parser.parse_args()
     torch.manual_seed(SEED)
 
     with ProcessPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         painted = list(cli.progress(pool.map(paint, range(args.images)), total=args.images, desc="painting",
                                     unit="images"))
-    index = np.concatenate([np.stack([np.full(len(t), i), np.arange(len(t))], 1) for i, (_, _, t) in
-                            enumerate(painted)])
-    targets = np.concatenate([t for _, _, t in painted])
-    mean, std = targets.mean(0), targets.std(0)
+    index = np.cumsum([0] + [len(places) for _, _, places, _ in painted])
+    targets = np.concatenate([t for *_, t in painted])
+    targets = (targets - targets.mean(0)) / targets.std(0)
+    every = np.concatenate([stains.reshape(-1, 3)[::97] for _, stains, *_ in painted]).astype(np.float32)
+    stain_mean, stain_std = torch.from_numpy(every.mean(0)), torch.from_numpy(every.std(0) + 0.02)
 
     device = models.resolve_device("auto")
     spec = models.find_encoder("demo")
     encoder = models.load_encoder("demo", "random", device).train()
-    model = models.PatchClassifier(encoder)
+    model = models.PatchClassifier(encoder)  # for its normalisation
+    per_token = (spec.patch // CELL) ** 2 * 3
     readout = torch.nn.Linear(spec.dim, targets.shape[1]).to(device)
-    parameters = [*encoder.parameters(), *readout.parameters()]
+    dense = torch.nn.Linear(spec.dim, per_token).to(device)
+    parameters = [*encoder.parameters(), *readout.parameters(), *dense.parameters()]
     optimizer = torch.optim.AdamW([{"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.05},
                                    {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}], lr=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, total_steps=args.steps, pct_start=0.1)
     rng, generator = np.random.default_rng(SEED), torch.Generator().manual_seed(SEED)
-    batch, size, recent, start = 64, augment.margin(models.SIZE), [], time.time()
+    recent, start = [], time.time()
     with cli.progress(total=args.steps, desc="pretraining", unit="steps") as bar:
-        for step in range(args.steps):
-            rows = rng.integers(len(index), size=batch)
-            # Every second patch shows one of the dense nuclei, which are few.
-            dense = rng.random(batch) < 0.5
-            for i in np.flatnonzero(dense):
-                image = rng.integers(len(painted))
-                rows[i] = np.flatnonzero(index[:, 0] == image)[-1 - rng.integers(40)]
-            crops = np.stack([crop(painted[i][0], *painted[i][1][j], size) for i, j in index[rows]])
-            images = augment.augment(torch.from_numpy(crops).to(device), (SEED, step, range(batch)), models.SIZE)
-            wanted = torch.from_numpy((targets[rows] - mean) / std).to(device)
-            loss = F.mse_loss(readout(embed_part(encoder, (images - model.mean) / model.std, generator)), wanted)
+        for _ in range(args.steps):
+            images, stains, wanted = batch_of(painted, index, targets, rng, 64)
+            images = recolour(images.to(device).permute(0, 3, 1, 2).float() / 255, rng)
+            x, kept = some_tokens(encoder, (images - model.mean) / model.std, generator)
+            stains = (stains - stain_mean) / stain_std
+            side = spec.patch // CELL
+            stains = stains.unfold(1, side, side).unfold(2, side, side).flatten(1, 2).flatten(2)[:, kept.cpu()]
+            whole = F.mse_loss(readout(x[:, 0]), wanted.to(device))
+            parts = F.mse_loss(dense(x[:, encoder.prefix:]), stains.to(device))
             optimizer.zero_grad()
-            loss.backward()
+            (whole + parts).backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
-            recent = recent[-49:] + [loss.item()]
-            bar.set_postfix_str(f"unexplained variance {np.mean(recent):.3f}", refresh=False)
+            recent = recent[-49:] + [(whole.item(), parts.item())]
+            left = np.mean(recent, axis=0)
+            bar.set_postfix_str(f"unexplained: nuclei {left[0]:.3f}, stains {left[1]:.3f}", refresh=False)
             bar.update()
     state = {name: tensor.detach().half().contiguous().cpu() for name, tensor in encoder.state_dict().items()}
     with runs.atomic(args.out) as temporary:
         save_file(state, temporary, metadata={
             "licence": "MIT", "made by": f"demo_encoder.py --images {args.images} --steps {args.steps}",
-            "unexplained variance": f"{np.mean(recent):.3f}"})
-    print(f"{args.out}: unexplained variance of the attributes {np.mean(recent):.3f}, {time.time() - start:.0f} s")
+            "unexplained variance": f"nuclei {left[0]:.3f}, stains {left[1]:.3f}"})
+    print(f"{args.out}: unexplained variance of nuclei {left[0]:.3f}, of stains {left[1]:.3f}; "
+          f"{time.time() - start:.0f} s")
 
 
 if __name__ == "__main__":

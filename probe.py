@@ -9,13 +9,14 @@ them from there. Each probe gets a run folder of its own, which evaluate.py and 
 """
 
 import argparse
+import contextlib
 import os
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import cli
 import crops
@@ -183,21 +184,21 @@ def all_embeddings(model, annotations, args, dtype):
     return embeddings(model, patches, annotations, path, dtype, args.batch_size)
 
 
-def finish(job, annotations, X, tests, args):
+def logits_of(job, features, rows, X, labels, k):
+    if job["probe"] == "knn":
+        return knn_logits(features, X, labels, job["train"], rows, k)
+    return features[rows].astype(np.float64) @ job["weight"] + job["bias"]
+
+
+def finish(job, annotations, X, args):
     """Predictions, metrics and the head of one fitted probe into its run folder; returns its rows of the table."""
-    run, split, probe = job["run"], job["split"], job["probe"]
-
-    def logits(features, rows):
-        if probe == "knn":
-            return knn_logits(features, X, annotations.label, job["train"], rows, args.k)
-        return features[rows].astype(np.float64) @ job["weight"] + job["bias"]
-
-    sets = [("val", annotations, X, job["val"]), ("test", annotations, X, annotations.rows(split.test))]
-    sets += [(name, annotations, X, annotations.rows(ids)) for name, ids in split.others.items()]
-    sets += [(other.name, other, features, np.arange(len(other))) for other, features in tests]
-    columns = runs.predictions([(name, table, rows, logits(features, rows)) for name, table, features, rows in sets])
+    run, split = job["run"], job["split"]
+    rows = {"val": job["val"], "test": annotations.rows(split.test)}
+    rows |= {name: annotations.rows(ids) for name, ids in split.others.items()}
+    columns = runs.predictions([(name, annotations, own, logits_of(job, X, own, X, annotations.label, args.k))
+                                for name, own in rows.items()])
     split.save(run.path / "split.json")
-    if probe != "knn":
+    if job["probe"] != "knn":
         head = {"head.weight": torch.tensor(job["weight"], dtype=torch.float32)[None],
                 "head.bias": torch.tensor([job["bias"]], dtype=torch.float32)}
         with runs.atomic(run.path / "model.safetensors") as temporary:
@@ -206,6 +207,24 @@ def finish(job, annotations, X, tests, args):
     metrics = evaluate.of_predictions(columns)
     run.finish(metrics | {"training": {"train_annotations": len(split.train), **job.get("fit", {})}})
     return runs.metric_rows(run.path, metrics)
+
+
+def further_tests(job, annotations, X, tests, args):
+    """Predictions of a finished run on the whole datasets of --test, where they are missing; rows of the table."""
+    path = job["path"]
+    done = set(np.unique(runs.read_predictions(path / "predictions.csv")["set"]).tolist())
+    missing = [(other, features) for other, features in tests if other.name not in done]
+    if not missing:
+        return []
+    if job["probe"] != "knn" and "weight" not in job:  # fitted by an earlier command
+        head = load_file(path / "model.safetensors")
+        job["weight"], job["bias"] = head["head.weight"][0].double().numpy(), head["head.bias"].item()
+    columns = runs.add_predictions(path / "predictions.csv", runs.predictions([
+        (other.name, other, rows, logits_of(job, features, rows, X, annotations.label, args.k))
+        for other, features in missing for rows in [np.arange(len(other))]]))
+    metrics = {**runs.read_json(path / "metrics.json"), **evaluate.of_predictions(columns)}
+    runs.write_json(path / "metrics.json", metrics)
+    return runs.metric_rows(path, metrics, {other.name for other, _ in missing})
 
 
 # ---------------------------------------------------------------- the command
@@ -267,23 +286,30 @@ def main():
     X = all_embeddings(model, annotations, args, dtype)
     if rank:
         return
-    todo = []
-    for job in jobs:
-        job["run"] = runs.open_run(job["path"], job["config"], args.resume, args.force)
-        if job["run"].finished:
-            print(f"finished: {job['path']}")
-        else:
-            todo.append(job)
-    for probe in dict.fromkeys(job["probe"] for job in todo):
-        own = [job for job in todo if job["probe"] == probe]
-        if probe in ("uni", "l2"):
-            fit_logistic(X, annotations.label, own, probe, args.standardize and probe == "l2", args.C, device)
-        elif probe == "prototype":
-            for job in own:
-                fit_prototypes(X, annotations.label, job, args.shots, (args.seed << 16) + job["fold"])
-    tests = [(other, all_embeddings(model, other, args, dtype))
-             for other in (data.from_arguments(args, data=name) for name in args.test)]
-    rows = [row for job in todo for row in finish(job, annotations, X, tests, args)]
+    with contextlib.ExitStack() as opened:
+        for job in jobs:
+            job["run"] = opened.enter_context(runs.open_run(job["path"], job["config"], args.resume, args.force))
+            if job["run"].finished:
+                print(f"finished: {job['path']}")
+        todo = [job for job in jobs if not job["run"].finished]
+        for probe in dict.fromkeys(job["probe"] for job in todo):
+            own = [job for job in todo if job["probe"] == probe]
+            if probe in ("uni", "l2"):
+                fit_logistic(X, annotations.label, own, probe, args.standardize and probe == "l2", args.C, device)
+            elif probe == "prototype":
+                for job in own:
+                    fit_prototypes(X, annotations.label, job, args.shots, (args.seed << 16) + job["fold"])
+        rows = [row for job in todo for row in finish(job, annotations, X, args)]
+        if args.test:
+            tests = []
+            for name in args.test:
+                other = data.from_arguments(args, data=name)
+                shared = data.shared_cases(annotations, other)
+                if shared:
+                    print(f"note: {other.name} shares {len(shared)} cases with {annotations.name}, for example "
+                          f"{sorted(map(str, shared))[0]}: its figures are not those of unseen cases", flush=True)
+                tests.append((other, all_embeddings(model, other, args, dtype)))
+            rows += [row for job in jobs for row in further_tests(job, annotations, X, tests, args)]
     if rows:
         print(cli.table(rows, ("run", "set", "patches", "balanced acc", "weighted F1", "AUROC"), right=(2, 3, 4, 5)))
 

@@ -14,7 +14,9 @@ import models
 
 HERE = Path(__file__).resolve().parent
 TINY = models.Encoder("tiny", "", "MIT", 0, dim=32, depth=2, heads=2, patch=32, hidden=64, layerscale=True)
-models.ENCODERS.setdefault("tiny", TINY)
+WIDE = models.Encoder("wide", "", "MIT", 0, dim=256, depth=2, heads=4, patch=32, hidden=64, layerscale=True)
+for row in (TINY, WIDE):
+    models.ENCODERS.setdefault(row.name, row)
 
 
 def dataset(folder, cases=10, per_case=6, seed=0, name="small"):
