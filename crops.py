@@ -206,28 +206,26 @@ class Patches:
                 self._threads = ThreadPoolExecutor(self.workers)
             if self.cache is False or self.annotations.kind == "patches" or self._crops is not None:
                 return
-            if build and not self._asked:
-                self._asked = self._looked = True
-                slow = self._too_slow()
-                self._open_store(f"building it {'anew' if slow else ''}" if slow else None)
-                if slow and self._crops is None:
-                    print(f"{self.annotations.name}: {slow}; a store of crops is built first (another place for it: "
-                          "MITOSIS_CACHE=DIR)", flush=True)
-                    build_store(self, workers=min(4, os.cpu_count() or 1))
-                    self._open_store()
-            elif not self._looked:
-                self._looked = True
+            stale = self._open_store() if not self._looked else None
+            self._looked = True
+            if build and not self._asked and self._crops is None and (slow := self._too_slow()):
+                print(f"{self.annotations.name}: {slow}; a store of crops is built first (another place for it: "
+                      "MITOSIS_CACHE=DIR)", flush=True)
+                build_store(self, min(4, os.cpu_count() or 1))
                 self._open_store()
+            elif stale:
+                print(f"{stale}; not used: python data.py … --cache builds it anew", flush=True)
+            self._asked |= build
 
-    def _open_store(self, instead=None):
+    def _open_store(self):
+        """Open the store where it is there and fresh; returns what is wrong with one that is not."""
         try:
-            index = store.files(self.store_path())[1]
-            if index.exists():  # the fingerprint looks at every image
+            if store.files(self.store_path())[1].exists():  # the fingerprint looks at every image
                 self._crops = store.open_store(self.store_path(), self.store_fingerprint(), verify=False)
         except store.Missing:
             pass
         except (store.Stale, store.Damaged) as error:
-            print(f"{error}; " + (instead or "not used: python data.py … --cache builds it anew"), flush=True)
+            return str(error)
 
     def _too_slow(self):
         """Why random reads need the store, or None: images that are decoded whole and do not fit in memory."""
