@@ -127,6 +127,7 @@ def validation_patches(run, config, args, count):
     if len(rows) == 0:
         annotations, choices = data.from_source({"data": "demo", "fit": "resize"}, quiet=False)
         rows, source = np.arange(len(annotations)), "demo patches"
+    own = source != "demo patches"
     rows = pick(rows, annotations.label, count)
     if len(rows) < min(count, FEWEST, len(annotations)):  # a batch of 64 needs so many
         others = np.setdiff1d(np.arange(len(annotations)), rows)
@@ -135,7 +136,7 @@ def validation_patches(run, config, args, count):
         rows = np.concatenate([rows, more])
     reader = Patches(annotations, size=models.SIZE, fit=choices.fit or "resize", mpp=choices.mpp,
                      source_mpp=choices.source_mpp)
-    return reader.read(rows), annotations.label[rows].astype(np.int8), annotations.id[rows], source
+    return reader.read(rows), annotations.label[rows].astype(np.int8), annotations.id[rows] if own else [], source
 
 
 def pick(rows, labels, count):
@@ -268,7 +269,8 @@ def against_predictions(predictions, ids, logits):
     """How far the merged float32 model is from the run's own predictions (which may have been made in bf16)."""
     if predictions is None:
         return None
-    where = {name: i for i, name in enumerate(predictions["id"].tolist())}
+    validation = np.flatnonzero(predictions["set"] == "val")  # further datasets may use the same ids
+    where = dict(zip(predictions["id"][validation].tolist(), validation.tolist()))
     pairs = [(where[name], i) for i, name in enumerate(np.asarray(ids).tolist()) if name in where]
     if not pairs:
         return None

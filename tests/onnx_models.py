@@ -155,7 +155,7 @@ def make_run(path, family, method, folder, seed=0):
     split.save(path / "split.json")
     rows = table.rows(split.val)
     images = crops.Patches(table).read(rows)
-    flags = {"data": str(folder / "MIDOG.json"), "images": str(folder), "model": spec.name, "method": method,
+    flags = {"data": "blobs", "model": spec.name, "method": method,
              "weights": str(weights), "frac": 1.0, "fold": 0, "seed": 0, "pool": None, "layer": None, "fit": "resize",
              "mpp": None, "rank": 4, "alpha": 4, "dropout": 0.1, "targets": ["qkv", "proj", "fc1", "fc2"]}
     before = models.PatchClassifier(network).eval().embed(torch.from_numpy(images[:4])).detach()
@@ -191,6 +191,8 @@ def make_run(path, family, method, folder, seed=0):
         "label": table.label[rows], "logit": logits, "probability": 1 / (1 + np.exp(-logits.astype(np.float64)))})
     runs.write_json(path / "config.json", {"flags": flags, "data": {"name": "blobs", "mpp": 0.25},
                                            "encoder": {"name": spec.name, "licence": spec.licence,
-                                                       "weights_hash": network.weights_hash}})
+                                                       "weights_hash": network.weights_hash},
+                                           "source": {"data": str(folder / "MIDOG.json"), "images": str(folder),
+                                                      "fit": "resize"}})
     runs.write_json(path / "metrics.json", {"sets": {"val": {"auroc": 0.9}}})
     return weights, model

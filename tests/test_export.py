@@ -222,7 +222,7 @@ def test_mistakes_are_one_line(made, tmp_path, monkeypatch, capsys):
     run, weights, _ = made()
     other = tmp_path / "other"
     other.mkdir()
-    folder = Path(json.loads((run / "config.json").read_text())["flags"]["images"])
+    folder = Path(json.loads((run / "config.json").read_text())["source"]["images"])
     wrong, _ = make_run(other / "run", "gelu", "lora", folder, seed=5)
     out = tmp_path / "out"
     out.mkdir()
