@@ -138,6 +138,17 @@ def test_deep_pixels_are_refused(tmp_path):
         slides.read(tmp_path / "a.png", 20, 20, 10)
 
 
+def test_what_a_format_pads_its_last_tiles_with_is_not_shown(tmp_path):
+    slide = slides.open_slide(tiled(tmp_path / "a.tif", picture()))
+
+    class Padded:
+        def read_region(self, corner, level, size):
+            return Image.new("RGBA", size, (90, 80, 70, 255))
+    slide.handle = Padded()
+    window = slides.read(tmp_path / "a.tif", WIDTH, 0, 100)
+    assert (window[50:, :50] == (90, 80, 70)).all() and (window[:50] == 255).all() and (window[:, 50:] == 255).all()
+
+
 # ---------------------------------------------------------------- resolution
 
 def test_microns_per_pixel_of_the_formats(tmp_path):
@@ -297,6 +308,33 @@ def test_other_processes_read_what_this_one_has_open(tmp_path, method):
         stop.set()
         thread.join()
     assert [_sum(task) for task in tasks] == here
+
+
+def _read_into(queue, path):
+    queue.put((len(slides._open), slides.read(path, 100, 100, 8).tolist()))
+
+
+def test_a_fork_takes_neither_handles_nor_a_held_lock_along(tmp_path):
+    path, context = tiled(tmp_path / "a.tif", picture()), multiprocessing.get_context("fork")
+    wanted = slides.read(path, 100, 100, 8).tolist()
+    held, let_go, queue = threading.Event(), threading.Event(), context.SimpleQueue()
+
+    def hold():
+        with slides._lock:
+            held.set()
+            let_go.wait(60)
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    process = context.Process(target=_read_into, args=(queue, path))
+    process.start()
+    process.join(20)
+    hangs = process.is_alive()
+    if hangs:
+        process.kill()
+    let_go.set()
+    thread.join()
+    assert not hangs and queue.get() == (0, wanted)
 
 
 def test_threads_with_fewer_handles_than_images(tmp_path, monkeypatch):

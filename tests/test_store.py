@@ -1,6 +1,8 @@
 """The resumable array on disk: what a kill, a change, damage, a full disk and several writers do to it."""
 
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -112,6 +114,21 @@ def test_a_killed_writer_continues_and_repeats_nothing(tmp_path):
             assert done | written <= here <= done | computed  # of the rows in work, at most
             done = here
     assert np.array_equal(store.open_store(path, {"a": 1}), np.arange(1000)[:, None] * np.ones(50))
+
+
+def test_rows_count_only_once_they_are_on_the_disk(tmp_path, monkeypatch):
+    with store.Writer(tmp_path / "x", (10, 3), np.float32, PRINT) as writer:
+        seen, sync = [], os.fdatasync
+        monkeypatch.setattr(store.os, "fdatasync", lambda file: seen.append(writer.done[:4].tolist()) or sync(file))
+        writer.write([0, 1], 1)
+        assert seen == [[0, 0, 0, 0]] and writer.done[:4].tolist() == [1, 1, 0, 0]
+
+        def full(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        monkeypatch.setattr(store.os, "pwrite", full)
+        with pytest.raises(OSError):
+            writer.write([2, 3], 1)
+        assert writer.done[:4].tolist() == [1, 1, 0, 0]
 
 
 def test_stale_names_what_differs_in_one_line(tmp_path):
