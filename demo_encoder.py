@@ -118,7 +118,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=str(Path(__file__).parent / "demo_encoder.safetensors"), metavar="PATH")
     parser.add_argument("--images", type=int, default=150, help="images that are painted (default: 150)")
-    parser.add_argument("--steps", type=int, default=1800, help="steps of 64 patches (default: 1800)")
+    parser.add_argument("--steps", type=int, default=1200, help="steps of 64 patches (default: 1200)")
     args = parser.parse_args()
     torch.manual_seed(SEED)
 

@@ -47,10 +47,11 @@ def make_run(path, name, images):
     save_file(state, path / "model.safetensors")
     table = data.load_dataset(images)
     data.make_split(table).save(path / "split.json")
-    flags = {"data": str(images), "model": name, "method": "lora", "weights": "random", "frac": 1.0, "fold": 0,
+    flags = {"data": "blobs", "model": name, "method": "lora", "weights": "random", "frac": 1.0, "fold": 0,
              "fit": "resize", "rank": 16, "alpha": 16, "dropout": 0.1, "targets": list(lora.TARGETS)}
     runs.write_json(path / "config.json", {"flags": flags, "data": {"name": "blobs"},
-                                           "encoder": {"name": name, "weights_hash": "random"}})
+                                           "encoder": {"name": name, "weights_hash": "random"},
+                                           "source": {"data": str(images), "fit": "resize"}})
     runs.write_json(path / "metrics.json", {})
     return size
 
