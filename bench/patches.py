@@ -33,6 +33,7 @@ import augment  # noqa: E402
 import cli  # noqa: E402
 import crops  # noqa: E402
 import data  # noqa: E402
+import slides  # noqa: E402
 
 SIZE, MARGIN, BATCH = 224, augment.margin(224), 16
 
@@ -108,6 +109,19 @@ def batched(patches, sample, device, step):
     return len(sample)
 
 
+def random_reads_of_a_png(folder, width, height):
+    """(seconds of the first read of a PNG, median seconds of the next 200)."""
+    tile = np.random.default_rng(0).integers(100, 250, (height // 10, width // 10, 3), np.uint8)
+    Image.fromarray(np.tile(tile, (10, 10, 1))).save(folder / "a.png", compress_level=1)
+    seconds = []
+    for x, y in np.random.default_rng(1).uniform(0, (width, height), (201, 2)):
+        start = time.perf_counter()
+        slides.read(folder / "a.png", x, y, SIZE)
+        seconds.append(time.perf_counter() - start)
+    slides.close(folder / "a.png")
+    return seconds[0], np.median(seconds[1:])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data.add_arguments(parser)
@@ -125,6 +139,8 @@ def main():
         paths = [str(a.image_path(image)) for image in np.unique(a.image)]
         devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
         rows, different = [], 0
+        png = (3500, 2500) if args.quick else (7000, 5000)
+        first, others = random_reads_of_a_png(folder, *png)
         for cores in args.cores:
             torch.set_num_threads(cores)
             stored = crops.Patches(a, cache=folder / "store", workers=cores)
@@ -149,6 +165,8 @@ def main():
                 rows.append([name, cores, f"{middle:,.0f}", f"{middle / cores:,.0f}",
                              f"{min(found[1:]):,.0f} to {max(found[1:]):,.0f}", f"{middle / base:.2f}"])
     print(f"\npatches that differ between the store and direct reads: {different}")
+    print(f"random reads of a PNG of {png[0]:,} x {png[1]:,} px without a store: the first {first:.2f} s, the others "
+          f"{1000 * others:.2f} ms\n")
     header = ["way", "cores", "patches/s", "per core", "range", "against the ordinary way"]
     for row in (header, ["---"] * len(header), *rows):
         print(f"| {' | '.join(str(cell) for cell in row)} |")
