@@ -9,15 +9,19 @@ The dropout mask is a hash of (seed, step, layer, sample, element): it needs no 
 run draws the same one, and so does any number of processes.
 """
 
-import json
+import argparse
+import contextlib
 import math
+import re
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import cli
 import runs
 from cli import UserError
 
@@ -45,37 +49,47 @@ def kept_share(p):
     return 1 - round(p * 65536) / 65536
 
 
+def dropped(x, keep):
+    """x where it is kept, else 0 (not yet divided by the kept share). `where` is several times faster than a product
+    with a boolean mask on CPUs."""
+    return x if keep is None else torch.where(keep, x, 0)
+
+
 class LoRAFunction(torch.autograd.Function):
-    """Adapted linear layer that keeps only its input for the backward pass; the mask is hashed again there."""
+    """Adapted linear layer that keeps its input and h = A dropout(x), which is tiny, for the backward pass.
+
+    The mask is kept too on CPUs (a byte per element against four); elsewhere it is hashed again. No gradient is
+    computed for the frozen weight.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, scale, key, p):
-        y = F.linear(x, weight, bias)
-        ctx.save_for_backward(x, weight, A, B, key)
-        ctx.scale, ctx.p = scale, p
-        h = F.linear(LoRAFunction.drop(x, key, p), A.to(x.dtype))
-        return y.add_(F.linear(h, B.to(x.dtype)), alpha=scale)
+        ctx.p, ctx.scale, ctx.shape = p, scale / kept_share(p), x.shape
+        keep = LoRAFunction.mask(x.shape, key, p)
+        flat = x.reshape(-1, x.shape[-1])
+        h = dropped(x, keep).reshape(flat.shape) @ A.to(x.dtype).T                      # [n, r]
+        y = torch.addmm(bias, flat, weight.T) if bias is not None else flat @ weight.T  # [n, out]
+        y.addmm_(h, (B * ctx.scale).to(x.dtype).T)
+        ctx.save_for_backward(x, weight, A, B, key, h, keep if x.device.type == "cpu" else None)
+        return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def drop(x, key, p):
-        if p == 0:
-            return x
-        mask = keep_mask(key, x[0].numel(), p).view(x.shape)
-        return x * mask * (1 / kept_share(p))
+    def mask(shape, key, p):
+        return None if p == 0 else keep_mask(key, shape[1:].numel(), p).view(shape)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, A, B, key = ctx.saved_tensors
+        x, weight, A, B, key, h, keep = ctx.saved_tensors
+        if keep is None:
+            keep = LoRAFunction.mask(ctx.shape, key, ctx.p)
         g = grad.reshape(-1, grad.shape[-1])
-        dropped = LoRAFunction.drop(x, key, ctx.p).reshape(-1, x.shape[-1])
-        down = A.to(x.dtype)
-        gh = (g @ B.to(g.dtype)) * ctx.scale                     # [n, r]
-        gB = (g.T @ (dropped @ down.T)).to(B.dtype) * ctx.scale
-        gA = (gh.T @ dropped).to(A.dtype)
+        gh = g @ (B * ctx.scale).to(g.dtype)                                            # [n, r]
+        gB = (g.T @ h).to(B.dtype) * ctx.scale
+        gA = (gh.T @ dropped(x, keep).reshape(-1, x.shape[-1])).to(A.dtype)
         gx = None
         if ctx.needs_input_grad[0]:
-            back = (gh @ down).view(x.shape)
-            gx = (g @ weight).view(x.shape) + LoRAFunction.drop(back, key, ctx.p)
+            back = (gh @ A.to(g.dtype)).view(x.shape)
+            gx = (g @ weight).view(x.shape).add_(dropped(back, keep))
         return gx, None, None, gA, gB, None, None, None
 
 
@@ -85,8 +99,10 @@ class LoRALinear(nn.Module):
     def __init__(self, base, rank, alpha, dropout, layer, dora=False, rslora=False):
         super().__init__()
         self.weight, self.bias = base.weight, base.bias
+        self.train(base.training)
         self.rank, self.alpha, self.p, self.layer = rank, alpha, dropout, layer
-        self.scale = alpha / math.sqrt(rank) if rslora else alpha / rank
+        self.scale, self.rslora = alpha / math.sqrt(rank) if rslora else alpha / rank, rslora
+        self.folded = False
         kind = {"device": base.weight.device,
                 "dtype": torch.float64 if base.weight.dtype == torch.float64 else torch.float32}
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **kind))
@@ -100,6 +116,9 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         p = self.p if self.training else 0.0
+        if self.folded:
+            return F.linear(x, self.adapted_weight().to(x.dtype), self.bias)
+        # A layer that set_step() was not called for, or for another batch: masks by the place in this batch.
         key = self.key if len(self.key) == len(x) or p == 0 else self.key[:1] + torch.arange(
             len(x), device=x.device) * WEYL
         if self.lora_magnitude is not None:
@@ -110,18 +129,23 @@ class LoRALinear(nn.Module):
         """DoRA (Liu et al. 2024): the adapted weight's rows get learned lengths; the norm is not differentiated."""
         weight, low = self.weight.to(self.lora_A.dtype), self.scale * self.lora_B @ self.lora_A
         factor = (self.lora_magnitude / (weight + low).norm(dim=1).detach()).to(x.dtype)
-        dropped = LoRAFunction.drop(x, key, p)
-        up = F.linear(F.linear(dropped, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype)) * self.scale
-        y = F.linear(dropped if p else x, self.weight)
-        y = F.linear(x, self.weight, self.bias) + (factor - 1) * y + factor * up
-        return y
+        keep = LoRAFunction.mask(x.shape, key, p)
+        seen = x if keep is None else dropped(x, keep) / kept_share(p)
+        up = F.linear(F.linear(seen, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype)) * self.scale
+        # As in peft: what the factor adds sees the dropout too.
+        return F.linear(x, self.weight, self.bias) + (factor - 1) * F.linear(seen, self.weight) + factor * up
+
+    def adapted_weight(self):
+        """W + scale B A, with DoRA's lengths [out, in], in float32 at least."""
+        exact = torch.promote_types(self.weight.dtype, torch.float32)
+        weight = torch.addmm(self.weight.to(exact), self.lora_B.to(exact), self.lora_A.to(exact), alpha=self.scale)
+        if self.lora_magnitude is not None:
+            weight = weight * (self.lora_magnitude.to(exact) / weight.norm(dim=1))[:, None]
+        return weight
 
     def merged(self):
         """The plain layer with the same outputs; computed in float32 at least, rounded once."""
-        exact = torch.promote_types(self.weight.dtype, torch.float32)
-        weight = self.weight.to(exact) + (self.scale * self.lora_B.to(exact) @ self.lora_A.to(exact))
-        if self.lora_magnitude is not None:
-            weight *= (self.lora_magnitude.to(exact) / weight.norm(dim=1))[:, None]
+        weight = self.adapted_weight().detach()
         if not weight.isfinite().all():
             raise UserError("the adapter holds numbers that are not finite: the training that made it diverged")
         plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
@@ -154,8 +178,8 @@ def add_lora(encoder, rank=16, alpha=16, dropout=0.1, targets=TARGETS, dora=Fals
                     setattr(module, name, LoRALinear(child, rank, alpha, dropout, count, dora, rslora))
                     count += 1
     if count != len(targets) * len(blocks):
-        raise UserError(f"LoRA targets {', '.join(targets)}: {count} layers found, {len(targets) * len(blocks)} expected "
-                        f"({len(targets)} in each of {len(blocks)} blocks); there are {', '.join(TARGETS)}")
+        raise UserError(f"LoRA targets {', '.join(targets)}: {count} layers found, {len(targets) * len(blocks)} "
+                        f"expected ({len(targets)} in each of {len(blocks)} blocks); there are {', '.join(TARGETS)}")
     return count
 
 
@@ -165,6 +189,20 @@ def set_step(encoder, seed, step, samples):
     for _, module in adapted(encoder):
         key = splitmix(samples + splitmix(torch.tensor((seed << 40) ^ (step << 12) ^ module.layer)) * 3)
         module.key = key.to(module.weight.device)
+
+
+@contextlib.contextmanager
+def folded(encoder):
+    """Within it the layers compute with W + scale B A, made anew in each forward pass: for evaluation in large batches,
+    where this costs less than the two thin products. No weight is changed."""
+    layers = [module for _, module in adapted(encoder)]
+    for module in layers:
+        module.folded = True
+    try:
+        yield
+    finally:
+        for module in layers:
+            module.folded = False
 
 
 def merge_lora(encoder):
@@ -190,3 +228,88 @@ def load_lora(encoder, state):
     with torch.no_grad():
         for key, value in own.items():
             value.copy_(state[key])
+
+
+# ---------------------------------------------------------------- peft's format
+
+PREFIX = "base_model.model."  # of every tensor's name in peft's files
+PARTS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude": "lora_magnitude_vector"}
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def save_peft(encoder, folder, base=""):
+    """Write the adapter as peft does (adapter_config.json, adapter_model.safetensors) for timm's model of these names.
+
+    base: name of the model, for the reader. The head is not part of it.
+    """
+    layers = adapted(encoder)
+    if not layers:
+        raise UserError("there is no adapter to write: the encoder is not adapted by LoRA, or merged")
+    first = layers[0][1]
+    config = {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": base, "inference_mode": True,
+              "r": first.rank, "lora_alpha": first.alpha, "lora_dropout": first.p, "bias": "none",
+              # With the block's part ("attn.proj"): "proj" alone is the patch embedding's too.
+              "target_modules": sorted({".".join(name.split(".")[-2:]) for name, _ in layers}), "fan_in_fan_out": False,
+              "use_dora": first.lora_magnitude is not None, "use_rslora": first.rslora, "modules_to_save": None}
+    tensors = {}
+    for name, value in lora_state_dict(encoder).items():
+        layer, _, part = name.rpartition(".")
+        tensors[f"{PREFIX}{layer}.{PARTS[part]}"] = value.to("cpu", copy=True).contiguous()
+    folder = Path(folder)
+    with runs.atomic(folder / TENSORS) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    runs.write_json(folder / CONFIG, config)
+
+
+def load_peft(encoder, folder):
+    """Adapt a plain encoder by an adapter in peft's format; returns the number of adapted layers.
+
+    UserError where it holds what this LoRA has not (biases, ranks that differ by layer, other modules, …).
+    """
+    folder = Path(folder)
+    config = runs.read_json(folder / CONFIG)
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise UserError(f"{folder / CONFIG}: not the configuration of a LoRA adapter")
+    for name, plain in (("bias", "none"), ("fan_in_fan_out", False), ("modules_to_save", None), ("rank_pattern", {}),
+                        ("alpha_pattern", {}), ("layers_to_transform", None), ("lora_bias", False),
+                        ("use_qalora", False), ("alora_invocation_tokens", None), ("target_parameters", None)):
+        if config.get(name) and config[name] != plain:
+            raise UserError(f"{folder / CONFIG}: {name} = {str(config[name])[:40]} is not supported here")
+    try:
+        rank, alpha, dropout = int(config["r"]), float(config["lora_alpha"]), float(config.get("lora_dropout", 0.0))
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{folder / CONFIG}: r, lora_alpha and lora_dropout must be numbers") from None
+    file = folder / TENSORS
+    try:
+        stored = load_file(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{file}: not readable ({error})") from None
+    back, state = {theirs: ours for ours, theirs in PARTS.items()}, {}
+    for name, value in stored.items():
+        found = re.fullmatch(re.escape(PREFIX) + r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)", name)
+        if not found:
+            raise UserError(f"{file}: {name[:80]} is no part of a LoRA adapter that fits here")
+        state[f"{found[1]}.{back[found[2]]}"] = value
+    targets = tuple(t for t in TARGETS if any(f".{t}.lora_A" in name for name in state))
+    if not targets:
+        raise UserError(f"{file}: holds no adapter of {', '.join(TARGETS)}")
+    count = add_lora(encoder, rank, alpha, dropout, targets, bool(config.get("use_dora")),
+                     bool(config.get("use_rslora")))
+    load_lora(encoder, state)
+    return count
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Write the adapter of a LoRA run in peft's format.")
+    parser.add_argument("run", metavar="RUN", help="folder of a finished LoRA run")
+    parser.add_argument("--out", required=True, metavar="DIR", help=f"folder for {CONFIG} and {TENSORS}")
+    parser.add_argument("--weights", metavar="PATH", help="the encoder's weights, where the run does not find them")
+    args = parser.parse_args()
+    import models  # only for this command: the layers above know nothing of the encoders
+    model, config = models.load_run(args.run, args.weights)
+    save_peft(model.encoder, args.out, model.encoder.spec.repo or model.encoder.spec.name)
+    print(f"{args.out}: adapter of {len(adapted(model.encoder))} layers; the head is in {args.run}/model.safetensors")
+
+
+if __name__ == "__main__":
+    cli.command(main)
