@@ -323,7 +323,8 @@ def predict_together(model, patches, count, args, dtype):
     logits, own = np.zeros(count), np.arange(rank(), count, world())
     if len(own):
         wanted = None if args.lora else dtype
-        logits[own] = models.predict(model, patches, own, max(args.batch_size, 64), dtype=wanted, progress=None)
+        with lora.folded(model):
+            logits[own] = models.predict(model, patches, own, max(args.batch_size, 64), dtype=wanted, progress=None)
     return total_over_processes(logits)
 
 

@@ -172,6 +172,21 @@ def test_pools(patch, middle):
             assert models.embed_dim(spec, pool) == value.shape[1]
 
 
+@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 2e-2), (torch.float32, 1e-5)])
+def test_attention_and_its_gradients_in_training(dtype, bound):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, g = (torch.randn(2, 3, 17, 8, generator=generator).to(dtype) for _ in range(4))
+    found, wanted = [], []
+    for one, exact in ((found, False), (wanted, True)):
+        leaves = [(t.double() if exact else t.clone()).requires_grad_() for t in (q, k, v)]
+        scores = leaves[0] @ leaves[1].transpose(-2, -1) / 8 ** 0.5
+        out = scores.softmax(-1) @ leaves[2] if exact else models.attention(*leaves)
+        out.backward(g.to(out.dtype))
+        one += [out.detach().double(), *(leaf.grad.double() for leaf in leaves)]
+    for a, b in zip(found, wanted):
+        assert (a - b).norm() / b.norm() < bound
+
+
 def test_layer_reads_an_earlier_block_after_the_final_norm():
     reference = references.fill(references.timm_model("kaiko-s16", depth=4))
     spec = dataclasses.replace(models.ENCODERS["kaiko-s16"], depth=4)

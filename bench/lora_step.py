@@ -1,0 +1,179 @@
+"""Seconds and memory of one training step: timm + peft, and ours, on the same machine in one run.
+
+    python bench/lora_step.py [--quick]           ViT-S/16 on the CPU; ViT-g/14 with registers in bf16 on a GPU
+    python bench/lora_step.py --memory-only --device cuda      H-optimus-0 on a small card: the peaks alone
+
+A step: forward and backward pass of a batch of 16, LoRA of rank 16 with dropout 0.1 on qkv, proj, fc1, fc2 and one
+logit, fused Adam on what is trained. Weights are noise, images too; reading and augmentation are bench/patches.py's.
+The variants take turns step by step; medians are compared. Memory is the peak of a fresh process that does nothing
+else (CPU: above that of the imports; GPU: of the allocator).
+
+peft is used as its users do: float32 weights, with and without autocast, dropout by torch.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests"), str(HERE)]
+
+import lora  # noqa: E402
+import models  # noqa: E402
+import references  # noqa: E402
+from encode import flops, matmul_rate, peak, wait  # noqa: E402
+
+BLOCKS = r"blocks\.\d+\..*\.(qkv|proj|fc1|fc2)"
+# label → (whose, method, precision, compiled)
+VARIANTS = {
+    "peft fp32": ("peft", "lora", torch.float32, False),
+    "peft bf16 autocast": ("peft", "lora", torch.bfloat16, False),
+    "peft fp32, compiled": ("peft", "lora", torch.float32, True),
+    "peft bf16 autocast, compiled": ("peft", "lora", torch.bfloat16, True),
+    "timm fp32, all trained": ("peft", "full", torch.float32, False),
+    "timm bf16 autocast, all trained": ("peft", "full", torch.bfloat16, False),
+    "ours fp32": ("ours", "lora", torch.float32, False),
+    "ours bf16": ("ours", "lora", torch.bfloat16, False),
+    "ours fp32, compiled": ("ours", "lora", torch.float32, True),
+    "ours bf16, compiled": ("ours", "lora", torch.bfloat16, True),
+    "ours bf16, checkpointing": ("ours", "lora", torch.bfloat16, False),
+}
+
+
+def theirs(name, device, method):
+    """timm's network with a head of one logit, adapted by peft."""
+    import peft
+    network = references.timm_model(name, img_size=224).to_empty(device=device)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_(0, 0.02)
+    if method == "lora":
+        network = peft.get_peft_model(network, peft.LoraConfig(r=16, lora_alpha=16, lora_dropout=0.1,
+                                                               target_modules=BLOCKS))
+    return torch.nn.Sequential(network, torch.nn.Linear(models.ENCODERS[name].dim, 1, device=device))
+
+
+def ours(name, device, dtype):
+    encoder = models.load_encoder(name, "random", device, dtype, pool="cls")
+    lora.add_lora(encoder)
+    return models.PatchClassifier(encoder).to(device)
+
+
+class Step:
+    """One variant, ready to run: step() is one step of training."""
+
+    def __init__(self, label, name, device, batch):
+        whose, method, dtype, compiled = VARIANTS[label]
+        self.device, self.batch, self.count = device, batch, 0
+        self.model = (theirs(name, device, method) if whose == "peft" else ours(name, device, dtype)).train()
+        if "checkpointing" in label:
+            for block in self.model.encoder.blocks:
+                block.forward = (lambda f: lambda x, first=False: torch.utils.checkpoint.checkpoint(
+                    f, x, first, use_reentrant=False, preserve_rng_state=False))(block.forward)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.parameters = sum(p.numel() for p in trained)
+        self.optimizer = torch.optim.Adam(trained, lr=1e-4, fused=True)
+        self.images = torch.rand(batch, 3, 224, 224, device=device)
+        self.labels = (torch.arange(batch, device=device) % 2).float()
+        self.encoder = self.model.encoder if whose == "ours" else None
+        self.autocast = torch.autocast(device, dtype, enabled=whose == "peft" and dtype != torch.float32)
+        self.forward = torch.compile(self.model) if compiled else self.model
+
+    def __call__(self):
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.encoder is not None:
+            lora.set_step(self.encoder, 0, self.count, range(self.batch))
+            self.count += 1
+        with self.autocast:
+            logits = self.forward(self.images).view(-1)
+        torch.nn.functional.binary_cross_entropy_with_logits(logits.float(), self.labels).backward()
+        self.optimizer.step()
+        wait(self.device)
+
+
+def memory_child(name, label, device, batch):
+    before = peak()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    step = Step(label, name, device, batch)
+    for _ in range(2):
+        step()
+    print(torch.cuda.max_memory_allocated() / 2 ** 20 if device == "cuda" else peak() - before)
+
+
+def memory(name, label, device, batch):
+    """MiB, or None where the variant does not run."""
+    out = subprocess.run([sys.executable, __file__, "--memory", label, "--model", name, "--batch-size", str(batch),
+                          "--device", device], capture_output=True, text=True)
+    return float(out.stdout.split()[-1]) if out.returncode == 0 else None
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="three turns, nothing compiled")
+    parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
+    parser.add_argument("--model", help="encoder (default: lunit-s16, a ViT-S/16, on the CPU, h-optimus-0 on a GPU)")
+    parser.add_argument("--batch-size", type=int, default=16, help="default: 16")
+    parser.add_argument("--rounds", type=int, help="steps per variant (default: 8, with --quick 3)")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, metavar="V", help="these alone")
+    parser.add_argument("--memory-only", action="store_true", help="no times")
+    parser.add_argument("--memory", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name, batch = args.model or ("h-optimus-0" if device == "cuda" else "lunit-s16"), args.batch_size
+    if args.memory:
+        return memory_child(name, args.memory, device, batch)
+    labels = args.variants or [
+        label for label, (_, _, dtype, compiled) in VARIANTS.items()
+        if not (compiled and args.quick) and not (device == "cuda" and dtype == torch.float32)]
+    rounds, seconds, parameters = args.rounds or (3 if args.quick else 8), {}, {}
+    if not args.memory_only:
+        steps = {}
+        for label in labels:
+            step = Step(label, name, device, batch)
+            try:
+                step(), step()
+            except Exception as error:  # whatever a compiler throws
+                if "compiled" not in label:
+                    raise
+                print(f"{label}: left out ({type(error).__name__})", file=sys.stderr)
+                continue
+            steps[label], parameters[label] = step, step.parameters
+        seconds = {label: [] for label in steps}
+        for _ in range(rounds):
+            for label, step in steps.items():
+                start = time.perf_counter()
+                step()
+                seconds[label].append(time.perf_counter() - start)
+        del steps
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    rate = matmul_rate(device, dtype, 5)
+    # Frozen products: forward, and the gradient of the input; none of the weights.
+    operations = 2 * batch * flops(models.ENCODERS[name])
+    reference = labels[0]
+    print(f"{name}, batch {batch}, {device}, torch {torch.__version__}, {torch.get_num_threads()} threads; medians of "
+          f"{rounds} steps in turns; matrix product alone {rate / 1e12:.2f} TFLOP/s ({models.name_of(dtype)})\n")
+    print(f"| variant | trained | s per step | × {reference} | spread | of the product's rate | peak MiB |")
+    print("|---|---|---|---|---|---|---|")
+    for label in labels:
+        used = memory(name, label, device, batch)
+        used = "–" if used is None else f"{used:,.0f}"
+        if label not in seconds:
+            print(f"| {label} | – | – | – | – | – | {used} |")
+            continue
+        median = statistics.median(seconds[label])
+        spread = (max(seconds[label]) - min(seconds[label])) / median
+        share = f"{operations / median / rate:.2f}" if VARIANTS[label][1] == "lora" else "–"
+        print(f"| {label} | {parameters[label] / 1e6:.2f} M | {median:.3f} | "
+              f"{statistics.median(seconds[reference]) / median:.2f} | ±{50 * spread:.0f}% | {share} | {used} |")
+
+
+if __name__ == "__main__":
+    main()
