@@ -24,7 +24,9 @@ def checked(y, p, weight=None, what="probabilities"):
         p = p.astype(np.float64)
     if y.ndim != 1 or y.shape != p.shape:
         raise ValueError(f"labels of shape {y.shape} and {what} of shape {p.shape}: two equally long lists are needed")
-    if p.dtype != bool and np.isnan(p.sum()) and np.isnan(p).any():  # inf - inf is NaN too, hence the second look
+    with np.errstate(invalid="ignore"):  # inf - inf is NaN too, hence the second look
+        suspect = p.dtype != bool and np.isnan(p.sum())
+    if suspect and np.isnan(p).any():
         raise UserError(f"{np.isnan(p).sum()} of {len(p)} {what} are NaN: the run diverged, or its file is damaged")
     if weight is not None:
         weight = np.asarray(weight, np.float64)
