@@ -121,18 +121,23 @@ def images_of(found, probability, annotations, ids=None, mpp=None):
     """Candidates and figures by image. ids: of the annotations of a test set, whose images alone are scored."""
     def stem(name):
         return Path(str(name)).name.rsplit(".", 1)[0].lower()
-    table = {}
+    table, twice = {}, set()
     for image, rows in data.by_image(annotations).items():
-        table.setdefault(stem(image), (image, rows))
-    names = np.array([stem(name) if name else "" for name in found.images])
+        if stem(image) in table:
+            twice.add(stem(image))
+        table[stem(image)] = image, rows
+    names = np.array([stem(name) if name else "" for name in found.images], dtype=object)
     wanted = set(names.tolist())
     if found.kind == "midog":  # its list of images also names those without a candidate
         wanted |= {stem(image.get("file_name", "")) for image in found.content.get("images", ())
                    if isinstance(image, dict)}
-    if wanted == {""}:
+    if wanted <= {""}:  # also of a detector that found nothing on its one image
         if len(table) != 1:
             raise UserError(f"{found.path}: does not say which image its candidates are on")
         names[:], wanted = next(iter(table)), {next(iter(table))}
+    if wanted & twice:
+        raise UserError(f"{annotations.name}: two images are called {min(wanted & twice)}; candidates name an image by "
+                        "its file name alone")
     if ids is not None:
         wanted &= {stem(annotations.image[row]) for row in annotations.rows(ids)}
     unknown = wanted - set(table)
