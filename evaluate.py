@@ -28,6 +28,9 @@ from metrics import (  # noqa: F401  what other scripts use by the name evaluate
     of_predictions, precision, sensitivity, specificity, summarise, weighted_f1)
 
 GRID_MARK = "# grid: --list prints the commands and runs none of them"
+# Flags that go into a run's name: a command that gives none of them means the run without such an addition.
+NAMED = {"rank", "alpha", "dropout", "targets", "dora", "rslora", "pool", "layer", "fit", "tta", "C", "standardize",
+         "k", "shots"}
 
 
 # ---------------------------------------------------------------- reading runs
@@ -335,17 +338,24 @@ def cells(command):
     for key in ("seed", "val_frac", "epochs", "epoch_size", "rank", "pool", "layer"):
         if given.get(key):
             fixed[key] = given[key][-1]
+    fixed.setdefault("seed", "0")
+    if not NAMED & given.keys():
+        fixed["label"] = f"{fixed['model']}-{method}"
     return [fixed | {"runs": folder, "frac": frac, "fold": fold, "domain": domain} | ({"probe": probe} if probe else {})
             for probe in (given.get("probe") or ["uni" if method == "probe" else None])
             for domain in (given.get("domain") or [None])
             for frac in map(float, given.get("frac") or ["1"]) for fold in map(int, given.get("fold") or ["0"])]
 
 
-def _same(wanted, flags):
+def _same(wanted, flags, label):
+    """Whether a run of these flags, in a folder of this name, is the wanted one."""
     for key, value in wanted.items():
         if key == "runs":
             continue
         have = flags.get(key)
+        if key == "label":
+            have = label.replace(f"-by{wanted['by']}", "")
+            value += f"-{wanted['probe']}" if wanted.get("probe", "uni") != "uni" else ""
         if key == "data":
             value = Path(str(value)).name if os.sep in str(value) else value
         if str(have) != str(value) and not (_number(have) is not None and _number(have) == _number(value)):
@@ -360,17 +370,23 @@ def _number(value):
         return None
 
 
-def grid(text, found):
-    """Text that says of each cell of a sweep whether it is done, running, failed or missing, and the time left."""
+def grid(text, found, problems):
+    """Text that says of each cell of a sweep whether it is done, running, failed or missing, and the time left.
+
+    found, problems: of collect(). A run that does not count for being damaged has failed, too.
+    """
     wanted = [cell for command in grid_commands(text) for cell in cells(command)]
-    unfinished = []
+    paths = {os.path.realpath(path): path for path, _ in problems}
     for folder in {cell["runs"] for cell in wanted}:
         for path in find([folder]) if Path(folder).is_dir() else ():
             if not (path / "metrics.json").exists():
-                try:
-                    unfinished.append((path, runs.read_json(path / "config.json")["flags"]))
-                except (UserError, KeyError, TypeError):
-                    unfinished.append((path, {}))
+                paths.setdefault(os.path.realpath(path), path)
+    unfinished = []
+    for path in paths.values():
+        try:
+            unfinished.append((path, dict(runs.read_json(path / "config.json")["flags"])))
+        except (UserError, KeyError, TypeError, ValueError):
+            continue
     state, left, took = Counter(), defaultdict(lambda: defaultdict(list)), defaultdict(list)
     lines, seconds, unknown = [], 0.0, 0
     for run in found:
@@ -378,8 +394,8 @@ def grid(text, found):
         took[None, run.method].append(run.seconds)
     for cell in wanted:
         key = (cell["data"], cell["model"], cell["method"])
-        begun = next((path for path, have in unfinished if have and _same(cell, have)), None)
-        if any(_same(cell, run.flags) for run in found):
+        begun = next((path for path, have in unfinished if _same(cell, have, path.parent.name)), None)
+        if any(_same(cell, run.flags, run.label) for run in found):
             what = "done"
         elif begun is not None:
             what = "running" if is_locked(begun) else "failed"
@@ -464,7 +480,7 @@ def main():
         return detect(args)
     roots = args.runs or ["runs"]
     if args.grid:
-        print(grid(args.grid, collect([root for root in roots if Path(root).is_dir()])[0]))
+        print(grid(args.grid, *collect([root for root in roots if Path(root).is_dir()])))
         return
     found, problems = collect(roots)
     for path, what in problems:

@@ -12,7 +12,7 @@ model=${MODEL:-demo}
 short="--epochs ${EPOCHS:-2} --epoch-size ${EPOCH_SIZE:-160} --val-frac 0.25"
 fracs=${FRACS:-0.01 0.1 1} domains=${DOMAINS:-A B C D E}
 
-[ -n "$list" ] || "$python" demo.py || exit
+[ -n "$list" ] || start demo.py || exit
 for grid in "--frac $fracs" "--domain $domains" "--split annotation"; do
     run probe.py --data demo --model "$model" $grid --fold $folds --runs "$runs" --resume ${MODEL_FLAGS:-}
     for method in --lora ""; do
@@ -22,4 +22,4 @@ for grid in "--frac $fracs" "--domain $domains" "--split annotation"; do
 done
 finish
 status=$?
-"$python" evaluate.py "$runs" --out "${1:-report}" && exit $status
+start evaluate.py "$runs" --out "${1:-report}" && exit $status
