@@ -1,0 +1,197 @@
+"""10,000 candidates on a slide, end to end, against the model alone and against the loop that one writes first.
+
+    model alone    the classifier on patches that are in memory already, batches of 64
+    classify.py    the command as it stands: candidates from a MIDOG JSON, the slide read, probabilities written
+    plain loop     OpenSlide's read_region, Pillow's convert, ONNX Runtime on batches of 64, one after the other
+
+    python bench/classify.py            CPU: dinov2-s (random weights) in int8; GPU: h-optimus-0 in fp16
+    python bench/classify.py --quick    the demo's encoder, 500 candidates
+
+The slide is made of the demo's images: 16,384 px square in JPEG tiles of 256 px, as in an .svs; the candidates are the
+cells annotated there. Latency is that of the class, from array to probability. Status 1 where the command comes to less
+than 0.9 of the model alone.
+"""
+
+import argparse
+import io
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:1] = [str(ROOT), str(ROOT / "tests")]  # not this folder: its onnx.py and classify.py would hide the real ones
+
+import onnxruntime  # noqa: E402
+import openslide  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+
+import classify  # noqa: E402
+import cli  # noqa: E402
+import data  # noqa: E402
+import models  # noqa: E402
+import slides  # noqa: E402
+from onnx_models import write_model  # noqa: E402
+
+SIDE, TILE, MPP = 16, 256, 0.25  # images along a side of the slide; px; µm/px
+WANTED = 0.9
+
+
+def make_slide(path, demo, side):
+    """A tiled TIFF of side x side demo images → centres (x, y) of the cells annotated on it."""
+    names, generator = np.unique(demo.image), np.random.default_rng(0)
+    chosen, size = generator.choice(names, (side, side)), 1024
+    tiles, each = {}, size // TILE
+    for name in names:
+        pixels = Image.open(demo.image_path(name)).convert("RGB")
+        for row in range(each):
+            for column in range(each):
+                buffer, x, y = io.BytesIO(), column * TILE, row * TILE
+                pixels.crop((x, y, x + TILE, y + TILE)).save(buffer, "jpeg", quality=80, subsampling="4:2:0")
+                tiles[name, row, column] = buffer.getvalue()
+    write_tiff(path, [tiles[chosen[row // each, column // each], row % each, column % each]
+                      for row in range(side * each) for column in range(side * each)], side * size)
+    assert openslide.OpenSlide.detect_format(str(path)) is not None
+    place = {name: np.stack([demo.x, demo.y], axis=1)[demo.image == name] for name in names}
+    return np.concatenate([place[chosen[row, column]] + (column * size, row * size)
+                           for row in range(side) for column in range(side)])
+
+
+def write_tiff(path, tiles, size):
+    """JPEG tiles as a TIFF, which neither Pillow nor tifffile (without a codec) can write tile by tile."""
+    start, offsets, counts = 8, [], [len(tile) for tile in tiles]
+    for count in counts:
+        offsets.append(start)
+        start += count
+    arrays = {258: struct.pack("<3H", 8, 8, 8), 282: struct.pack("<2I", round(10000 / MPP), 1),
+              283: struct.pack("<2I", round(10000 / MPP), 1), 324: struct.pack(f"<{len(tiles)}I", *offsets),
+              325: struct.pack(f"<{len(tiles)}I", *counts)}
+    short, long, rational = 3, 4, 5
+    entries = [(256, long, 1, size), (257, long, 1, size), (258, short, 3, None), (259, short, 1, 7),  # JPEG
+               (262, short, 1, 6), (277, short, 1, 3), (282, rational, 1, None), (283, rational, 1, None),  # YCbCr
+               (284, short, 1, 1), (296, short, 1, 3), (322, long, 1, TILE), (323, long, 1, TILE),
+               (324, long, len(tiles), None), (325, long, len(tiles), None), (530, short, 2, 2 | 2 << 16)]
+    with open(path, "wb") as file:
+        file.write(struct.pack("<2sHI", b"II", 42, start + sum(map(len, arrays.values()))))
+        file.writelines(tiles)
+        for tag, array in arrays.items():
+            arrays[tag] = file.tell()
+            file.write(array)
+        file.write(struct.pack("<H", len(entries)))
+        for tag, kind, count, value in entries:
+            file.write(struct.pack("<2H2I", tag, kind, count, arrays[tag] if value is None else value))
+        file.write(struct.pack("<I", 0))
+
+
+def write_candidates(path, slide, points):
+    boxes = [[x - 25, y - 25, x + 25, y + 25] for x, y in points.tolist()]
+    path.write_text(json.dumps({
+        "images": [{"id": 1, "file_name": slide.name}], "categories": [{"id": 1, "name": "mitotic figure"}],
+        "annotations": [{"id": i, "image_id": 1, "category_id": 1, "bbox": box} for i, box in enumerate(boxes)]}))
+
+
+def plain_loop(model, slide, points, device):
+    """What one writes first → probabilities."""
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"] if device == "cuda" else ["CPUExecutionProvider"]
+    session = onnxruntime.InferenceSession(str(model), providers=providers)
+    handle, found = openslide.OpenSlide(str(slide)), []
+    for i in range(0, len(points), 64):
+        corners = [(slides.corner(x, 224), slides.corner(y, 224)) for x, y in points[i:i + 64].tolist()]
+        batch = np.stack([np.asarray(handle.read_region(corner, 0, (224, 224)).convert("RGB")) for corner in corners])
+        found.append(session.run(None, {"patches": batch})[0])
+    return np.concatenate(found)
+
+
+def command(model, slide, points, device, folder):
+    """classify.py as a process → (probabilities, seconds in all, candidates/s that it prints)."""
+    write_candidates(folder / "in.json", slide, points)
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, str(ROOT / "classify.py"), str(model), "--slide", str(slide), "--candidates",
+                           str(folder / "in.json"), "--out", str(folder / "out.json"), "--device", device],
+                          check=True, capture_output=True, text=True)
+    seconds = time.perf_counter() - start
+    written = json.loads((folder / "out.json").read_text())["annotations"]
+    rate = float(re.search(r"([\d.]+) candidates/s", done.stdout)[1])
+    return np.array([annotation["probability"] for annotation in written]), seconds, rate
+
+
+def alone(classifier, patches, batches):
+    start = time.perf_counter()
+    for _ in range(batches):
+        classifier(patches)
+    return batches * len(patches) / (time.perf_counter() - start)
+
+
+def latency(classifier, patches, runs):
+    """(p50, p99) in ms of a call."""
+    seconds = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        classifier(patches)
+        seconds.append(time.perf_counter() - start)
+    return 1000 * np.percentile(seconds, [50, 99])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="encoder (default: dinov2-s on the CPU, h-optimus-0 on a GPU)")
+    parser.add_argument("--weights", default="random", help="its published weights (default: random)")
+    parser.add_argument("--precision", help="default: int8 on the CPU, fp16 on a GPU")
+    parser.add_argument("--candidates", type=int, default=10_000, help="default: 10000; --quick: 500")
+    parser.add_argument("--plain", type=int, default=1500, help="candidates of the plain loop (default: 1500)")
+    parser.add_argument("--quick", action="store_true", help="the demo's encoder, 500 candidates")
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = args.model or ("demo" if args.quick else "h-optimus-0" if device == "cuda" else "dinov2-s")
+    precision = args.precision or ("fp16" if device == "cuda" else "int8")
+    count, side = (min(500, args.candidates), 6) if args.quick else (args.candidates, SIDE)
+    weights = None if name == "demo" else args.weights
+    demo = data.from_source({"data": "demo", "fit": "resize"})[0]
+
+    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
+        folder = Path(folder)
+        slide, model = folder / "slide.tif", folder / "model.onnx"
+        points = make_slide(slide, demo, side)
+        points = np.random.default_rng(1).permutation(points)[:count]
+        some = points[:min(args.plain, count)]
+        write_model(model, models.PatchClassifier(models.load_encoder(name, weights)).eval(), precision, inline=False)
+        classifier = classify.Classifier(model, device)
+        patches = np.stack([slides.read(slide, x, y, 224) for x, y in points[:64]])
+        batches = max(2, min(40, count // 256))
+
+        rates = [alone(classifier, patches, batches)]
+        scored, seconds, printed = command(model, slide, points, device, folder)
+        rates.append(alone(classifier, patches, batches))
+        start = time.perf_counter()
+        plain = plain_loop(model, slide, some, device)
+        plain_rate = len(some) / (time.perf_counter() - start)
+        rates.append(alone(classifier, patches, batches))
+        waits = {batch: latency(classifier, patches[:batch], 20 if args.quick else 200) for batch in (1, 8)}
+    base = float(np.mean(rates))
+    # batches are put together differently, so an int8 model scales its activations differently
+    off = float(np.abs(plain - scored[:len(some)]).max())
+    print(f"\n{name} ({weights or 'shipped'} weights), {precision}, {device} ({os.cpu_count()} cores), onnxruntime "
+          f"{onnxruntime.__version__}; {len(points):,} candidates on a slide of {side * 1024:,} px square\n")
+    print("| way | candidates | candidates/s | × model alone |\n|---|---|---|---|")
+    for label, n, rate in (("model alone", 3 * batches * 64, base), ("classify.py, reading and scoring", count, printed),
+                           ("classify.py, from start to exit", count, count / seconds),
+                           ("plain loop", len(some), plain_rate)):
+        print(f"| {label} | {n:,} | {rate:.1f} | {rate / base:.2f} |")
+    print("\n| latency | p50 | p99 |\n|---|---|---|")
+    for batch, (p50, p99) in waits.items():
+        print(f"| batch {batch} | {p50:.1f} ms | {p99:.1f} ms |")
+    print(f"\nthe model alone, before, between and after: {', '.join(f'{rate:.1f}' for rate in rates)}/s; largest "
+          f"difference between the command's probabilities and the loop's: {off:.1e}")
+    return printed / base < WANTED and not args.quick
+
+
+if __name__ == "__main__":
+    cli.command(main)
