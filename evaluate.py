@@ -31,6 +31,9 @@ GRID_MARK = "# grid: --list prints the commands and runs none of them"
 # Flags that go into a run's name: a command that gives none of them means the run without such an addition.
 NAMED = {"rank", "alpha", "dropout", "targets", "dora", "rslora", "pool", "layer", "fit", "tta", "C", "standardize",
          "k", "shots"}
+SUMMARY = ("n", "positives", "balanced_accuracy", "weighted_f1", "auroc", "average_precision", "brier", "ece")
+# Flags in which the repeats of a model may differ: what tables keep apart themselves, and what changes no method.
+ELSEWHERE = {"frac", "fold", "domain", "weights", "dtype"}
 
 
 # ---------------------------------------------------------------- reading runs
@@ -49,7 +52,8 @@ class Finished:
     threshold: float
     sets: dict         # name → summary
     seconds: float = None
-    hashes: dict = field(default_factory=dict)
+    hashes: dict = field(default_factory=dict)    # of the split and of the test sets
+    settings: dict = field(default_factory=dict)  # what repeats must have in common
 
     @property
     def model(self):
@@ -87,12 +91,15 @@ class Finished:
 
 
 def find(roots):
-    """Run folders below the given folders, sorted; UserError where one is not there."""
+    """Run folders below the given folders, sorted; UserError where one is not there or cannot be read."""
+    def refuse(error):
+        raise UserError(f"{error.filename}: cannot be searched for runs ({error.strerror})")
     found = {}
     for root in roots:
         if not Path(root).is_dir():
-            raise UserError(f"{root}: no such folder of runs")
-        for folder, subfolders, files in os.walk(root):
+            raise UserError(f"{root}: {'this is a file, a' if Path(root).exists() else 'no such'} folder of runs" +
+                            (" is needed" if Path(root).exists() else ""))
+        for folder, subfolders, files in os.walk(root, onerror=refuse):
             subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and name != "embeddings")
             if {"config.json", "metrics.json", "predictions.csv", "split.json"} & set(files):
                 found[os.path.realpath(folder)] = Path(folder)
@@ -113,10 +120,12 @@ def is_locked(path):
 
 def read_run(path):
     """A Finished run; UserError says what is damaged. None where it is not finished (yet)."""
-    if not (path / "metrics.json").exists() and (path / "config.json").exists():
-        runs.read_json(path / "config.json")
+    config = runs.read_json(path / "config.json")
+    if not isinstance(config, dict) or not {"flags", "data"} <= config.keys():
+        raise UserError(f"{path}: not a run's folder: its config.json is that of another program")
+    if not (path / "metrics.json").exists():
         return None
-    config, stored = runs.read_json(path / "config.json"), runs.read_json(path / "metrics.json")
+    stored = runs.read_json(path / "metrics.json")
     split = runs.read_json(path / "split.json")
     columns = runs.read_predictions(path / "predictions.csv")
     try:
@@ -124,13 +133,19 @@ def read_run(path):
         name, fingerprint = str(data["name"]), str(data.get("fingerprint"))
         ids = {part: np.array(sorted(map(str, split["ids"][part]))) for part in ("train", "val", "test")}
         others = {str(key): np.array(sorted(map(str, values))) for key, values in split["others"].items()}
-        split_of = str(split["dataset"].get("fingerprint"))
-        before = {key: (stored["sets"][key]["n"], stored["sets"][key]["auroc"]) for key in stored["sets"]}
+        split_of, of_cases = str(split["dataset"].get("fingerprint")), dict(split.get("cases", {}))
+        before = {key: [stored["sets"][key][name] for name in SUMMARY] for key in stored["sets"]}
         float(flags.get("frac", 1)), int(flags.get("fold", 0)), str(flags["model"]), str(flags["method"])
+        encoder = config.get("encoder", {}).get("weights_hash")
+        twice = [(a, b, same) for what in (ids, of_cases if flags.get("by", "case") == "case" else {})
+                 for a, b in (("train", "val"), ("train", "test"), ("val", "test"))
+                 for same in [set(what.get(a, ())) & set(what.get(b, ()))] if same]
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"{path}: config.json, split.json or metrics.json lacks what belongs there") from None
     if split_of != fingerprint:
         raise UserError(f"{path}: split.json is of another dataset than config.json")
+    for a, b, same in twice:
+        raise UserError(f"{path}: split.json leaks: {min(same)} is in {a} and in {b}")
     if not len(columns["set"]):
         raise UserError(f"{path}: predictions.csv is empty")
     if not np.isin(columns["label"], (0, 1)).all():
@@ -139,9 +154,9 @@ def read_run(path):
         found = of_predictions(columns)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    for key in before.keys() | found["sets"].keys():
-        now = found["sets"].get(key)
-        if key not in before or now is None or now["n"] != before[key][0] or not _equal(now["auroc"], before[key][1]):
+    for key in sorted(before.keys() | found["sets"].keys()):
+        now = [found["sets"].get(key, {}).get(name) for name in SUMMARY]
+        if key not in before or not all(map(_equal, now, before[key])):
             raise UserError(f"{path}: predictions.csv and metrics.json do not agree on the set {key}; one of them is "
                             "of another run, or cut off")
     for key, wanted in (ids | others).items():
@@ -161,6 +176,9 @@ def read_run(path):
                    {"ids": ids, "others": others, "pool": split.get("pool")}, columns, found["threshold"],
                    found["sets"], seconds)
     run.hashes = {"split": _hash(*ids.values(), *others.values()), "test": _hash(ids["test"], *others.values())}
+    run.hashes |= {key: _hash(run.rows(key)[0]) for key in found["sets"] if key not in {"val", "test", *others}}
+    # Everything that makes another model of the same name; where it was computed and in what precision does not.
+    run.settings = {key: value for key, value in flags.items() if key not in ELSEWHERE} | {"weights_hash": encoder}
     return run
 
 
@@ -193,11 +211,12 @@ def collect(roots):
         else:
             found.append(run)
     # runs/<data>/…: a run that is not of its folder's dataset was copied there by mistake.
-    homes = {run.root.resolve() for run in found if run.root.resolve().name == _folder(run.data)}
+    homes = {run.root.resolve() for run in found if run.root.resolve().name == runs.file_name(run.data)}
     for run in found:
-        if run.root.resolve() in homes and run.root.resolve().name != _folder(run.data):
+        if run.root.resolve() in homes and run.root.resolve().name != runs.file_name(run.data):
             problems.append((run.path, f"a run of the dataset {run.data} in the folder of {run.root.name}: left out"))
-    found = [run for run in found if run.root.resolve() not in homes or run.root.resolve().name == _folder(run.data)]
+    found = [run for run in found
+             if run.root.resolve() not in homes or run.root.resolve().name == runs.file_name(run.data)]
     found = _agreeing(found, problems, "annotations of its dataset", lambda run: run.data,
                       lambda run: run.fingerprint)
     found = _agreeing(found, problems, "test set", lambda run: (run.data, run.by, run.flags.get("seed"), run.domain),
@@ -205,6 +224,11 @@ def collect(roots):
     found = _agreeing(found, problems, "split", lambda run: (
         run.data, run.by, run.flags.get("seed"), run.domain, run.frac, run.fold, run.flags.get("val_frac")),
         lambda run: run.hashes["split"])
+    found = _agreeing(found, problems, "choice of settings", lambda run: (*run.group()[:4], bool(run.domain), run.frac),
+                      lambda run: tuple(sorted((key, str(value)) for key, value in run.settings.items())), _differing)
+    for name in sorted({key for run in found for key in run.hashes} - {"split", "test"}):
+        found = _agreeing(found, problems, f"test set {name}", lambda run: name in run.hashes,
+                          lambda run: run.hashes.get(name))
     names, counted = defaultdict(list), []
     for run in found:
         names[run.group() + (run.fold,)].append(run)
@@ -221,11 +245,15 @@ def collect(roots):
     return sorted(counted, key=lambda run: str(run.path)), sorted(problems, key=lambda problem: str(problem[0]))
 
 
-def _folder(name):
-    return "".join(c if c.isalnum() or c in "-_.+" else "_" for c in name).lstrip(".")
+def _differing(run, other):
+    """" (--epochs 2, there 100)": the settings in which two runs differ."""
+    keys = sorted(key for key in run.settings.keys() | other.settings.keys()
+                  if str(run.settings.get(key)) != str(other.settings.get(key)))
+    return " (" + ", ".join(f"--{key.replace('_', '-')} {run.settings.get(key)}, there {other.settings.get(key)}"
+                            if key != "weights_hash" else "other weights" for key in keys) + ")"
 
 
-def _agreeing(found, problems, what, key, value):
+def _agreeing(found, problems, what, key, value, say=lambda run, other: ""):
     """Runs that have the value most runs of their key have; the others go to the problems. On a tie none counts."""
     votes = defaultdict(Counter)
     for run in found:
@@ -236,11 +264,13 @@ def _agreeing(found, problems, what, key, value):
         if len(ranked) == 1 or (ranked[0][1] > ranked[1][1] and value(run) == ranked[0][0]):
             kept.append(run)
         elif ranked[0][1] > ranked[1][1]:
-            other = next(r.path for r in found if key(r) == key(run) and value(r) == ranked[0][0])
-            problems.append((run.path, f"another {what} than {ranked[0][1]} other runs have ({other}): left out"))
+            other = next(r for r in found if key(r) == key(run) and value(r) == ranked[0][0])
+            problems.append((run.path, f"another {what} than {ranked[0][1]} other runs have ({other.path})"
+                             f"{say(run, other)}: left out"))
         else:
-            other = next(r.path for r in found if key(r) == key(run) and value(r) != value(run))
-            problems.append((run.path, f"another {what} than {other}, and no telling which is right: neither counts"))
+            other = next(r for r in found if key(r) == key(run) and value(r) != value(run))
+            problems.append((run.path, f"another {what} than {other.path}{say(run, other)}, and no telling which is "
+                             "right: neither counts"))
     return kept
 
 
@@ -267,37 +297,32 @@ def results(found):
 
 
 def overview(found):
-    """The compact table of the terminal (at most 100 columns wide) as text."""
+    """The compact table of the terminal (at most 100 columns wide) as text, one per dataset."""
     groups = defaultdict(lambda: ([], set()))
     for run in found:
         for name, values in run.sets.items():
             if name == "val":
                 continue
             # One line in the domain of training and one out of it; the report has each pair of domains.
-            side = "in domain" if name == "test" else "out of dom." if name in run.split["others"] else name
-            key = (run.data, run.model, run.label.removeprefix(run.model + "-"), run.by, run.domain is not None,
-                   run.frac, side if run.domain else name)
+            side = "in domain" if name == "test" else "elsewhere" if name in run.split["others"] else name
+            key = (run.data, run.by != "case", run.model, run.label.removeprefix(run.model + "-"), run.by,
+                   run.domain is not None, run.frac, side if run.domain else name)
             groups[key][0].append(values)
             groups[key][1].add((run.domain, run.fold))
 
     def cell(values, key):
         known = [v[key] for v in values if v[key] is not None]
-        return "-" if not known else f"{np.mean(known):.3f}" + (f" ± {np.std(known, ddof=1):.3f}" if len(known) > 1
+        return "-" if not known else f"{np.mean(known):.3f}" + (f"±{np.std(known, ddof=1):.3f}" if len(known) > 1
                                                                 else "")
-    several = len({key[0] for key in groups}) > 1
-    rows = []
-    for key in sorted(groups, key=lambda key: (key[0], key[3] != "case", key[1:3], key[4:])):
-        data, model, method, by, crossed, frac, name = key
-        values, repeats = groups[key]
-        rows.append(([data[:10]] if several else []) + [
-            model[:14], method[:14] + (", leaking" if by == "annotation" else f", {by}" if by != "case" else ""),
-            f"{frac:g}", name[:11], len(repeats),
-            *(cell(values, k) for k in ("balanced_accuracy", "weighted_f1", "auroc"))])
-    header = ["model", "method", "frac", "test", "runs", "bal. acc.", "w. F1", "AUROC"]
-    title = "mean ± standard deviation; leaking: split by annotation" if any(key[3] == "annotation" for key in groups) \
-        else "mean ± standard deviation over the runs"
-    return (title if several else f"{found[0].data}: {title}") + "\n" + cli.table(
-        rows, ["data"] * several + header, right=range(len(header) - 4 + several, len(header) + several))
+    rows = defaultdict(list)
+    for (data, _, model, method, by, _, frac, name), (values, repeats) in sorted(groups.items()):
+        said = {"case": "", "annotation": ", leaking"}.get(by, f", {by}")
+        rows[data].append((model[:13], method[:20 - len(said)] + said, f"{frac:g}", name[:10], len(repeats),
+                           *(cell(values, k) for k in ("balanced_accuracy", "weighted_f1", "auroc"))))
+    leaks = "; leaking: split by annotation" * any(run.by == "annotation" for run in found)
+    header = ("model", "method", "frac", "test", "runs", "bal. acc.", "w. F1", "AUROC")
+    return "\n\n".join(f"{data}: mean ± standard deviation over the runs{leaks}\n{cli.table(own, header, range(4, 8))}"
+                       for data, own in rows.items())
 
 
 # ---------------------------------------------------------------- grids

@@ -1,5 +1,6 @@
 """Figures of the report, as PNG and SVG: one column of a journal wide, told apart by marker and dash, not by colour."""
 
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -42,6 +43,21 @@ def _legend(figure, handles, labels, columns=2):
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, columnspacing=1.2)
 
 
+def short_names(names, length=8):
+    """{name: what stands for it on an axis}: itself where it is short, else its initials, numbered where two agree."""
+    found = {}
+    for name in sorted(map(str, names), key=lambda name: (len(name) > length, name)):
+        words = name.replace("_", " ").split()
+        short = name if len(name) <= length else "".join(word[0] for word in words).upper() if len(words) > 1 \
+            else name[:length]
+        taken, number = set(found.values()), 1
+        found[name] = short
+        while found[name] in taken:
+            number += 1
+            found[name] = f"{short[:length - 1]}{number}"
+    return found
+
+
 # ---------------------------------------------------------------- the paper's figures
 
 def scaling(path, panels):
@@ -67,7 +83,7 @@ def scaling(path, panels):
     if len(fractions) == 1:
         ax.set_xlim(fractions[0] / 3, fractions[0] * 3)
     ax.set_xlabel("share of the training pool")
-    _legend(figure, list(handles.values()), list(handles))
+    _legend(figure, [handles[model] for model in models], models)
     return save(figure, path)
 
 
@@ -80,23 +96,27 @@ def cross_domain(path, matrices, domains):
                                 sharey=True)
     values = [v for matrix in matrices.values() for v in matrix.values()]
     low, high = min(values), max(values)
+    short = list(map(short_names(domains).get, domains))
     for i, ax in enumerate(axes.ravel()):
         if i >= len(matrices):
             ax.axis("off")
         elif i + columns >= len(matrices):
             ax.tick_params(labelbottom=True)
             ax.set_xlabel("tested on")
+            ax.xaxis.set_in_layout(i // columns == rows - 1)  # else they hang into the empty place below
     for ax, (label, matrix) in zip(axes.ravel(), matrices.items()):
         grid = np.array([[matrix.get((a, b), np.nan) for b in domains] for a in domains])
         # Only the lighter part of the map, so that black numbers are read everywhere.
         ax.imshow(grid, cmap="Greys", vmin=low - 0.05 * (high - low + 0.01), vmax=high + 1.3 * (high - low + 0.01),
                   aspect="auto")
         for i, j in np.ndindex(grid.shape):
-            text = "–" if np.isnan(grid[i, j]) else f"{grid[i, j]:.2f}".removeprefix("0")
+            text = "–" if np.isnan(grid[i, j]) else f"{grid[i, j]:.2f}".removeprefix("0").replace("1.00", "1.0")
             ax.text(j, i, text, ha="center", va="center", fontsize=6.5 if columns < 3 else 5.5,
                     fontweight="bold" if domains[i] == domains[j] else None)
-        ax.set_xticks(range(len(domains)), [str(d)[:8] for d in domains])
-        ax.set_yticks(range(len(domains)), [str(d)[:8] for d in domains])
+        ax.set_xticks(range(len(domains)), short, rotation=90 if max(map(len, short)) > 2 and columns > 1 else 0)
+        ax.set_yticks(range(len(domains)), short)
+        if columns == 3:
+            label = textwrap.fill(label.replace("linear probe", "probe"), 20, break_on_hyphens=False)
         ax.set_title(label, fontsize=7 if columns < 3 else 6)
         ax.grid(False)
         ax.tick_params(length=0)
@@ -136,7 +156,7 @@ def roc_pr(path, curves):
                     np.searchsorted(recall, grid - 1e-12).clip(max=len(recall) - 1)])
                 share.append(np.mean(y))
             look = style(labels.index(label)) | {"markevery": (6 * labels.index(label), 50), "markersize": 3}
-            handles[label], = row[0].plot(grid, np.mean(rates, 0), **look)
+            handles[label], = row[0].plot(np.r_[0, grid], np.r_[0, np.mean(rates, 0)], **look)
             row[1].plot(grid, np.mean(precisions, 0), **look)
         row[0].plot((0, 1), (0, 1), color="#777777", linewidth=0.7)
         row[1].axhline(np.mean(share), color="#777777", linewidth=0.7)
@@ -187,10 +207,11 @@ def leak(path, rows):
 def detection(out, rows, threshold):
     """Precision and recall of detection over all thresholds, by domain, with the chosen threshold marked."""
     figure, ax = plt.subplots(figsize=(WIDTH, 3.0 + 0.13 * len(rows)))
+    short = short_names([domain for domain, *_ in rows])
     for i, (domain, _, curve) in enumerate(rows):
         tp, fp, figures = curve["tp"], curve["fp"], max(curve["figures"], 1)
         look = style(i)
-        ax.plot(tp / figures, tp / np.maximum(tp + fp, 1), label=domain, **look | {"marker": ""})
+        ax.plot(tp / figures, tp / np.maximum(tp + fp, 1), label=short[domain], **look | {"marker": ""})
         for k, marker in ((len(tp) - 1, "s"), (int((curve["thresholds"] >= threshold).sum()) - 1, "o")):
             if k >= 0:
                 ax.plot(tp[k] / figures, tp[k] / max(tp[k] + fp[k], 1), marker, color=look["color"], markersize=4,

@@ -13,13 +13,18 @@ from PIL import Image, ImageDraw, ImageFont
 
 import crops
 import data as datasets
+import figures
 import resample
 import runs
 from cli import UserError
 
-METHODS = {"probe": "linear probe", "lora": "LoRA", "full": "end-to-end"}
+METHODS = {"full": "end-to-end", "probe": "linear probe", "lora": "LoRA"}  # in the order of the paper's tables
 METRICS = {"balanced_accuracy": "balanced accuracy", "weighted_f1": "weighted F1", "auroc": "AUROC"}
 TABLES = {"ccmct": "Table 3", "midog2022": "Table 4"}
+FIGURES = {"ccmct": "Figure 2", "midog2022": "Figure 3"}
+TEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}",
+       "^": r"\^{}", "~": r"\~{}", "±": r"$\pm$", "–": "--", "→": r"$\to$", "<": r"$<$", ">": r"$>$", "−": r"$-$",
+       "µ": r"\textmu{}", "≥": r"$\ge$", "|": r"$|$"}
 TILE = 112  # px of a patch in the gallery
 
 
@@ -45,19 +50,19 @@ def markdown(table):
 def latex(table):
     def cell(text):
         text, bold = str(text), str(text).startswith("**")
-        for old, new in (("**", ""), ("\\", r"\textbackslash{}"), ("&", r"\&"), ("%", r"\%"), ("_", r"\_"),
-                         ("#", r"\#"), ("$", r"\$"), ("±", r"$\pm$"), ("–", "--"), ("→", r"$\to$"),
-                         ("<", r"$<$"), ("−", r"$-$"), ("µ", r"\textmu{}"), ("≥", r"$\ge$"), ("^", r"\^{}"),
-                         ("~", r"\~{}")):
-            text = text.replace(old, new)
+        text = "".join(TEX.get(character, character) for character in text.replace("**", ""))
         return rf"\textbf{{{text}}}" if bold else text
     rows = [" & ".join(map(cell, row)) + r" \\" for row in table.rows]
-    notes = [rf"\\ \footnotesize {cell(note)}" for note in table.notes]
-    return "\n".join([r"% needs \usepackage{booktabs}", r"\begin{table}", r"\centering",
-                      rf"\caption{{{cell(table.title)}}}", rf"\label{{tab:{table.name}}}",
-                      rf"\begin{{tabular}}{{l{'r' * (len(table.header) - 1)}}}",
-                      r"\toprule", " & ".join(map(cell, table.header)) + r" \\", r"\midrule", *rows, r"\bottomrule",
-                      r"\end{tabular}", *notes, r"\end{table}"]) + "\n"
+    body = [rf"\begin{{tabular}}{{l{'r' * (len(table.header) - 1)}}}", r"\toprule",
+            " & ".join(map(cell, table.header)) + r" \\", r"\midrule", *rows, r"\bottomrule", r"\end{tabular}"]
+    notes = [rf"\par\footnotesize {cell(note)}" for note in table.notes]
+    width = sum(max(len(str(row[i])) for row in [table.header, *table.rows]) + 2 for i in range(len(table.header)))
+    wide = "*" * (width > 48)  # over both columns of a page, and no wider than these
+    if width > 96:
+        body = [r"\resizebox{\textwidth}{!}{%", *body, "}"]
+    return "\n".join([r"% needs \usepackage{booktabs, graphicx}", rf"\begin{{table{wide}}}", r"\centering",
+                      rf"\caption{{{cell(table.title)}}}", rf"\label{{tab:{table.name}}}", *body, *notes,
+                      rf"\end{{table{wide}}}"]) + "\n"
 
 
 def as_html(table):
@@ -129,14 +134,21 @@ def without_method(run):
 
 def in_order(found):
     """Runs of a section by model name: end-to-end, probes, LoRA, as in the paper; then by name."""
-    order = {"full": 0, "probe": 1, "lora": 2}
+    order = list(METHODS)
     named = defaultdict(list)
-    for run in sorted(found, key=lambda run: (order.get(run.method, 3), run.label, run.fold)):
+    for run in sorted(found, key=lambda run: (order.index(run.method) if run.method in order else len(order),
+                                              run.label, run.fold)):
         named[name_of(run)].append(run)
     return named
 
 
 # ---------------------------------------------------------------- the paper's tables
+
+def interval_name(cases):
+    """The heading of a column of intervals; with few cases it says what such intervals held in simulations."""
+    few = resample.measured(min(cases, default=resample.FEW_CASES))
+    return "95% interval" + (f" (measured: {few:.0%})" if few else "")
+
 
 def full_table(name, title, named, trust, paper):
     """Tables 3 and 4: one row per model at the largest fraction."""
@@ -154,9 +166,9 @@ def full_table(name, title, named, trust, paper):
         rows.append(row)
     for column, key in enumerate(METRICS, start=2):
         embolden(rows, column, means[key])
-    header = ["model", "repeats", *METRICS.values(), "AUROC, 95% interval"]
-    header += [f"paper: {text}" for text in METRICS.values() if paper]
     cases = sorted({found["cases"] for found in trust.values()})
+    header = ["model", "repeats", *METRICS.values(), "AUROC, " + interval_name(cases)]
+    header += [f"paper: {text}" for text in METRICS.values() if paper]
     notes = ["Mean ± standard deviation over the repeats, threshold 0.5, best in bold. The interval is of the mean "
              f"over the repeats, by drawing the test set's {', '.join(map(str, cases)) or 'few'} cases anew; it holds "
              "the chance of the test set, not that of training."]
@@ -182,8 +194,8 @@ def decisions_table(name, title, named):
         rows.append(row + [mean_sd([run.threshold for run in own], 2)])
     for column, key, lowest in ((1, "average_precision", False), (2, "brier", True), (3, "ece", True)):
         embolden(rows, column, [mean([run.sets["test"][key] for run in own]) for own in named.values()], lowest)
-    return Table(name, title, ["model", "av. precision", "Brier", "ECE", *(f"{key} at 0.5" for key in keys),
-                               *(f"{key} at t" for key in keys), "t"], rows,
+    return Table(name, title, ["model", "av. precision", "Brier", "ECE", *(f"{key} at {t}" for t in ("0.5", "t") for key in (*keys[:3], "F1")), "t"],
+                 rows,
                  ["Sensitivity, precision and F1 of the mitotic class; t: the threshold of the best F1 on validation."])
 
 
@@ -238,7 +250,7 @@ def cross_table(name, title, found, paper):
         for side in ("in", "out"):
             header.append(f"{METRICS[key]} {side}")
             embolden(rows, column, means[key, side])
-            header += [f"paper: {METRICS[key]} {side}"] * bool(paper)
+            header += ["paper"] * bool(paper)
             column += 1 + bool(paper)
     notes = [f"Trained on one domain ({', '.join(domains)}), {len(folds)} repeats each; in: withheld cases of that "
              "domain, out: every other domain whole. Mean ± standard deviation over all of these values, best in bold."]
@@ -291,6 +303,8 @@ def trusted(named, replicates):
         if any(not np.array_equal(rows[0], repeats[0][0]) for rows in repeats):
             continue  # collect() keeps one test set per section; a table by domain may still come here
         parts, cases = resample.replicate([(label_, p, case) for _, label_, p, case, _ in repeats], replicates)
+        if not np.isfinite(parts["auroc"][0]):
+            continue  # a test set without one of the classes
         found[label] = {"interval": resample.interval(*parts["auroc"][1:], cases), "cases": cases, "parts": parts,
                         "ids": repeats[0][0], "folds": {run.fold for run in own}}
     return found
@@ -337,7 +351,7 @@ def tests_table(name, title, tests, trust):
              "independent: DeLong's test would be wrong here."]
     if cases < resample.FEW_CASES:
         notes.append(resample.coverage_note(cases) + "; read the p values with the same care.")
-    return Table(name, title, ["models", "difference", "95% interval", "p", "p after Holm"], rows, notes)
+    return Table(name, title, ["models", "difference", interval_name([cases]), "p", "p after Holm"], rows, notes)
 
 
 def _p(value):
@@ -369,13 +383,14 @@ def gallery(path, found, args):
         image.save(temporary, format="PNG")
     return (f"{name}: the most confident errors of {label} on the test set, mean over {len(own)} repeats, by domain. "
             "Left: look-alikes called mitotic figures; right: mitotic figures missed. p: probability of a mitotic "
-            "figure."), None
+            f"figure.{legend(name, np.unique(domain))}"), None
 
 
 def draw_errors(patches, rows, ids, y, p, domain, columns=5):
     """PIL image: one line of tiles per domain, false positives left, false negatives right, with p and id below."""
     font = ImageFont.load_default(10)
     domains = sorted(set(domain.tolist()))
+    short = figures.short_names(domains)
     height, width, gap, top = TILE + 30, TILE + 6, 24, 20
     sheet = Image.new("RGB", (40 + 2 * columns * width + gap, top + height * len(domains)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -385,7 +400,7 @@ def draw_errors(patches, rows, ids, y, p, domain, columns=5):
         own = np.flatnonzero(domain == name)
         wrong = [own[(y[own] == 0) & (p[own] >= 0.5)], own[(y[own] == 1) & (p[own] < 0.5)]]
         wrong = [wrong[0][np.argsort(-p[wrong[0]], kind="stable")], wrong[1][np.argsort(p[wrong[1]], kind="stable")]]
-        draw.text((4, top + line * height + TILE // 2 - 6), str(name)[:6], fill="black", font=font)
+        draw.text((4, top + line * height + TILE // 2 - 6), short[name][:6], fill="black", font=font)
         for side, chosen in enumerate(wrong):
             left = 40 + side * (columns * width + gap)
             if not len(chosen):
@@ -404,8 +419,9 @@ def draw_errors(patches, rows, ids, y, p, domain, columns=5):
 
 def write(found, problems, rows, args):
     """Write the report on the runs into args.out; returns the path of its index.html."""
-    import figures  # matplotlib, a second or two that other commands need not wait for
     out = Path(args.out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: this is a file, a folder is needed")
     out.mkdir(parents=True, exist_ok=True)
     write_csv(out / "results.csv", rows)
     paper, parts, tests = published() if args.paper else {}, [], []
@@ -417,7 +433,7 @@ def write(found, problems, rows, args):
                                "model on real tissue."))
         for by, seed in sorted({(run.by, run.flags.get("seed") or 0) for run in here}, key=_main_first):
             own = [run for run in here if (run.by, run.flags.get("seed") or 0) == (by, seed)]
-            name = f"{data}" + (f"_by_{by}" if by != "case" else "") + (f"_seed{seed}" if seed else "")
+            name = runs.file_name(data + (f"_by_{by}" if by != "case" else "") + (f"_seed{seed}" if seed else ""))
             where = f"{data}, split by {by}" + (f", seed {seed}" if seed else "")
             if by == "annotation":
                 where += " (leaks: patches of the test slides were trained on)"
@@ -428,13 +444,13 @@ def write(found, problems, rows, args):
                 cross_section(parts, out, name, where, crossed, paper)
         compared = leak_rows(here)
         if compared:
-            parts.append(Table(f"leak_{data}", f"What the leak is worth: AUROC on {data} by case and by annotation",
+            parts.append(Table(f"leak_{runs.file_name(data)}", f"What the leak is worth: AUROC on {data} by case and by annotation",
                                ["model", "by case", "by annotation", "difference"],
                                [[label, mean_sd(both["case"]), mean_sd(both["annotation"]), f"{b - a:+.3f}"]
                                 for label, a, b, both in compared],
                                ["By annotation, as the paper's published code draws, patches of one slide are in "
                                 "training and in test. The test sets differ, so part of the difference is chance."]))
-            parts.append(("figure", figures.leak(out / f"leak_{data}", [row[:3] for row in compared]),
+            parts.append(("figure", figures.leak(out / f"leak_{runs.file_name(data)}", [row[:3] for row in compared]),
                           f"{data}: AUROC with cases kept apart (filled) and with the leak (hollow)."))
     if tests:
         write_csv(out / "tests.csv", tests)
@@ -454,15 +470,15 @@ def _main_first(key):
 
 def section(parts, out, name, where, found, paper, args):
     """Tables and figures of runs without --domain; returns the rows of their paired tests."""
-    import figures
     largest = max(run.frac for run in found)
     whole = [run for run in found if run.frac == largest]
     named = in_order(whole)
     trust = trusted(named, args.replicates)
     share = "all training data" if largest == 1 else f"{100 * largest:g}% of the training data, the most there is"
-    table = TABLES.get(found[0].data) if largest == 1 else None
+    by_case = found[0].by == "case"
+    table = TABLES.get(found[0].data) if largest == 1 and by_case else None
     parts.append(full_table(f"full_{name}", f"{where}: {share}" + (f" (the paper's {table})" if table else ""), named,
-                            trust, paper if found[0].by == "case" else {}))
+                            trust, paper if by_case else {}))
     if found[0].by == "annotation":  # of use for the comparison with the split by case alone
         return []
     tests = paired_tests(trust)
@@ -480,8 +496,9 @@ def section(parts, out, name, where, found, paper, args):
         if lines:
             panels[title] = {label: dict(line) for label, line in lines.items()}
     if panels:
+        known = f" (the paper's {FIGURES[found[0].data]})" if by_case and found[0].data in FIGURES else ""
         parts.append(("figure", figures.scaling(out / f"scaling_{name}", panels),
-                      f"{where}: AUROC over the share of the training pool; bands: ± one standard deviation."))
+                      f"{where}: AUROC over the share of the training pool{known}; bands: ± one standard deviation."))
     curves = {(METHODS.get(own[0].method, own[0].method), without_method(own[0])): [run.rows("test")[1:3] for run in own]
               for own in named.values() if all(run.sets["test"]["auroc"] is not None for run in own)}
     if curves:
@@ -492,7 +509,7 @@ def section(parts, out, name, where, found, paper, args):
     extra = sorted({key for run in found for key in run.sets if key not in ("val", "test", *run.split["others"])})
     if extra:
         parts.append(external_table(f"external_{name}", f"{where}: tested on other datasets", found, extra))
-    if not args.no_gallery and found[0].by == "case":
+    if not args.no_gallery and by_case:
         caption, reason = gallery(out / f"errors_{name}.png", whole, args)
         parts.append(("figure", f"errors_{name}.png", caption) if caption else ("p", reason))
     return [{"data": found[0].data, "split": found[0].by, "frac": largest, **row} for row in tests]
@@ -500,7 +517,6 @@ def section(parts, out, name, where, found, paper, args):
 
 def cross_section(parts, out, name, where, found, paper):
     """Table 5 and Figure 4."""
-    import figures
     largest = max(run.frac for run in found)
     found = [run for run in found if run.frac == largest]
     parts.append(cross_table(f"cross_{name}", f"{where}: across domains" + (" (the paper's Table 5)" if
@@ -514,8 +530,19 @@ def cross_section(parts, out, name, where, found, paper):
                 if test == "test" or test in run.split["others"]:
                     cells[run.domain, run.domain if test == "test" else test].append(values["auroc"])
         matrices[label] = {key: mean(values) for key, values in cells.items() if mean(values) is not None}
+    known = " (the paper's Figure 4)" if found[0].data == "midog2022" else ""
     parts.append(("figure", figures.cross_domain(out / f"cross_{name}", matrices, domains),
-                  f"{where}: AUROC by domain of training and of test, mean over the repeats; – : missing."))
+                  f"{where}: AUROC by domain of training and of test{known}, mean over the repeats; – : missing."
+                  f"{legend(found[0].data, domains)}"))
+
+
+def legend(data, domains):
+    """What the short names of the domains stand for, as a sentence; "" where they say it themselves."""
+    known = datasets.KNOWN[data].domains if data in datasets.KNOWN else {}
+    said = {short: name if short != name else known[name][2] if name in known else ""
+            for name, short in figures.short_names(domains).items()}
+    said = [f"{short}: {text}" for short, text in sorted(said.items()) if text]
+    return f" {', '.join(said)}." if said else ""
 
 
 STYLE = """

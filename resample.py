@@ -190,12 +190,16 @@ def holm(p):
     return corrected
 
 
+def measured(cases):
+    """The coverage that was measured for the 95% interval of so few cases; None for enough cases."""
+    return None if cases >= FEW_CASES else COVERAGE[max((n for n in COVERAGE if n <= cases), default=min(COVERAGE))]
+
+
 def coverage_note(cases):
-    """What is to be said beside an interval of so few cases: the coverage that was measured; "" for enough cases."""
-    if cases >= FEW_CASES or not COVERAGE:
+    """What is to be said beside an interval of so few cases; "" for enough cases."""
+    if cases >= FEW_CASES:
         return ""
-    nearest = max((n for n in COVERAGE if n <= cases), default=min(COVERAGE))
-    return f"{cases} cases: such 95% intervals held the truth in {COVERAGE[nearest]:.0%} of simulations"
+    return f"{cases} cases: such 95% intervals held the truth in {measured(cases):.0%} of simulations"
 
 
 # ---------------------------------------------------------------- simulated studies

@@ -102,8 +102,13 @@ def run_path(root, data, model, method, frac, fold, domain=None, suffixes=()):
         share += f"-frac{frac:g}"
     path = Path(root)
     for part in (data, name, f"{share}-fold{fold}"):
-        path = path / "".join(c if c.isalnum() or c in "-_.+" else "_" for c in str(part)).lstrip(".")
+        path = path / file_name(part)
     return path
+
+
+def file_name(text):
+    """`text` as the name of a file or folder: nothing in it leads elsewhere."""
+    return "".join(c if c.isalnum() or c in "-_.+" else "_" for c in str(text)).lstrip(".")
 
 
 def environment():
@@ -290,13 +295,17 @@ def read_predictions(path):
             reader = csv.reader(file)
             if tuple(next(reader, ())) != PREDICTION_COLUMNS:
                 raise UserError(f"{path}: not a predictions file (columns {', '.join(PREDICTION_COLUMNS)} expected)")
-            rows = []
+            rows, number = [], 1
             for number, row in enumerate(reader, start=2):
                 try:
                     name, id, case, domain, label, logit, probability = row
                     rows.append((name, id, case, domain, int(label), float(logit), float(probability)))
                 except ValueError:
                     raise UserError(f"{path}, line {number}: not a row of predictions; the file is damaged") from None
+        with open(path, "rb") as file:
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":  # a last number without its last digits would go unseen
+                raise UserError(f"{path}, line {number}: cut off; the file is damaged")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (UnicodeDecodeError, csv.Error) as error:

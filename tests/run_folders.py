@@ -20,14 +20,14 @@ def annotations(name="tissue", domains=("A", "B", "C"), cases=8, size=16, seed=0
 
 
 def make(root, table, model="uni", method="probe", frac=1.0, fold=0, domain=None, by="case", strength=1.5, seed=0,
-         suffixes=(), tests=(), seconds=60.0, draw=0, **flags):
+         suffixes=(), tests=(), seconds=60.0, draw=None, **flags):
     """Write a finished run; strength: how far apart the two classes' scores are; draw: seed that the
-    split is drawn with, whatever the flags say; flags: more of them. Returns its path."""
-    split = data.make_split(table, fold, frac, domain, draw, by)
+    split is drawn with (the flags say `seed`); flags: more of them. Returns its path."""
+    split = data.make_split(table, fold, frac, domain, seed if draw is None else draw, by)
     path = runs.run_path(root, table.name, model, method, frac, fold, domain,
                          list(suffixes) + ([f"by{by}"] if by != "case" else []))
     flags = {"data": table.name, "model": model, "method": method, "frac": frac, "fold": fold, "domain": domain,
-             "seed": 0, "by": by, "val_frac": 1.0, "fit": "resize", "mpp": None} | \
+             "seed": seed, "by": by, "val_frac": 1.0, "fit": "resize", "mpp": None} | \
         ({"probe": "uni"} if method == "probe" else {"rank": 16} if method == "lora" else {}) | flags
     config = {"flags": flags, "data": {"name": table.name, "fingerprint": table.fingerprint()},
               "encoder": {"name": model}, "environment": {}}
