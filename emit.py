@@ -84,6 +84,8 @@ def emit(model, weights, precision="fp32", opset=FUSED, input="uint8", embedding
     encoder = model.encoder
     g = Graph(weights, opset, precision)
     x, views = "patches", 1
+    if input == "uint8":  # first of all: TensorRT knows bytes as inputs only, not between operators
+        x = g.cast(x, False, "input")
     if model.tta:
         x, views = flips_and_turns(g, x, input), 8
     mean, std = (np.array(v, np.float64) for v in encoder.spec.norm)
@@ -205,7 +207,7 @@ def tokens(g, encoder, x, input, mean, std):
         weight = (weight / (255 * std)[None, :, None, None]).transpose(0, 2, 3, 1).reshape(dim, -1)
         x = g.op("Reshape", x, g.ints(-1, grid, p, grid, p * 3), at=at)       # [N, row, y, column, x·channel]
         x = g.op("Transpose", x, at=at, perm=[0, 1, 3, 2, 4])
-        x = g.op("Cast", g.op("Reshape", x, g.ints(-1, grid * grid, p * p * 3), at=at), at=at, to=TensorProto.FLOAT)
+        x = g.op("Reshape", x, g.ints(-1, grid * grid, p * p * 3), at=at)
     else:
         weight = weight.reshape(dim, -1)
         x = g.op("Reshape", x, g.ints(-1, 3, grid, p, grid, p), at=at)
@@ -313,7 +315,7 @@ def flips_and_turns(g, x, input):
 def resnet(g, encoder, x, input, mean, std):
     """torchvision's ResNet, BatchNorm folded into the convolutions → [N, 2048]."""
     if input == "uint8":
-        x = g.op("Cast", g.op("Transpose", x, at="input", perm=[0, 3, 1, 2]), at="input", to=TensorProto.FLOAT)
+        x = g.op("Transpose", x, at="input", perm=[0, 3, 1, 2])
         # The border is padded with the mean colour (0 after normalisation), so this cannot go into the weights.
         x = g.op("Mul", x, g.tensor("normalise.scale", (1 / (255 * std))[:, None, None].astype(np.float32)), at="input")
         x = g.op("Sub", x, g.tensor("normalise.mean", (mean / std)[:, None, None].astype(np.float32)), at="input")

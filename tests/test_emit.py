@@ -72,6 +72,14 @@ def test_one_attention_per_block_and_nothing_left_to_fold(family, tmp_path):
     assert kinds.count("Mul") == (2 if FAMILIES[family].mlp == "swiglu" else 0) * 2
 
 
+@pytest.mark.parametrize("family", ["gelu", "resnet50"])
+def test_bytes_become_floats_first_of_all(family, tmp_path):
+    """TensorRT takes bytes as an input and knows no operator on them but the cast."""
+    model = models.PatchClassifier(classifier(family).encoder, tta=family == "gelu").eval()
+    proto = write_model(tmp_path / "m.onnx", model)
+    assert [node.op_type for node in proto.graph.node if "patches" in node.input] == ["Cast"]
+
+
 def test_float_input_is_the_same_model(tmp_path):
     for family in ("gelu", "resnet50"):
         model, images = classifier(family), patches(3)
