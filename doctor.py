@@ -90,7 +90,8 @@ def try_device(path, device):
         x = np.random.default_rng(0).standard_normal((2, 4, 64)).astype(np.float32)
         y, = session.run(None, {"x": x})
     except cli.UserError as error:
-        return False, str(error)
+        text = str(error).removeprefix(f"--device {device}: ")
+        return False, text.removesuffix(" (python export.py --doctor says which)")
     except Exception as error:  # a provider that loads and then fails has many ways to say so
         return False, str(error).split("\n")[0][:100]
     if not np.allclose(y, expected(x), atol=1e-3):
@@ -99,45 +100,54 @@ def try_device(path, device):
 
 
 def report():
-    """Print the screen → exit status: 0 in order, 1 a GPU is here and is not used."""
-    devices, rows = gpus(), []
-    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"
-    rows.append(("python", f"{platform.python_version()}, {machine}"))
+    """Print the screen → exit status: 0 in order, 1 a GPU is here and is not used, or nothing runs at all."""
+    devices, problems = gpus(), []
+    rows = [("python", f"{platform.python_version()}, {platform.system()} {platform.machine()}, {os.cpu_count()} CPUs")]
     try:
         import torch
         cuda = torch.cuda.is_available()
         rows.append(("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'not built in'}, "
                               + (f"uses {torch.cuda.get_device_name()}" if cuda else "no GPU in use")))
+        if cuda and not devices:  # containers often lack nvidia-smi
+            devices = [torch.cuda.get_device_name()]
+        elif devices and not cuda:
+            problems.append("torch does not use it (its CUDA must not be newer than the driver's: install the torch "
+                            "of an older CUDA, or update the driver)")
     except ImportError:
-        cuda = None
         rows.append(("torch", "not installed (classify.py does not need it)"))
+    listed = onnxruntime.get_available_providers()
     rows.append(("onnxruntime", f"{version('onnxruntime-gpu', 'onnxruntime')}, lists "
-                                + ", ".join(p.replace("ExecutionProvider", "")
-                                            for p in onnxruntime.get_available_providers())))
+                                + ", ".join(name.replace("ExecutionProvider", "") for name in listed)))
     rows.append(("onnx", version("onnx")))
     import openslide
     rows.append(("openslide", f"{openslide.__library_version__}, python {version('openslide-python')}"))
+    if not devices and Path("/dev/nvidia0").exists():
+        devices = ["/dev/nvidia0, but no driver that answers"]
     rows.append(("GPU", "; ".join(devices) or "none that nvidia-smi sees"))
-    for name, place in libraries().items():
-        rows.append((name, place or "MISSING: pip install 'onnxruntime-gpu[cuda,cudnn]'"))
+    found = libraries()
+    rows += [(name, place or "MISSING") for name, place in found.items()]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tiny.onnx"
         tiny_model(path)
         cpu, text = try_device(path, "cpu")
         rows.append(("CPU", text))
-        gpu = None
-        if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        if not cpu:
+            problems.append("ONNX Runtime does not even run on the CPU: install it again")
+        if "CUDAExecutionProvider" not in listed:
+            gpu, text = False, "not in this onnxruntime: pip install 'onnxruntime-gpu[cuda,cudnn]'"
+        elif not devices:
+            gpu, text = None, "not tried: no GPU"
+        else:
             gpu, text = try_device(path, "cuda")
-            rows.append(("CUDA", text))
-    print("\n".join(f"{name:20}{text}" for name, text in rows))
-    if not cpu:
-        print("\nONNX Runtime does not even run on the CPU: install it again")
-        return 1
-    if devices and not (gpu and cuda is not False):
-        print("\na GPU is here and " + ("ONNX Runtime" if not gpu else "torch") + " does not use it")
-        return 1
-    print("\nin order" + ("" if devices else "; there is no GPU to be used"))
-    return 0
+        rows.append(("CUDA", text))
+    if devices and not gpu:
+        missing = [name for name, place in found.items() if place is None]
+        problems.append("ONNX Runtime does not use it" + (f": {', '.join(missing)} missing, pip install "
+                                                          "'onnxruntime-gpu[cuda,cudnn]'" if missing else ""))
+    print("\n".join(f"{name:20}{text}" for name, text in rows) + "\n")
+    print("\n".join(f"a GPU is here and {text}" if cpu else text for text in problems)
+          or "in order" + ("" if devices else "; there is no GPU to be used"))
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

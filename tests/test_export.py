@@ -18,7 +18,6 @@ from onnx_models import FAMILIES, dataset, make_run, patches, register
 
 import classify
 import cli
-import doctor
 import emit
 import export
 import models
@@ -308,19 +307,6 @@ def test_no_moment_with_an_old_graph_and_new_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", watch)
     export.put_in_place(folder, tmp_path / "m.onnx")
     assert [state["m.onnx"] for state in seen] == [None, None, "new"] and seen[-1]["m.onnx.data"] == "new"
-
-
-# ---------------------------------------------------------------- the doctor
-
-def test_doctor(monkeypatch, capsys):
-    status = command(monkeypatch, "--doctor")
-    text = capsys.readouterr().out
-    assert len(text.splitlines()) <= 25 and "openslide" in text and "CPU" in text
-    if not torch.cuda.is_available():
-        assert status == 0 and "no GPU to be used" in text
-        monkeypatch.setattr(doctor, "gpus", lambda: ["a GPU, 1.0, 80 GB"])
-        assert command(monkeypatch, "--doctor") == 1
-        assert "a GPU is here and ONNX Runtime does not use it" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- large

@@ -1,0 +1,135 @@
+"""The doctor: what it says, and its exit status, with a faked nvidia-smi and faked providers."""
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+import classify
+import cli
+import doctor
+
+HERE = Path(__file__).resolve().parent.parent
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available() or Path("/dev/nvidia0").exists(), reason="a GPU is here")
+
+
+def nvidia_smi(folder, script):
+    """A folder for PATH with an nvidia-smi that is this shell script."""
+    folder.mkdir()
+    path = folder / "nvidia-smi"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return f"{folder}{os.pathsep}{os.environ['PATH']}"
+
+
+def screen(capsys):
+    status = doctor.report()
+    return status, capsys.readouterr().out
+
+
+@NO_GPU
+def test_the_command_with_a_gpu_that_is_not_used(tmp_path):
+    """A driver that sees a GPU on a machine where nothing can use it: status 1, and both are named."""
+    path = nvidia_smi(tmp_path / "bin", "echo 'NVIDIA H100 80GB HBM3, 550.54.15, 81559 MiB'")
+    done = subprocess.run([sys.executable, str(HERE / "export.py"), "--doctor"], capture_output=True, text=True,
+                          env={**os.environ, "PATH": path})
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "NVIDIA H100 80GB HBM3" in done.stdout
+    assert "a GPU is here and torch does not use it" in done.stdout
+    assert "a GPU is here and ONNX Runtime does not use it" in done.stdout
+
+
+@NO_GPU
+@pytest.mark.parametrize("script", ["exit 9", "echo; exit 0", None])
+def test_no_gpu_is_in_order(script, tmp_path, monkeypatch, capsys):
+    """nvidia-smi that fails (no driver), that sees nothing, that is not there."""
+    monkeypatch.setenv("PATH", nvidia_smi(tmp_path / "bin", script) if script else str(tmp_path))
+    status, text = screen(capsys)
+    assert status == 0 and text.endswith("in order; there is no GPU to be used\n")
+    assert len(text.splitlines()) <= 24 and max(map(len, text.splitlines())) < 200
+    for name in ("python", "torch", "onnxruntime", "onnx", "openslide", "CPU", "CUDA"):
+        assert f"\n{name} " in f"\n{text}"
+    assert "runs (CPUExecutionProvider)" in text
+
+
+class Session:
+    """A session of a provider that works, or whose numbers are not right."""
+
+    def __init__(self, error=0.0):
+        self.error = error
+
+    def run(self, _, inputs):
+        return [doctor.expected(inputs["x"]) + np.float32(self.error)]
+
+    def get_providers(self):
+        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine with a GPU: torch uses it, ONNX Runtime's CUDA session is what the test gives."""
+    monkeypatch.setattr(doctor, "gpus", lambda: ["a GPU, 1.0, 80 GB"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
+    monkeypatch.setattr(onnxruntime, "get_available_providers",
+                        lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(doctor, "libraries", lambda: {"libcublas.so.13": "/usr/lib/libcublas.so.13"})
+    opened = classify.open_session
+
+    def give(session):
+        def open_session(path, device):
+            if device == "cpu":
+                return opened(path, device)
+            if isinstance(session, Exception):
+                raise session
+            return session, device, "note"
+        monkeypatch.setattr(classify, "open_session", open_session)
+    return give
+
+
+def test_a_gpu_that_is_used(machine, capsys):
+    machine(Session())
+    status, text = screen(capsys)
+    assert status == 0 and text.endswith("\nin order\n") and "runs (CUDAExecutionProvider" in text
+
+
+def test_a_gpu_with_wrong_numbers(machine, capsys):
+    machine(Session(error=0.1))
+    status, text = screen(capsys)
+    assert status == 1 and "its numbers are wrong" in text and "ONNX Runtime does not use it" in text
+
+
+def test_a_missing_library_is_named(machine, capsys, monkeypatch):
+    machine(cli.UserError("--device cuda: the CUDA provider did not load"))
+    monkeypatch.setattr(doctor, "libraries", lambda: {"libcublas.so.13": "here", "libcurand.so.10": None})
+    status, text = screen(capsys)
+    assert status == 1 and "libcurand.so.10 missing, pip install 'onnxruntime-gpu[cuda,cudnn]'" in text
+
+
+def test_an_onnxruntime_without_cuda(machine, capsys, monkeypatch):
+    machine(Session())
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    status, text = screen(capsys)
+    assert status == 1 and "not in this onnxruntime" in text and "does not use it" in text
+
+
+def test_a_provider_that_crashes_is_reported(machine, capsys):
+    machine(RuntimeError("CUDA failure 35: driver version is insufficient\nmore"))
+    status, text = screen(capsys)
+    assert status == 1 and "driver version is insufficient" in text and "more" not in text.split("insufficient")[1]
+
+
+def test_the_tiny_model_is_right(tmp_path):
+    """Its numbers from another side: attention of one head, written out."""
+    doctor.tiny_model(tmp_path / "tiny.onnx")
+    x = np.random.default_rng(1).standard_normal((3, 4, 64)).astype(np.float32)
+    y, = onnxruntime.InferenceSession(str(tmp_path / "tiny.onnx"), providers=["CPUExecutionProvider"]).run(None, {"x": x})
+    given = torch.from_numpy(x)
+    expected = torch.nn.functional.scaled_dot_product_attention(given, given, given)
+    assert np.abs(y - expected.numpy()).max() < 1e-5 and np.abs(doctor.expected(x) - expected.numpy()).max() < 1e-5
