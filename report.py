@@ -115,9 +115,9 @@ def missing(groups, wanted, what):
 
 
 def published():
-    """paper.csv as {(table, model, method, setting, metric): "0.88 ± 0.01"}."""
+    """paper.csv as {(data or "5", label of a run of the paper's choices, setting, metric): "0.88 ± 0.01"}."""
     with open(Path(__file__).with_name("paper.csv"), newline="") as file:
-        return {(row["data"] if row["table"] != "5" else "5", row["model"], row["method"], row["setting"],
+        return {(row["data"] if row["table"] != "5" else "5", f"{row['model']}-{row['method']}", row["setting"],
                  row["metric"]): f"{row['mean']} ± {row['sd']}" for row in csv.DictReader(file)}
 
 
@@ -162,7 +162,7 @@ def full_table(name, title, named, trust, paper):
             means[key].append(mean(values))
         found = trust.get(label)
         row.append("–" if found is None or found["interval"] is None else "{:.3f} – {:.3f}".format(*found["interval"]))
-        row += [paper.get((own[0].data, own[0].model, own[0].method, "all", key), "–") for key in METRICS if paper]
+        row += [paper.get((own[0].data, own[0].label, "all", key), "–") for key in METRICS if paper]
         rows.append(row)
     for column, key in enumerate(METRICS, start=2):
         embolden(rows, column, means[key])
@@ -243,7 +243,7 @@ def cross_table(name, title, found, paper):
                 row.append(mean_sd(values))
                 means[key, side].append(mean(values))
                 if paper:
-                    row.append(paper.get(("5", own[0].model, own[0].method, side, key), "–"))
+                    row.append(paper.get(("5", own[0].label, side, key), "–"))
         rows.append(row)
     header, column = ["model", "runs"], 2
     for key in keys:

@@ -106,7 +106,8 @@ def decisions_of_draws(counts, y, pred, case):
     with np.errstate(invalid="ignore", divide="ignore"):
         balanced = (tp / (tp + fn) + tn / (tn + fp)) / 2
         f1, other = (np.nan_to_num(2 * a / (2 * a + fp + fn)) for a in (tp, tn))
-    return {"balanced_accuracy": balanced, "weighted_f1": (f1 * (tp + fn) + other * (tn + fp)) / (tp + fp + fn + tn)}
+        weighted = (f1 * (tp + fn) + other * (tn + fp)) / (tp + fp + fn + tn)
+    return {"balanced_accuracy": balanced, "weighted_f1": weighted}
 
 
 def replicate(repeats, replicates=REPLICATES, seed=0):
