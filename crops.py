@@ -1,9 +1,9 @@
 """Patches of a dataset: cut out of its images, out of the store of crops, or ready-made files. No torch.
 
 The store of crops (`python data.py D --cache`) is one pass over the images, each decoded once: every annotation's
-window with the margin that rotation needs, and every position of the pool of random patches (data.random_pool), as one
-uint8 memory map. The sampler draws random patches from that pool also where there is no store, and the store keeps raw
-pixels of level 0: so patches are byte for byte the same with and without it, only the speed differs.
+window with the margin that rotation needs, and every position of the pool of random patches (sampler.random_pool), as
+one uint8 memory map. The sampler draws random patches from that pool also where there is no store, and the store keeps
+raw pixels of level 0: so patches are byte for byte the same with and without it, only the speed differs.
 """
 
 import csv
@@ -22,8 +22,8 @@ import numpy as np
 from PIL import Image
 
 import cli
-import data
 import runs
+import sampler
 import slides
 import store
 from cli import UserError
@@ -180,8 +180,8 @@ class Patches:
             a, window = self.annotations, self.window
             side = max(self.wide(i, margin(self.size)) for i in range(len(self.images)))
             side += 2 * math.ceil(self.jitter * window)
-            number = data.pool_size(a)
-            x, y = np.concatenate([[a.x, a.y], *(data.random_pool(a, name, number, window)
+            number = sampler.pool_size(a)
+            x, y = np.concatenate([[a.x, a.y], *(sampler.random_pool(a, name, number, window)
                                                  for name in self.images.tolist())], axis=1)
             left, top = (np.floor(c - side / 2 + 0.5).astype(np.int64) for c in (x, y))  # slides.corner
             image = np.r_[self.image_of, np.repeat(np.arange(len(self.images)), number)]

@@ -154,7 +154,8 @@ def class_labels(where, names, classes=None, profile=None):
 
     Returns {id: 1 | 0}; ids that are neither are left out. UserError where it does not follow which is which.
     """
-    listed = ", ".join(f"{id} {name!r}" if name is not None else id for id, name in sorted(names.items())[:8])
+    listed = ", ".join(f"{id[:20]} {_short(name)}" if name is not None else id[:20]
+                       for id, name in sorted(names.items())[:8])
     listed = listed + ", …" if len(names) > 8 else listed or "none"
     if profile:
         classes = {"mitotic": [PROFILES[profile][0]], "other": [PROFILES[profile][1]]}
@@ -182,7 +183,7 @@ def class_labels(where, names, classes=None, profile=None):
                         and plain(names[id]) in (OTHER if labels[id] else MITOTIC)]
         if contradicted:
             id = contradicted[0]
-            raise UserError(f"{where}: class {id} is called {names[id]!r} there, the opposite of what "
+            raise UserError(f"{where}: class {id[:20]} is called {_short(names[id])} there, the opposite of what "
                             f"{'--profile ' + profile if profile else '--classes'} says; its classes are {listed}")
         return labels
     labels = {id: 1 if plain(name) in MITOTIC else 0 for id, name in names.items()
@@ -258,7 +259,7 @@ def positive_number(value):
 
 def _short(value):
     try:
-        shown = ascii(value) if isinstance(value, (str, int, float, type(None))) else type(value).__name__
+        shown = repr(value) if isinstance(value, (str, int, float, type(None))) else type(value).__name__
     except ValueError:
         return "a very long number"
     return shown if len(shown) <= 60 else shown[:57] + "..."
@@ -666,7 +667,7 @@ def _sliderunner(path, connection, classes, profile):
         f"SELECT DISTINCT agreedClass FROM Annotations WHERE type IN (1, 4) {deleted}") if id is not None}
     if not used - {"0"}:
         raise UserError(f"{path}: holds no cell labels (points with an agreed class), only areas; its classes are "
-                        f"{', '.join(repr(name) for name in list(names.values())[:8]) or 'none'}")
+                        f"{', '.join(_short(name) for name in list(names.values())[:8]) or 'none'}")
     # Ids that only the annotations use have no name: a profile or the user may still mean them.
     labels = class_labels(path, {id: None for id in used} | names, classes, profile)
     table, slides = Table(), {}

@@ -170,7 +170,7 @@ class PlainImage:
     def _file(self):
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is the limit here
+                warnings.simplefilter("ignore")  # of odd tags, and of many pixels: MAX_PIXELS is the limit here
                 with _lock:
                     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
                     try:

@@ -542,9 +542,9 @@ BUILD = """
 import sys
 sys.path.insert(0, "tests")
 import numpy as np
-import crops, data
+import crops, data, sampler
 from test_crops import Path
-folder, n, shape, data.POOL = Path(sys.argv[1]), int(sys.argv[2]), (int(sys.argv[3]), int(sys.argv[4])), 3540
+folder, n, shape, sampler.POOL = Path(sys.argv[1]), int(sys.argv[2]), (int(sys.argv[3]), int(sys.argv[4])), 3540
 rng = np.random.default_rng(0)
 names = sorted(path.name for path in folder.glob("*.png"))
 image = np.repeat(names, 20)
