@@ -459,8 +459,8 @@ def arguments():
                         "(default: runs)")
     parser.add_argument("--out", default="report", metavar="DIR", help="folder of the report (default: report)")
     parser.add_argument("--paper", action="store_true", help="the paper's published values beside ours")
-    parser.add_argument("--grid", metavar="'SWEEP ARGS'", help="say which runs of a sweep are done, failed and missing; "
-                        "nothing is run and no report is written")
+    parser.add_argument("--grid", metavar="'SWEEP ARGS'", help="say which runs of a sweep are done, failed and "
+                        "missing; nothing is run and no report is written")
     parser.add_argument("--replicates", type=int, default=2000, metavar="N", help="draws of the bootstrap (default: "
                         "2000)")
     parser.add_argument("--no-gallery", action="store_true", help="no gallery of errors (it reads the images)")

@@ -25,7 +25,7 @@ FIGURES = {"ccmct": "Figure 2", "midog2022": "Figure 3"}
 TEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}",
        "^": r"\^{}", "~": r"\~{}", "±": r"$\pm$", "–": "--", "→": r"$\to$", "<": r"$<$", ">": r"$>$", "−": r"$-$",
        "µ": r"\textmu{}", "≥": r"$\ge$", "|": r"$|$"}
-TILE = 112  # px of a patch in the gallery
+TILE, MARGIN = 112, 60  # px of a patch in the gallery, and of the domain's name left of its line
 
 
 @dataclass
@@ -194,8 +194,8 @@ def decisions_table(name, title, named):
         rows.append(row + [mean_sd([run.threshold for run in own], 2)])
     for column, key, lowest in ((1, "average_precision", False), (2, "brier", True), (3, "ece", True)):
         embolden(rows, column, [mean([run.sets["test"][key] for run in own]) for own in named.values()], lowest)
-    return Table(name, title, ["model", "av. precision", "Brier", "ECE", *(f"{key} at {t}" for t in ("0.5", "t") for key in (*keys[:3], "F1")), "t"],
-                 rows,
+    decided = [f"{key} at {t}" for t in ("0.5", "t") for key in (*keys[:3], "F1")]
+    return Table(name, title, ["model", "av. precision", "Brier", "ECE", *decided, "t"], rows,
                  ["Sensitivity, precision and F1 of the mitotic class; t: the threshold of the best F1 on validation."])
 
 
@@ -388,30 +388,30 @@ def gallery(path, found, args):
 
 def draw_errors(patches, rows, ids, y, p, domain, columns=5):
     """PIL image: one line of tiles per domain, false positives left, false negatives right, with p and id below."""
-    font = ImageFont.load_default(10)
+    font = ImageFont.load_default(12)
     domains = sorted(set(domain.tolist()))
     short = figures.short_names(domains)
     height, width, gap, top = TILE + 30, TILE + 6, 24, 20
-    sheet = Image.new("RGB", (40 + 2 * columns * width + gap, top + height * len(domains)), "white")
+    sheet = Image.new("RGB", (MARGIN + 2 * columns * width + gap, top + height * len(domains)), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((40, 4), "false positives", fill="black", font=font)
-    draw.text((40 + columns * width + gap, 4), "false negatives", fill="black", font=font)
+    draw.text((MARGIN, 3), "false positives", fill="black", font=font)
+    draw.text((MARGIN + columns * width + gap, 3), "false negatives", fill="black", font=font)
     for line, name in enumerate(domains):
         own = np.flatnonzero(domain == name)
         wrong = [own[(y[own] == 0) & (p[own] >= 0.5)], own[(y[own] == 1) & (p[own] < 0.5)]]
         wrong = [wrong[0][np.argsort(-p[wrong[0]], kind="stable")], wrong[1][np.argsort(p[wrong[1]], kind="stable")]]
-        draw.text((4, top + line * height + TILE // 2 - 6), short[name][:6], fill="black", font=font)
+        draw.text((4, top + line * height + TILE // 2 - 7), short[name], fill="black", font=font)
         for side, chosen in enumerate(wrong):
-            left = 40 + side * (columns * width + gap)
+            left = MARGIN + side * (columns * width + gap)
             if not len(chosen):
-                draw.text((left + 4, top + line * height + TILE // 2 - 6), "none", fill="#666666", font=font)
+                draw.text((left + 4, top + line * height + TILE // 2 - 7), "none", fill="#666666", font=font)
                 continue
             tiles = patches.read(rows[chosen[:columns]])
             for k, (tile, i) in enumerate(zip(tiles, chosen)):
                 at = (left + k * width, top + line * height)
                 sheet.paste(Image.fromarray(tile).resize((TILE, TILE), Image.Resampling.LANCZOS), at)
                 draw.text((at[0], at[1] + TILE + 1), f"p {p[i]:.3f}", fill="black", font=font)
-                draw.text((at[0], at[1] + TILE + 13), str(ids[i])[-18:], fill="#444444", font=font)
+                draw.text((at[0], at[1] + TILE + 13), str(ids[i])[-16:], fill="#444444", font=font)
     return sheet
 
 
@@ -444,7 +444,8 @@ def write(found, problems, rows, args):
                 cross_section(parts, out, name, where, crossed, paper)
         compared = leak_rows(here)
         if compared:
-            parts.append(Table(f"leak_{runs.file_name(data)}", f"What the leak is worth: AUROC on {data} by case and by annotation",
+            parts.append(Table(f"leak_{runs.file_name(data)}",
+                               f"What the leak is worth: AUROC on {data} by case and by annotation",
                                ["model", "by case", "by annotation", "difference"],
                                [[label, mean_sd(both["case"]), mean_sd(both["annotation"]), f"{b - a:+.3f}"]
                                 for label, a, b, both in compared],
@@ -499,8 +500,8 @@ def section(parts, out, name, where, found, paper, args):
         known = f" (the paper's {FIGURES[found[0].data]})" if by_case and found[0].data in FIGURES else ""
         parts.append(("figure", figures.scaling(out / f"scaling_{name}", panels),
                       f"{where}: AUROC over the share of the training pool{known}; bands: ± one standard deviation."))
-    curves = {(METHODS.get(own[0].method, own[0].method), without_method(own[0])): [run.rows("test")[1:3] for run in own]
-              for own in named.values() if all(run.sets["test"]["auroc"] is not None for run in own)}
+    curves = {(METHODS.get(own[0].method, own[0].method), without_method(own[0])):
+              [run.rows("test")[1:3] for run in own] for own in named.values() if all(run.sets["test"]["auroc"] is not None for run in own)}
     if curves:
         parts.append(("figure", figures.roc_pr(out / f"roc_pr_{name}", curves),
                       f"{where}: ROC and precision-recall, {share}, mean over the repeats. Grey: chance."))

@@ -59,7 +59,8 @@ def test_finished_runs_count_and_are_read_with_all_their_digits(three_folds, tis
     ids, y, p, case, domain = run.rows("test")
     assert (ids == np.sort(runs.read_json(run.path / "split.json")["ids"]["test"])).all()
     rows = tissue.rows(ids)
-    assert (y == tissue.label[rows]).all() and (case == tissue.case[rows]).all() and (domain == tissue.domain[rows]).all()
+    for values, wanted in ((y, tissue.label), (case, tissue.case), (domain, tissue.domain)):
+        assert (values == wanted[rows]).all()
     assert metrics.auroc(y, p) == pytest.approx(stored["sets"]["test"]["auroc"], abs=1e-15)
 
 
@@ -258,7 +259,8 @@ def test_a_root_given_twice_or_inside_another_is_read_once(copied, monkeypatch):
     assert len(found) == 3 and not problems
 
 
-@pytest.mark.parametrize("flag, value", [("epochs", 2), ("lr", 0.1), ("val_frac", 0.1), ("mpp", 0.25), ("tissue", True)])
+@pytest.mark.parametrize("flag, value", [("epochs", 2), ("lr", 0.1), ("val_frac", 0.1), ("mpp", 0.25),
+                                         ("tissue", True)])
 def test_repeats_with_other_settings_are_not_averaged_with_the_rest(copied, tissue, flag, value):
     """Flags that are not part of a run's name: a short trial left over among the real repeats."""
     make(copied, tissue, "uni", "lora", 1.0, 3, **{flag: value})
@@ -332,7 +334,7 @@ def test_one_row_per_run_and_test_set_with_all_digits(tissue, tmp_path):
     call(evaluate, tmp_path / "runs", "--out", tmp_path / "report", "--no-gallery", "--replicates", 100)
     with open(tmp_path / "report/results.csv") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["fold"], row["set"]) for row in rows] == [(str(k), name) for k in range(2) for name in ("test", "B", "C")]
+    assert [(row["fold"], row["set"]) for row in rows] == [(k, name) for k in "01" for name in ("test", "B", "C")]
     for row in rows:
         stored = runs.read_json(f"{row['run']}/metrics.json")["sets"][row["set"]]
         for key in ("balanced_accuracy", "weighted_f1", "auroc", "average_precision", "brier", "ece"):
