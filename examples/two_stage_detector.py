@@ -44,8 +44,10 @@ def haematoxylin(pixels):
     return np.maximum(density @ np.linalg.inv(STAINS)[:, 0].astype(np.float32), 0)
 
 
-def blur(image, sigma):
-    """Gaussian blur by three box filters, each a difference of cumulative sums."""
+def blur(image, sigma, known=None):
+    """Gaussian blur by three box filters, each a difference of cumulative sums; of the pixels that are `known`."""
+    if known is not None and not known.all():
+        return blur(image * known, sigma) / np.maximum(blur(known.astype(np.float32), sigma), 1e-3)
     radius = max(1, round((12 * sigma ** 2 / 3 + 1) ** 0.5 / 2 - 0.5))
     for axis in (0, 1) * 3:
         width = [(radius + 1, radius) if a == axis else (0, 0) for a in (0, 1)]
@@ -69,7 +71,9 @@ def blobs(image, mpp):
                 continue  # glass
             amount = haematoxylin(tile)
             levels.append(np.percentile(amount, 99))
-            score = blur(amount, INNER / WORKING) - blur(amount, OUTER / WORKING)
+            known = np.outer(*((0 <= c) & (c < full) for c, full in zip(
+                (center[:, None] + (np.arange(TILE) + 0.5 - TILE / 2) * scale)[::-1], (height, width))))
+            score = blur(amount, INNER / WORKING, known) - blur(amount, OUTER / WORKING, known)
             around = np.stack([np.roll(score, (a, b), (0, 1)) for a in (-1, 0, 1) for b in (-1, 0, 1) if a or b])
             ys, xs = np.nonzero((score > around.max(axis=0)) & (score > 0.02))
             inside = (xs >= MARGIN) & (xs < TILE - MARGIN) & (ys >= MARGIN) & (ys < TILE - MARGIN)
