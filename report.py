@@ -501,7 +501,8 @@ def section(parts, out, name, where, found, paper, args):
         parts.append(("figure", figures.scaling(out / f"scaling_{name}", panels),
                       f"{where}: AUROC over the share of the training pool{known}; bands: ± one standard deviation."))
     curves = {(METHODS.get(own[0].method, own[0].method), without_method(own[0])):
-              [run.rows("test")[1:3] for run in own] for own in named.values() if all(run.sets["test"]["auroc"] is not None for run in own)}
+              [run.rows("test")[1:3] for run in own] for own in named.values()
+              if all(run.sets["test"]["auroc"] is not None for run in own)}
     if curves:
         parts.append(("figure", figures.roc_pr(out / f"roc_pr_{name}", curves),
                       f"{where}: ROC and precision-recall, {share}, mean over the repeats. Grey: chance."))

@@ -587,9 +587,11 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 # Put into a copy of the page: what is broken or wider than the window ends up in the title.
 LOOK = """<script>addEventListener("load", () => { document.title = JSON.stringify({
     broken: [...document.images].filter(i => !i.complete || i.naturalWidth < 100).length,
-    images: document.images.length, width: document.documentElement.scrollWidth, window: innerWidth, tables: document.querySelectorAll("table").length,
-    rows: document.querySelectorAll("tbody tr").length, asked: performance.getEntriesByType("resource").map(e => e.name)
-        .filter(name => !name.startsWith("data:")) }) })</script></body>"""
+    images: document.images.length, width: document.documentElement.scrollWidth, window: innerWidth,
+    tables: document.querySelectorAll("table").length,
+    rows: document.querySelectorAll("tbody tr").length,
+    asked: performance.getEntriesByType("resource").map(e => e.name).filter(name => !name.startsWith("data:"))
+}) })</script></body>"""
 
 
 def browse(page, tmp_path, *flags):

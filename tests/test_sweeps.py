@@ -1,0 +1,395 @@
+"""The sweeps: what they list, what a failure and a stop leave; Slurm; --grid; a sweep killed and restarted."""
+
+import csv
+import fcntl
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import pytest
+import small
+from run_folders import annotations, make
+from small import HERE, call
+
+import evaluate
+import models
+import runs
+from cli import UserError
+
+SWEEPS = HERE.parent / "sweeps"
+PAPER = ["resnet50", "vit-b", "vit-h", "phikon", "uni", "virchow", "virchow2", "prov-gigapath", "h-optimus-0"]
+CHOICES = ("RUNS", "FRACS", "FOLDS", "DOMAINS", "METHODS", "PYTHON", "FLAGS", "MODEL_FLAGS", "MODEL", "EPOCHS",
+           "EPOCH_SIZE")
+
+
+def clean(**environment):
+    """This process's environment without what steers a sweep, and with what is given."""
+    return {key: value for key, value in os.environ.items() if key not in CHOICES} | environment
+
+
+def listed(script, *args, **environment):
+    """The commands of a sweep as lists of words; none of them is run."""
+    done = subprocess.run(["bash", SWEEPS / script, "--list", *map(str, args)], capture_output=True, text=True,
+                          env=clean(PYTHON="false", **environment), timeout=60)
+    assert done.returncode == 0 and not done.stderr
+    return [shlex.split(line) for line in done.stdout.splitlines()]
+
+
+def parsed(command):
+    """(script, {flag: values}) of a command, by the script's own parser: it takes every flag that a sweep gives."""
+    script = command[1].removesuffix(".py")
+    old, sys.argv = sys.argv, command[1:]
+    try:
+        return script, vars(__import__(script).arguments())
+    finally:
+        sys.argv = old
+
+
+# ---------------------------------------------------------------- what a sweep consists of
+
+def cells(commands):
+    """(model, method, domain, fraction, fold) of every run, as the scripts' own parsers see them."""
+    for script, flags in map(parsed, commands):
+        method = "probe" if script == "probe" else "lora" if flags["lora"] else "full"
+        for domain in flags["domain"] or [None]:
+            for frac in flags["frac"]:
+                for fold in flags["fold"]:
+                    yield flags["model"], method, domain, frac, fold
+
+
+def test_scaling_is_the_papers_grid():
+    commands = listed("scaling.sh", "midog2022")
+    found = Counter(cells(commands))
+    methods = {model: ("probe", "lora") for model in PAPER} | {
+        "resnet50": ("full", "probe"), "vit-h": ("full", "probe"), "vit-b": ("full",)}
+    wanted = {(model, method, None, frac, fold) for model in PAPER for method in methods[model]
+              for frac in (0.001, 0.01, 0.1, 1.0) for fold in range(5)}
+    assert set(found) == wanted and set(found.values()) == {1} and len(wanted) == 17 * 20
+    assert {flags["data"] for _, flags in map(parsed, commands)} == {"midog2022"}
+    assert all(flags["resume"] for _, flags in map(parsed, commands))
+
+
+def test_cross_domain_is_every_domain_five_times():
+    found = Counter(cells(listed("cross_domain.sh", "midog2022", "uni", "vit-b")))
+    wanted = {(model, method, domain, 1.0, fold)
+              for model, method in (("uni", "probe"), ("uni", "lora"), ("vit-b", "full"))
+              for domain in "ABCDE" for fold in range(5)}
+    assert set(found) == wanted and set(found.values()) == {1}
+
+
+def test_the_quick_grid_has_five_repeats_and_everything_that_the_report_shows():
+    commands = listed("quick.sh")
+    leaking = [words for words in commands if "annotation" in words]
+    found = Counter(cells([words for words in commands if words not in leaking]))
+    assert set(found.values()) == {1} and {model for model, *_ in found} == {"demo"}
+    assert Counter(cells(leaking)) == {("demo", method, None, 1.0, fold): 1 for method in ("probe", "lora", "full")
+                                       for fold in range(5)}
+    for method in ("probe", "lora", "full"):
+        own = {(domain, frac, fold) for _, m, domain, frac, fold in found if m == method}
+        assert {fold for *_, fold in own} == set(range(5))
+        assert len({frac for domain, frac, _ in own if domain is None}) >= 3  # a curve
+        assert len({domain for domain, *_ in own} - {None}) >= 3  # a matrix
+
+
+def test_models_data_and_the_environment_choose():
+    commands = listed("scaling.sh", "a folder/my data.csv", "uni", FRACS="0.5", FOLDS="3", RUNS="my runs",
+                      METHODS="lora", FLAGS="--epochs 3", MODEL_FLAGS="--weights /models/uni --device cuda:1")
+    assert len(commands) == 1
+    script, flags = parsed(commands[0])
+    assert (script, flags["data"], flags["model"], flags["frac"], flags["fold"], flags["runs"], flags["epochs"],
+            flags["weights"], flags["device"]) == (
+        "train", "a folder/my data.csv", "uni", [0.5], [3], "my runs", 3, "/models/uni", "cuda:1")
+    found = list(cells(listed("cross_domain.sh", "midog2022", "uni", DOMAINS="A C", FOLDS="0 1")))
+    assert {domain for _, _, domain, _, _ in found} == {"A", "C"} and len(found) == 8
+
+
+def test_a_sweep_without_a_dataset_says_how_it_is_called():
+    for script in ("scaling.sh", "cross_domain.sh"):
+        done = subprocess.run(["bash", SWEEPS / script], capture_output=True, text=True, env=clean(), timeout=60)
+        assert done.returncode == 2 and done.stderr.startswith(f"usage: sweeps/{script} ") and not done.stdout
+
+
+# ---------------------------------------------------------------- running: failures and stops
+
+@pytest.fixture
+def python(tmp_path):
+    """A python that notes each command; with a word of FAIL, FAIL_ONCE or HANG in it the command does that."""
+    path, log = tmp_path / "python", tmp_path / "log"
+    path.write_text(f"""#!/usr/bin/env bash
+echo "$*" >> {log}
+for word in $HANG; do case " $* " in *" $word "*) echo $$ > {tmp_path}/hanging; exec sleep 600;; esac; done
+for word in $FAIL; do case " $* " in *" $word "*) exit 2;; esac; done
+for word in $FAIL_ONCE; do case " $* " in *" $word "*)
+    [ $(grep -c -- " $word " {log}) -eq 1 ] && exit 1;; esac; done
+exit 0
+""")
+    path.chmod(0o755)
+    log.touch()
+    return path
+
+
+def started(python):
+    return (python.parent / "log").read_text().splitlines()
+
+
+def run(script, *args, python, **environment):
+    return subprocess.run(["bash", SWEEPS / script, *args], capture_output=True, text=True, timeout=60,
+                          env=clean(PYTHON=str(python), **environment))
+
+
+def test_all_are_run_in_the_order_of_the_list(python):
+    done = run("scaling.sh", "d", "uni", "vit-b", python=python, FOLDS="0 1", FRACS="0.1 1")
+    assert done.returncode == 0 and not done.stderr
+    assert started(python) == [" ".join(words[1:]) for words in listed("scaling.sh", "d", "uni", "vit-b", FOLDS="0 1",
+                                                                       FRACS="0.1 1")]
+
+
+def test_what_fails_stops_nothing_is_tried_again_and_named(python):
+    done = run("scaling.sh", "my data", "uni", python=python, METHODS="lora", FOLDS="0 1", FRACS="0.1 0.2 0.3",
+               FAIL="0.2", FAIL_ONCE="0.3")
+    seen = [tuple(words[words.index(flag) + 1] for flag in ("--frac", "--fold")) for words in
+            map(str.split, started(python))]
+    assert seen[:6] == [(frac, fold) for frac in ("0.1", "0.2", "0.3") for fold in "01"]
+    assert seen[6:] == [("0.2", "0"), ("0.2", "1"), ("0.3", "0")]  # 0.3 with fold 1 went through
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        f"failed: python train.py --data my\\ data --model uni --lora --frac 0.2 --fold {fold} --runs runs --resume "
+        for fold in "01"]
+    assert all("--data my data --model" in line for line in started(python))  # also the second time
+
+
+@pytest.mark.parametrize("name", ["TERM", "INT", "HUP"])
+def test_a_stopped_sweep_takes_its_run_along_and_starts_no_other(python, name):
+    sweep = subprocess.Popen(["bash", SWEEPS / "scaling.sh", "d", "uni"], start_new_session=True,
+                             env=clean(PYTHON=str(python), METHODS="lora", FRACS="0.1 0.2 0.3", FOLDS="0", HANG="0.2"))
+    hanging = python.parent / "hanging"
+    while not hanging.exists() or not hanging.read_text().strip():
+        time.sleep(0.02)
+    child = int(hanging.read_text())
+    if name == "INT":  # as the terminal sends it: to all
+        os.killpg(sweep.pid, signal.SIGINT)
+    else:
+        sweep.send_signal(getattr(signal, f"SIG{name}"))
+    assert sweep.wait(timeout=60) == 143
+    with pytest.raises(ProcessLookupError):
+        for _ in range(3000):  # the run that it had started is gone, too
+            os.kill(child, 0)
+            time.sleep(0.02)
+    assert len(started(python)) == 2
+
+
+def test_the_quick_grid_makes_the_report_also_where_a_run_failed(python, tmp_path):
+    done = run("quick.sh", tmp_path / "report", python=python, FAIL="annotation")
+    commands = started(python)
+    assert commands[0] == "demo.py" and commands[-1] == f"evaluate.py runs --out {tmp_path / 'report'}"
+    assert len(commands) == 1 + 9 + 3 + 1 and done.returncode == 1 and done.stderr.count("failed: ") == 3
+    (tmp_path / "log").write_text("")
+    done = run("quick.sh", python=python, FAIL="demo.py")  # without the dataset nothing can be run
+    assert done.returncode == 2 and started(python) == ["demo.py"]
+
+
+# ---------------------------------------------------------------- Slurm
+
+@pytest.fixture
+def sbatch(tmp_path, monkeypatch):
+    """A folder with a sbatch that notes how it is called."""
+    path = tmp_path / "bin" / "sbatch"
+    path.parent.mkdir()
+    path.write_text(f'#!/usr/bin/env bash\nprintf "%s\\n" "$@" > {tmp_path}/submitted\n')
+    path.chmod(0o755)
+    return f"{path.parent}:{os.environ['PATH']}"
+
+
+def slurm(*args, **environment):
+    return subprocess.run(["bash", SWEEPS / "slurm.sh", *map(str, args)], capture_output=True, text=True, timeout=60,
+                          env=clean(**environment), cwd=HERE.parent)
+
+
+def test_slurm_gets_one_task_per_command_and_each_task_runs_its_own(sbatch, python, tmp_path):
+    grid = (SWEEPS / "scaling.sh", "my data", "uni")
+    commands = listed("scaling.sh", *grid[1:])
+    assert slurm(*grid, PATH=sbatch).returncode == 0
+    submitted = (tmp_path / "submitted").read_text().splitlines()
+    assert submitted == [f"--array=0-{len(commands) - 1}%8", str(SWEEPS / "slurm.sh"), *map(str, grid)]
+    assert slurm(*grid, PATH=sbatch, AT_ONCE="3").returncode == 0
+    assert (tmp_path / "submitted").read_text().startswith(f"--array=0-{len(commands) - 1}%3\n")
+    for task in (0, 1, len(commands) - 1):  # what sbatch starts again, with the task's number
+        assert slurm(*grid, PATH=sbatch, PYTHON=str(python), SLURM_ARRAY_TASK_ID=str(task)).returncode == 0
+        assert started(python)[-1] == " ".join(commands[task][1:])
+    assert len(started(python)) == 3
+    assert slurm(*grid, PATH=sbatch, PYTHON=str(python), SLURM_ARRAY_TASK_ID="0", FAIL="data").returncode == 2
+
+
+def test_slurm_without_a_sweep_or_with_an_empty_one_submits_nothing(sbatch, tmp_path):
+    done = slurm(SWEEPS / "scaling.sh", PATH=sbatch)
+    assert done.returncode == 2 and done.stderr.startswith("usage: ")
+    assert slurm(tmp_path / "no.sh", "midog2022", PATH=sbatch).returncode == 2
+    done = slurm(SWEEPS / "scaling.sh", "midog2022", "uni", PATH=sbatch, METHODS=" ")
+    assert done.returncode == 2 and "lists no commands" in done.stderr
+    assert not (tmp_path / "submitted").exists()
+
+
+# ---------------------------------------------------------------- --grid
+
+@pytest.fixture
+def begun(tmp_path, monkeypatch):
+    """A sweep of 2 fractions × 3 folds × probe and LoRA on the way: 7 done, one at work, one failed, three missing."""
+    for name in CHOICES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FRACS", "0.1 1")
+    monkeypatch.setenv("FOLDS", "0 1 2")
+    monkeypatch.setenv("RUNS", str(tmp_path / "runs"))
+    tissue = annotations()
+    for frac in (0.1, 1.0):
+        for fold in range(3):
+            make("runs", tissue, "uni", "probe", frac, fold, seconds=6)
+    make("runs", tissue, "uni", "lora", 0.1, 0, seconds=1200)
+    for fold in (1, 2):
+        path = make("runs", tissue, "uni", "lora", 0.1, fold)
+        (path / "metrics.json").unlink()
+    return tmp_path / "runs"
+
+
+def counts(text):
+    """{(data, model, method): (done, running, failed, missing)} of what --grid prints."""
+    return {tuple(words[:3]): tuple(map(int, words[3:])) for words in map(str.split, text.splitlines()[2:])
+            if len(words) == 7 and words[2] in ("probe", "lora", "full")}
+
+
+SWEEP = f"{SWEEPS / 'scaling.sh'} tissue uni"
+
+
+def test_grid_says_what_is_done_running_failed_and_missing_and_the_time_left(begun, capsys):
+    with open(begun / "tissue/uni-lora/frac0.1-fold1/lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert call(evaluate, begun, "--grid", SWEEP) == 0
+    said = capsys.readouterr().out
+    assert counts(said) == {("tissue", "uni", "probe"): (6, 0, 0, 0), ("tissue", "uni", "lora"): (1, 1, 1, 3)}
+    lines = said.splitlines()
+    assert "failed: uni-lora on tissue, frac 0.1, fold 2" in lines
+    assert "running: uni-lora on tissue, frac 0.1, fold 1" in lines
+    assert "missing: uni-lora on tissue, frac 1, fold 0 1 2" in lines
+    # Five LoRA runs of 1,200 s are left; the probes' 6 s say nothing about those.
+    assert lines[-1] == "5 of 12 runs are left: about 1.7 h one after the other, by the time that finished runs took"
+    assert not (begun.parent / "report").exists()
+
+
+def test_grid_of_a_finished_sweep_and_of_none(begun, capsys, monkeypatch):
+    monkeypatch.setenv("METHODS", "probe")
+    assert call(evaluate, begun, "--grid", SWEEP) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "all 6 runs are done"
+    monkeypatch.setenv("METHODS", "full")
+    monkeypatch.setenv("RUNS", str(begun / "nowhere"))
+    assert call(evaluate, begun / "nowhere", "--grid", SWEEP) == 0
+    said = capsys.readouterr().out
+    assert counts(said) == {("tissue", "uni", "full"): (0, 0, 0, 6)}
+    assert said.splitlines()[-1] == "6 of 6 runs are left: no finished run tells how long they take"
+
+
+def test_grid_counts_damaged_runs_as_failed_and_other_choices_not_at_all(begun, capsys, monkeypatch):
+    path = begun / "tissue/uni-probe/frac1-fold2/predictions.csv"
+    path.write_text(path.read_text()[:500])
+    tissue = annotations()
+    for fold in range(3):  # neither of these is what the sweep wants
+        make(begun, tissue, "uni", "lora", 1.0, fold, suffixes=["r8"], rank=8)
+        make(begun, tissue, "uni", "lora", 1.0, fold, by="annotation")
+        make(begun, tissue, "uni", "lora", 1.0, fold, "A")
+    assert call(evaluate, begun, "--grid", SWEEP) == 0
+    assert counts(capsys.readouterr().out) == {("tissue", "uni", "probe"): (5, 0, 1, 0),
+                                               ("tissue", "uni", "lora"): (1, 0, 2, 3)}
+    monkeypatch.setenv("FLAGS", "--rank 8")  # and now it is
+    assert call(evaluate, begun, "--grid", SWEEP) == 0
+    assert counts(capsys.readouterr().out)["tissue", "uni", "lora"] == (3, 0, 0, 3)
+
+
+def test_grid_knows_domains_and_probes(begun, capsys, monkeypatch):
+    make(begun, annotations(), "uni", "probe", 1.0, 0, "B")
+    monkeypatch.setenv("DOMAINS", "A B")
+    monkeypatch.setenv("FOLDS", "0")
+    monkeypatch.setenv("METHODS", "probe")
+    assert call(evaluate, begun, "--grid", f"{SWEEPS / 'cross_domain.sh'} tissue uni") == 0
+    said = capsys.readouterr().out
+    assert counts(said) == {("tissue", "uni", "probe"): (1, 0, 0, 1)} and "domain A, fold 0" in said
+    wanted = evaluate.cells("python probe.py --data d --model uni --probe uni l2 --frac 0.1 1 --fold 0 1".split())
+    assert [(c["probe"], c["frac"], c["fold"]) for c in wanted] == [
+        (probe, frac, fold) for probe in ("uni", "l2") for frac in (0.1, 1.0) for fold in (0, 1)]
+
+
+def test_grid_runs_nothing_but_a_sweep_that_can_list(tmp_path, capsys):
+    script = tmp_path / "train_everything.sh"
+    script.write_text(f"touch {tmp_path}/ran\n")
+    for text, said in ((str(script), "not a sweep that can list its commands"), ("no.sh d", "there is no such script"),
+                       ("", "there is no such script"), (f"{SWEEPS / 'scaling.sh'}", "usage: sweeps/scaling.sh")):
+        with pytest.raises(UserError, match=said):
+            evaluate.grid_commands(text)
+    assert not (tmp_path / "ran").exists()
+    listing = tmp_path / "mine.sh"  # and python is not python there
+    listing.write_text(f"{evaluate.GRID_MARK}\n${{PYTHON:-python}} -c 'open(\"{tmp_path}/ran\", \"w\")'\n"
+                       "echo python train.py --data d --model uni --fold 0\n")
+    assert evaluate.grid_commands(str(listing)) == ["python train.py --data d --model uni --fold 0".split()]
+    assert not (tmp_path / "ran").exists()
+
+
+# ---------------------------------------------------------------- real runs, killed and restarted
+
+@pytest.fixture
+def tiny_python(tmp_path):
+    """python that knows the tiny encoder."""
+    path = tmp_path / "tiny_python"
+    path.write_text(f"""#!/usr/bin/env bash
+exec {sys.executable} -c '
+import sys, runpy
+sys.path[:0] = [{str(HERE.parent)!r}, {str(HERE)!r}]
+sys.argv = sys.argv[1:]
+import small
+runpy.run_path(sys.argv[0], run_name="__main__")' "$@"
+""".replace("'/", '"/').replace("',", '",').replace("']", '"]'))
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_twice_and_restarted_gives_the_report_of_an_uninterrupted_one(tmp_path, tiny_python):
+    data = small.dataset(tmp_path / "data", cases=20)
+
+    def sweep(root, **more):
+        root.mkdir(exist_ok=True)
+        return subprocess.Popen(
+            ["bash", SWEEPS / "scaling.sh", data, "tiny"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True, env=clean(PYTHON=str(tiny_python), RUNS=str(root / "runs"), FOLDS="0 1",
+                                              FRACS="0.3 1", FLAGS="--epochs 3 --epoch-size 32",
+                                              MODEL_FLAGS="--weights random", OMP_NUM_THREADS="1"))
+
+    def report(root):
+        old = os.getcwd()
+        os.chdir(root)
+        try:
+            assert call(evaluate, "runs", "--no-gallery", "--replicates", 100) == 0
+        finally:
+            os.chdir(old)
+        return {path.name: path.read_bytes() for path in (root / "report").iterdir()}
+
+    assert sweep(tmp_path / "whole").wait(timeout=400) == 0
+    runs_of = tmp_path / "killed" / "runs"
+    for moment in ("*/tiny-probe/*/config.json", "*/tiny-lora/frac0.3-fold1/checkpoint.safetensors"):
+        process = sweep(tmp_path / "killed")
+        while not list(runs_of.glob(moment)):
+            assert process.poll() is None
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    unfinished = [path for path in runs_of.glob("*/*/*/config.json") if not (path.parent / "metrics.json").exists()]
+    assert unfinished  # it was in the middle of something
+    assert sweep(tmp_path / "killed").wait(timeout=400) == 0
+    whole, killed = report(tmp_path / "whole"), report(tmp_path / "killed")
+    assert whole.keys() == killed.keys() and len(whole) > 8
+    for name in whole:
+        assert whole[name] == killed[name], name
+    with open(tmp_path / "whole/report/results.csv") as file:
+        assert len(list(csv.DictReader(file))) == 8
+    assert models.ENCODERS["tiny"] and runs.read_json(next(runs_of.glob("*/*/*/metrics.json")))["sets"]
