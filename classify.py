@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 import candidates as formats
 import cli
@@ -410,15 +410,18 @@ def overlay(path, jobs, probability, threshold, labels, longest=2000):
     right, bottom = min(width, int(x.max()) + margin), min(height, int(y.max()) + margin)
     view, scale = region(image, left, top, max(1, right - left), max(1, bottom - top), longest)
     draw, radius = ImageDraw.Draw(view), max(4, round(25 * scale))
+    width, font = max(2, radius // 6), ImageFont.load_default(max(12, max(view.size) // 80))
+    halo = dict(stroke_width=2, stroke_fill="white")  # legible on dark nuclei too
     for a, b, p in sorted(points, key=lambda point: point[2]):
         cx, cy, colour = (a - left) * scale, (b - top) * scale, formats.COLOURS[int(p >= threshold)]
-        draw.ellipse((cx - radius, cy - radius, cx + radius, cy + radius), outline=colour, width=max(2, radius // 6))
+        for r, line, stroke in ((radius + 1, width + 2, "white"), (radius, width, colour)):
+            draw.ellipse((cx - r, cy - r, cx + r, cy + r), outline=stroke, width=line)
         if len(points) <= 200:
-            draw.text((cx + radius + 2, cy - 6), f"{p:.2f}", fill=colour)
-    legend = f"red: {labels[1]} (p ≥ {threshold:.3g}), blue: {labels[0]}"
-    box = draw.textbbox((8, 6), legend)
-    draw.rectangle((box[0] - 4, box[1] - 3, box[2] + 4, box[3] + 3), fill="white")
-    draw.text((8, 6), legend, fill="black")
+            draw.text((cx + radius + 3, cy), f"{p:.2f}", fill=colour, font=font, anchor="lm", **halo)
+    legend = f"red: {labels[1]} (p from {threshold:.3g} on), blue: {labels[0]}"
+    box = draw.textbbox((8, 6), legend, font=font)
+    draw.rectangle((0, 0, box[2] + 8, box[3] + 6), fill="white")
+    draw.text((8, 6), legend, fill="black", font=font)
     with runs.atomic(path) as temporary:
         view.save(temporary, format="PNG")
 

@@ -1,9 +1,12 @@
 """Small networks of every architecture family, runs made of them, and exported models, for the tests."""
 
+import contextlib
 import dataclasses
 import json
+import subprocess
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -103,6 +106,18 @@ def write_model(path, model, precision="fp32", opset=23, input="uint8", metadata
     if inline:
         weights.unlink()
     return proto
+
+
+@contextlib.contextmanager
+def mounted(path, options):
+    """A small file system of its own at `path`, which is made: "size=8m", "ro"."""
+    path.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(path)], capture_output=True).returncode:
+        pytest.skip("no right to mount")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", str(path)], check=True)
 
 
 def save_weights(path, network):

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from onnx_models import classifier, patches, register, write_model
+from onnx_models import classifier, mounted, patches, register, write_model
 from PIL import Image
 
 import candidates as formats
@@ -260,6 +260,14 @@ def test_candidates_outside_and_unreadable_slides(tiny, tmp_path):
     assert ["probability" in a for a in written] == [True, False, False, True]
 
 
+def test_no_candidates_is_no_error(tiny, tmp_path):
+    folder, _ = tiny
+    done = run(folder / "model.onnx", "--slide", folder / "a.tiff", "--candidates", midog(tmp_path / "in.json", []),
+               "--out", tmp_path / "out.json", "--overlay", tmp_path / "o.png")
+    assert done.returncode == 0, done.stderr
+    assert "0 candidates scored" in done.stdout and json.loads((tmp_path / "out.json").read_text())["annotations"] == []
+
+
 def test_names_cannot_leave_the_folder(tiny, tmp_path):
     folder, _ = tiny
     (tmp_path / "inner").mkdir()
@@ -269,14 +277,28 @@ def test_names_cannot_leave_the_folder(tiny, tmp_path):
     assert missing and all(tmp_path / "inner" == path.parent for path in missing)
 
 
-def test_full_disk_leaves_nothing(tiny, tmp_path, monkeypatch):
-    found = formats.read(midog(tmp_path / "in.json"))
-    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    for kind, maker in MAKERS.items():
-        found = formats.read(maker(tmp_path / f"in-{kind}{SUFFIX[kind]}"))
-        with pytest.raises(OSError):
-            formats.write(found, tmp_path / "out", [0.5] * 4, 0.5, ["a", "b"])
-    assert not any(p.name.startswith((".", "out")) for p in tmp_path.iterdir())
+@pytest.mark.parametrize("kind", MAKERS)
+def test_full_disk_and_read_only_folder_leave_nothing(kind, tiny, tmp_path):
+    folder, _ = tiny
+    given = MAKERS[kind](tmp_path / f"in{SUFFIX[kind]}")
+    usual = ("--slide", folder / "a.tiff", "--candidates", given, "--out")
+    with mounted(tmp_path / "small", "size=4k") as disk:
+        (disk / "full").write_bytes(bytes(4096))
+        assert "the disk is full" in failure(folder / "model.onnx", *usual, disk / "out")
+        assert [path.name for path in disk.iterdir()] == ["full"]
+    with mounted(tmp_path / "ro", "ro") as disk:
+        assert "read-only" in failure(folder / "model.onnx", *usual, disk / "out")
+
+
+def test_a_full_disk_spoils_no_older_file(tiny, tmp_path):
+    """The result of before stays as it was when there is no room for the new one; an overlay too."""
+    folder, _ = tiny
+    usual = ("--slide", folder / "a.tiff", "--candidates", midog(tmp_path / "in.json"))
+    with mounted(tmp_path / "small", "size=8k") as disk:
+        (disk / "o.png").write_bytes(b"old" * 1000)
+        assert "the disk is full" in failure(folder / "model.onnx", *usual, "--out", tmp_path / "out.json", "--overlay",
+                                             disk / "o.png")
+        assert (disk / "o.png").read_bytes() == b"old" * 1000 and len(list(disk.iterdir())) == 1
 
 
 # ---------------------------------------------------------------- resolution
@@ -423,15 +445,18 @@ def test_no_torch(tiny, tmp_path):
 @pytest.mark.slow
 def test_fresh_environment(tiny, tmp_path):
     """requirements-classify.txt alone is enough."""
-    folder, _ = tiny
+    folder, expected = tiny
     python = tmp_path / "env" / "bin" / "python"
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "env")], check=True)
     subprocess.run([str(python), "-m", "pip", "install", "-q", "-r", str(HERE / "requirements-classify.txt")],
                    check=True)
-    done = subprocess.run([str(python), str(HERE / "classify.py"), str(folder / "model.onnx"), "--slide",
-                           str(folder / "a.tiff"), "--candidates", str(midog(tmp_path / "in.json")), "--out",
-                           str(tmp_path / "out.json")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    for kind, make in MAKERS.items():
+        out = tmp_path / f"out{SUFFIX[kind]}"
+        done = subprocess.run([str(python), str(HERE / "classify.py"), str(folder / "model.onnx"), "--slide",
+                               str(folder / "a.tiff"), "--candidates", str(make(tmp_path / f"in{SUFFIX[kind]}")),
+                               "--out", str(out), "--overlay", str(tmp_path / "o.png")], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert np.abs(np.array(read_scores(kind, out)[0]) - expected).max() <= 2e-5
     assert subprocess.run([str(python), "-c", "import torch"], capture_output=True).returncode != 0
 
 

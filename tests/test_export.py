@@ -1,6 +1,5 @@
 """From a finished run to a verified model, and what happens when it does not come to that."""
 
-import contextlib
 import json
 import os
 import random
@@ -14,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx_models import FAMILIES, dataset, make_run, patches, register
+from onnx_models import FAMILIES, dataset, make_run, mounted, patches, register
 
 import classify
 import cli
@@ -237,17 +236,6 @@ def test_mistakes_are_one_line(made, tmp_path, monkeypatch, capsys):
     assert command(monkeypatch, tmp_path / "norun") == 2 and command(monkeypatch) == 2
     assert command(monkeypatch, out) == 2
     assert names(out) == []
-
-
-@contextlib.contextmanager
-def mounted(path, options):
-    path.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(path)], capture_output=True).returncode:
-        pytest.skip("no right to mount")
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", str(path)], check=True)
 
 
 @pytest.mark.parametrize("size,check", [("8m", True), ("10m", True), ("10m", False)])
