@@ -229,7 +229,7 @@ class _Solver:
                 # for that, the pull itself does.
                 direction = torch.where(slope + self.strength * direction[:-1].norm(dim=0) < 0, direction, -g)
                 slope = (g * direction).sum(0) + self.strength * direction[:-1].norm(dim=0)
-            limit = tolerance or (1e-8 if self.dtype == torch.float32 else 1e-13)
+            limit = tolerance or (4e-9 if self.dtype == torch.float32 else 1e-13)
             excess = torch.where(active, decrement, excess)
             done = active & (decrement.abs() <= limit) & (change.abs() <= 10 * limit) & (iterations > 0)
             converged |= done
