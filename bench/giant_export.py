@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 HERE = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(HERE), str(HERE / "tests")]
+sys.path[:1] = [str(HERE), str(HERE / "tests")]  # not this folder: its onnx.py and classify.py would hide the real ones
 
 import classify  # noqa: E402
 import data      # noqa: E402

@@ -175,7 +175,7 @@ def test_reference_evaluator_agrees(family, precision, tmp_path):
 def test_openvino_agrees(family, tmp_path):
     openvino = pytest.importorskip("openvino")
     model, images = classifier(family), patches(2)
-    for opset in (23, 20):
+    for opset in (23, 20)[:1 if family == "resnet50" else 2]:  # without attention these are one graph
         write_model(tmp_path / "m.onnx", model, opset=opset)
         compiled = openvino.Core().compile_model(str(tmp_path / "m.onnx"), "CPU",
                                                  {"INFERENCE_PRECISION_HINT": "f32"})
