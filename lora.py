@@ -30,10 +30,10 @@ MIX1, MIX2, WEYL = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15, -0x61C8864680B583EB
 
 
 def splitmix(x):
-    """splitmix64's finaliser on an int64 tensor (or on a Python int, modulo 2^64)."""
-    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * MIX1
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * MIX2
-    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+    """splitmix64's finaliser on an int64 tensor; in place where the tensor is its own: half the time on CPUs."""
+    x = (x >> 30).bitwise_and_(0x3FFFFFFFF).bitwise_xor_(x).mul_(MIX1)
+    x = (x >> 27).bitwise_and_(0x1FFFFFFFFF).bitwise_xor_(x).mul_(MIX2)
+    return (x >> 31).bitwise_and_(0x1FFFFFFFF).bitwise_xor_(x)
 
 
 def keep_mask(key, elements, p):
@@ -49,47 +49,43 @@ def kept_share(p):
     return 1 - round(p * 65536) / 65536
 
 
-def dropped(x, keep):
-    """x where it is kept, else 0 (not yet divided by the kept share). `where` is several times faster than a product
-    with a boolean mask on CPUs."""
-    return x if keep is None else torch.where(keep, x, 0)
-
-
 class LoRAFunction(torch.autograd.Function):
-    """Adapted linear layer that keeps its input and h = A dropout(x), which is tiny, for the backward pass.
+    """Adapted linear layer. For the backward pass it keeps its input as the adapter sees it, and h = A dropout(x),
+    which is tiny; the frozen weight gets no gradient, so the input itself is not needed.
 
-    The mask is kept too on CPUs (a byte per element against four); elsewhere it is hashed again. No gradient is
-    computed for the frozen weight.
+    The mask is kept too on CPUs (a byte per element against four); elsewhere it is hashed again.
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, scale, key, p):
         ctx.p, ctx.scale, ctx.shape = p, scale / kept_share(p), x.shape
         keep = LoRAFunction.mask(x.shape, key, p)
-        flat = x.reshape(-1, x.shape[-1])
-        h = dropped(x, keep).reshape(flat.shape) @ A.to(x.dtype).T                      # [n, r]
-        y = torch.addmm(bias, flat, weight.T) if bias is not None else flat @ weight.T  # [n, out]
+        x = x.reshape(-1, x.shape[-1])
+        seen = x if keep is None else x * keep                                       # not yet divided by the kept share
+        h = seen @ A.to(x.dtype).T                                                   # [n, r]
+        y = torch.addmm(bias, x, weight.T) if bias is not None else x @ weight.T     # [n, out]
         y.addmm_(h, (B * ctx.scale).to(x.dtype).T)
-        ctx.save_for_backward(x, weight, A, B, key, h, keep if x.device.type == "cpu" else None)
-        return y.view(*x.shape[:-1], -1)
+        ctx.save_for_backward(seen, weight, A, B, key, h, keep if x.device.type == "cpu" else None)
+        return y.view(*ctx.shape[:-1], -1)
 
     @staticmethod
     def mask(shape, key, p):
-        return None if p == 0 else keep_mask(key, shape[1:].numel(), p).view(shape)
+        return None if p == 0 else keep_mask(key, shape[1:].numel(), p).view(-1, shape[-1])
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, A, B, key, h, keep = ctx.saved_tensors
-        if keep is None:
-            keep = LoRAFunction.mask(ctx.shape, key, ctx.p)
+        seen, weight, A, B, key, h, keep = ctx.saved_tensors
         g = grad.reshape(-1, grad.shape[-1])
-        gh = g @ (B * ctx.scale).to(g.dtype)                                            # [n, r]
-        gB = (g.T @ h).to(B.dtype) * ctx.scale
-        gA = (gh.T @ dropped(x, keep).reshape(-1, x.shape[-1])).to(A.dtype)
+        gh = g @ (B * ctx.scale).to(g.dtype)                                         # [n, r]
+        gB = (h.T @ g).T.to(B.dtype) * ctx.scale
+        gA = (gh.T @ seen).to(A.dtype)
         gx = None
         if ctx.needs_input_grad[0]:
-            back = (gh @ A.to(g.dtype)).view(x.shape)
-            gx = (g @ weight).view(x.shape).add_(dropped(back, keep))
+            if keep is None:
+                keep = LoRAFunction.mask(ctx.shape, key, ctx.p)
+            back = gh @ A.to(g.dtype)
+            gx = g @ weight
+            gx = (gx.add_(back) if keep is None else gx.addcmul_(back, keep.to(g.dtype))).view(ctx.shape)
         return gx, None, None, gA, gB, None, None, None
 
 
@@ -130,7 +126,7 @@ class LoRALinear(nn.Module):
         weight, low = self.weight.to(self.lora_A.dtype), self.scale * self.lora_B @ self.lora_A
         factor = (self.lora_magnitude / (weight + low).norm(dim=1).detach()).to(x.dtype)
         keep = LoRAFunction.mask(x.shape, key, p)
-        seen = x if keep is None else dropped(x, keep) / kept_share(p)
+        seen = x if keep is None else x * keep.view(x.shape) / kept_share(p)
         up = F.linear(F.linear(seen, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype)) * self.scale
         # As in peft: what the factor adds sees the dropout too.
         return F.linear(x, self.weight, self.bias) + (factor - 1) * F.linear(seen, self.weight) + factor * up
@@ -145,11 +141,12 @@ class LoRALinear(nn.Module):
 
     def merged(self):
         """The plain layer with the same outputs; computed in float32 at least, rounded once."""
-        weight = self.adapted_weight().detach()
+        weight = self.adapted_weight().detach().to(self.weight.dtype)
         if not weight.isfinite().all():
-            raise UserError("the adapter holds numbers that are not finite: the training that made it diverged")
+            raise UserError(f"layer {self.layer} merged with its adapter holds numbers that are not finite: the training "
+                            "diverged, or the precision is too small")
         plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        plain.weight = nn.Parameter(weight.to(self.weight.dtype), requires_grad=False)
+        plain.weight = nn.Parameter(weight, requires_grad=False)
         plain.bias = self.bias
         return plain
 
@@ -185,10 +182,12 @@ def add_lora(encoder, rank=16, alpha=16, dropout=0.1, targets=TARGETS, dora=Fals
 
 def set_step(encoder, seed, step, samples):
     """Key the dropout masks of the coming forward pass. samples: numbers [B] of the batch's samples within the step."""
-    samples = torch.as_tensor(samples, dtype=torch.int64)
-    for _, module in adapted(encoder):
-        key = splitmix(samples + splitmix(torch.tensor((seed << 40) ^ (step << 12) ^ module.layer)) * 3)
-        module.key = key.to(module.weight.device)
+    layers = [module for _, module in adapted(encoder)]
+    seed = torch.tensor((seed + 2 ** 63) % 2 ** 64 - 2 ** 63)  # any whole number, as 64 bits
+    key = splitmix(splitmix(splitmix(seed) + step) + torch.tensor([module.layer for module in layers]))
+    key = splitmix(key[:, None] + torch.as_tensor(samples, dtype=torch.int64))  # [layers, B]
+    for module, own in zip(layers, key.to(layers[0].weight.device)):
+        module.key = own
 
 
 @contextlib.contextmanager
@@ -206,7 +205,12 @@ def folded(encoder):
 
 
 def merge_lora(encoder):
-    """Put the adapters into plain layers, once. Returns the encoder; merging again changes nothing."""
+    """Put the adapters into plain layers, once. Returns the encoder; merging again changes nothing.
+
+    UserError where a merged weight would not be finite: then no layer has been merged.
+    """
+    for _, module in adapted(encoder):
+        module.merged()
     for name, module in adapted(encoder):
         parent = encoder.get_submodule(name.rpartition(".")[0])
         setattr(parent, name.rpartition(".")[2], module.merged())
