@@ -501,6 +501,8 @@ def main():
     args = arguments()
     if args.replicates < 100:
         raise UserError(f"--replicates {args.replicates}: at least 100")
+    if Path(args.out).exists() and not Path(args.out).is_dir():
+        raise UserError(f"--out {args.out}: this is a file, a folder is needed")
     if args.detection:
         return detect(args)
     roots = args.runs or ["runs"]

@@ -122,6 +122,7 @@ def cross_domain(path, matrices, domains):
         ax.tick_params(length=0)
     for ax in axes[:, 0]:
         ax.set_ylabel("trained on")
+    figure.suptitle("AUROC", fontsize=8)
     return save(figure, path)
 
 

@@ -420,8 +420,6 @@ def draw_errors(patches, rows, ids, y, p, domain, columns=5):
 def write(found, problems, rows, args):
     """Write the report on the runs into args.out; returns the path of its index.html."""
     out = Path(args.out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: this is a file, a folder is needed")
     out.mkdir(parents=True, exist_ok=True)
     write_csv(out / "results.csv", rows)
     paper, parts, tests = published() if args.paper else {}, [], []

@@ -342,6 +342,7 @@ def failure(capsys, *arguments):
 def test_mistakes_end_with_one_line(dataset, tmp_path, capsys):
     scored = midog(tmp_path / "scored.json")
     assert "needs --data" in failure(capsys, "--detection", scored)
+    assert "this is a file" in failure(capsys, "--detection", scored, "--data", dataset, "--out", dataset)
     assert "no such file" in failure(capsys, "--detection", tmp_path / "no.json", "--data", dataset)
     assert "no such file" in failure(capsys, "--detection", scored, "--data", dataset, "--only", tmp_path / "run")
     (tmp_path / "half.json").write_text(scored.read_text()[:200])

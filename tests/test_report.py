@@ -63,7 +63,7 @@ def table(path):
     return rows, [line.strip() for line in lines if line and not line.startswith(("|", "#"))]
 
 
-def stored(root, folder, share, key, name="test", domains=None):
+def stored(root, folder, share, key, name="test"):
     """A metric of each repeat, out of the runs' metrics.json."""
     return [runs.read_json(path)["sets"][name][key]
             for path in sorted((root / "midog2022" / folder).glob(f"{share}-fold*/metrics.json"))]
@@ -438,7 +438,7 @@ def test_every_axis_has_a_label_and_every_line_a_look_of_its_own(drawn):
     assert list(dict.fromkeys(text for text in texts(drawn[0]) if text.endswith("%"))) == ["0.1%", "1%", "10%", "100%"]
     assert {"share of the training pool", "AUROC"} <= set(texts(drawn[0]))
     assert {"1 − specificity", "sensitivity", "precision"} <= set(texts(drawn[1]))
-    assert {"HBC", "CLC", "CL", "HM", "A"} <= set(texts(drawn[3])) and "human breast cancer" not in texts(drawn[3])
+    assert {"AUROC", "HBC", "CLC", "CL", "HM", "A"} <= set(texts(drawn[3])) and "human breast cancer" not in texts(drawn[3])
 
 
 def test_neighbouring_lines_differ_in_grey():
