@@ -374,7 +374,7 @@ def test_a_sweep_killed_twice_and_restarted_gives_the_report_of_an_uninterrupted
             os.chdir(old)
         return {path.name: path.read_bytes() for path in (root / "report").iterdir()}
 
-    assert sweep(tmp_path / "whole").wait(timeout=400) == 0
+    assert sweep(tmp_path / "whole").wait(timeout=1800) == 0
     runs_of = tmp_path / "killed" / "runs"
     for moment in ("*/tiny-probe/*/config.json", "*/tiny-lora/frac0.3-fold1/checkpoint.safetensors"):
         process = sweep(tmp_path / "killed")
@@ -385,7 +385,7 @@ def test_a_sweep_killed_twice_and_restarted_gives_the_report_of_an_uninterrupted
         process.wait()
     unfinished = [path for path in runs_of.glob("*/*/*/config.json") if not (path.parent / "metrics.json").exists()]
     assert unfinished  # it was in the middle of something
-    assert sweep(tmp_path / "killed").wait(timeout=400) == 0
+    assert sweep(tmp_path / "killed").wait(timeout=1800) == 0
     whole, killed = report(tmp_path / "whole"), report(tmp_path / "killed")
     assert whole.keys() == killed.keys() and len(whole) > 8
     for name in whole:
