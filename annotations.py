@@ -369,9 +369,11 @@ def _annotation_file(folder, known):
         return found[0]
     if not found and any(p.name.lower().endswith((".geojson", ".geojson.gz")) for p in folder.iterdir()):
         return folder
-    raise UserError(f"{folder}: holds {'no annotation file' if not found else f'{len(found)} annotation files'}"
-                    f"{' (' + ', '.join(p.name for p in found[:6]) + ')' if found else ''}; give the file itself as "
-                    "--data and its images with --images")
+    if not found:
+        raise UserError(f"{folder}: holds no annotation file; give it as --data and its images with --images")
+    names = ", ".join(p.name for p in found[:6]) + (", …" if len(found) > 6 else "")
+    raise UserError(f"{folder}: holds {len(found)} annotation files ({names}); give the right one as --data and its "
+                    "images with --images")
 
 
 # ---------------------------------------------------------------- finding the images

@@ -115,13 +115,18 @@ COLOUR = ((brightness, "brightness"), (contrast, "contrast"), (saturation, "satu
 
 def blur(x, sigma):
     """Gaussian blur with a kernel of BLUR px, reflected at the border; sigma [n] px."""
-    n, _, height, width = x.shape
-    t = torch.arange(BLUR, dtype=torch.float32, device=x.device) - BLUR // 2
+    half = BLUR // 2
+    t = torch.arange(BLUR, dtype=torch.float32, device=x.device) - half
     kernel = torch.exp(-0.5 * (t / torch.as_tensor(sigma, dtype=torch.float32, device=x.device)[:, None]) ** 2)
-    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(3, 0)[:, None]  # [3 n, 1, BLUR]
-    x = F.pad(x, (BLUR // 2,) * 4, mode="reflect").reshape(1, 3 * n, height + BLUR - 1, width + BLUR - 1)
-    x = F.conv2d(F.conv2d(x, kernel[:, :, None, :], groups=3 * n), kernel[:, :, :, None], groups=3 * n)
-    return x.view(n, 3, height, width)
+    kernel = (kernel / kernel.sum(1, keepdim=True))[:, :, None, None, None]  # [n, BLUR, 1, 1, 1]
+    # Shifted sums, not a convolution: cuDNN would compute that in TF32, and a GPU's images would not be a CPU's.
+    for axis in (3, 2):
+        length = x.shape[axis]
+        padded = F.pad(x, (half, half, 0, 0) if axis == 3 else (0, 0, half, half), mode="reflect")
+        x = padded.narrow(axis, 0, length) * kernel[:, 0]
+        for k in range(1, BLUR):
+            x.addcmul_(padded.narrow(axis, k, length), kernel[:, k])
+    return x
 
 
 def rotated(x, angle, size):
@@ -140,11 +145,10 @@ def rotated(x, angle, size):
 
 def stain_jitter(x, stains):
     """Scale and shift haematoxylin, eosin and the rest: stains [n, 3, 2] (factor, shift), in optical density."""
-    to_rgb = torch.as_tensor(HED, dtype=torch.float32, device=x.device)
-    stains = torch.as_tensor(stains, dtype=torch.float32, device=x.device)
+    to_rgb, to_stains, stains = (torch.as_tensor(values, dtype=torch.float32, device=x.device)
+                                 for values in (HED, np.linalg.inv(HED), stains))
     density = -torch.log(x.clamp(min=1 / 255)).movedim(1, -1)  # [n, S, S, 3]
-    amounts = density @ torch.linalg.inv(to_rgb)
-    amounts = amounts * stains[:, None, None, :, 0] + stains[:, None, None, :, 1]
+    amounts = (density @ to_stains) * stains[:, None, None, :, 0] + stains[:, None, None, :, 1]
     return torch.exp(-(amounts @ to_rgb)).clamp_(0, 1).movedim(-1, 1)
 
 

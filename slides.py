@@ -180,7 +180,7 @@ class PlainImage:
         except (OSError, ValueError, SyntaxError) as error:
             if isinstance(error, PermissionError):
                 raise
-            raise UserError(f"{self.path}: not an image that OpenSlide or Pillow reads") from None
+            raise UserError(f"{self.path}: not an image that OpenSlide or Pillow reads, or cut off") from None
         if image.width * image.height > MAX_PIXELS:
             raise UserError(f"{self.path}: {image.width} x {image.height} px cannot be decoded whole; convert it to a "
                             "tiled TIFF (vips tiffsave --tile --pyramid)")

@@ -150,12 +150,13 @@ def naive_csv(path):
     image, label = column("path", "filename", "image", "file"), column("label", "class")
     x, y = (column("x"), column("y")) if "filename" in header else (None, None)
     found = [(row[image], *((float(row[x]), float(row[y])) if x is not None else (math.nan, math.nan)),
-              meaning(row[label], WORDS | NUMBERS)) for row in rows[1:]]
+              meaning(row[label], numbers=True)) for row in rows[1:]]
     return found if x is not None else list({row[0]: row for row in found}.values())
 
 
 def naive_sqlite(path):
     connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+    connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
     with contextlib.closing(connection):
         names = {str(uid): name for uid, name in connection.execute("SELECT uid, name FROM Classes")}
         deleted = {uid for (uid,) in connection.execute("SELECT uid FROM Annotations WHERE deleted != 0")} \
@@ -163,18 +164,22 @@ def naive_sqlite(path):
         slide = dict(connection.execute("SELECT uid, filename FROM Slides"))
         where = {owner: (x, y) for owner, x, y in connection.execute(
             "SELECT annoId, coordinateX, coordinateY FROM Annotations_coordinates")}
-        return [(slide[s], float(where[uid][0]), float(where[uid][1]), meaning(names.get(str(kind))))
-                for uid, s, type, kind in connection.execute("SELECT uid, slide, type, agreedClass FROM Annotations")
-                if type in (1, 4) and uid not in deleted and kind not in (None, 0, "0")]
+        rows = [(uid, s, meaning(names.get(str(kind)))) for uid, s, type, kind in connection.execute(
+            "SELECT uid, slide, type, agreedClass FROM Annotations") if type in (1, 4) and uid not in deleted]
+        return [(slide[s], float(where[uid][0]), float(where[uid][1]), label)
+                for uid, s, label in rows if label is not None]
 
 
-WORDS = {"mitotic figure": 1, "not mitotic figure": 0, "mitosis": 1}
-NUMBERS = {"1": 1, "0": 0, "1.0": 1}
+WORDS = {"mitotic figure": 1, "mitotic": 1, "mitosis": 1, "not mitotic figure": 0, "not mitotic": 0}
 
 
-def meaning(name, words=WORDS):
-    """1, 0, or None where it says neither."""
-    return words.get(" ".join(re.findall(r"[a-z0-9.]+", name.lower()))) if isinstance(name, str) else None
+def meaning(name, numbers=False):
+    """1, 0, or None where it says neither; numbers: 1 and 0 mean themselves."""
+    if not isinstance(name, str):
+        return None
+    if numbers and re.fullmatch(r"[+-]?0*[01](\.0*)?", name.strip()):
+        return int(float(name.strip()))
+    return WORDS.get(" ".join(re.findall(r"[a-z0-9]+", name.lower())))
 
 
 def tidy(rows):
