@@ -262,13 +262,19 @@ def test_the_coverage_that_is_printed_for_few_cases_is_the_measured_one(cases):
 
 
 @pytest.mark.slow
-def test_a_paired_test_finds_a_difference_that_is_there():
-    rng, found = np.random.default_rng(0), 0
+@pytest.mark.parametrize("noise, share", [(1.2, 0.6), (2.0, 0.95)])
+def test_a_paired_test_finds_a_difference_that_is_there(noise, share):
+    """Nearly as often as somebody who knows how much the difference varies from study to study."""
+    rng, differences, errors, found = np.random.default_rng(0), [], [], 0
     for k in range(100):
         y, (a, b), case = resample.simulate(rng, 60, models=2)
-        worse = b + rng.normal(0, 1.2, len(b))
         counts = np.concatenate([resample.draws(60, 300, k), resample.leave_one_out(60)])
-        parts = [(metrics.auroc(y, s), v[:300], v[300:]) for s, v in
-                 ((s, resample.auroc_of_draws(counts, y, s, case)) for s in (a, worse))]
-        found += resample.paired(*parts, 60)[2] < 0.05
-    assert found >= 90
+        worse = b + rng.normal(0, noise, len(b))
+        first, second = ((metrics.auroc(y, s), values[:300], values[300:]) for s, values in
+                         ((s, resample.auroc_of_draws(counts, y, s, case)) for s in (a, worse)))
+        differences.append(first[0] - second[0])
+        errors.append(resample.standard_error(first[2] - second[2], 60))
+        found += resample.paired(first, second, 60)[2] < 0.05
+    true = np.std(differences, ddof=1)
+    assert 0.85 < np.mean(errors) / true < 1.25
+    assert found >= share * 100 and found >= np.sum(np.abs(differences) > 1.96 * true) - 15
