@@ -461,7 +461,8 @@ class PatchClassifier(nn.Module):
         return self.classify(self.embed(images))
 
 
-def predict(model, patches, rows=None, batch_size=64, device=None, dtype=None, output="logits", progress="patches"):
+def predict(model, patches, rows=None, batch_size=64, device=None, dtype=None, output="logits", progress="patches",
+            keep=None):
     """Run a PatchClassifier over `patches` → float32 [n] ("logits") or [n, D] ("embedding"), in the order of `rows`.
 
     patches   anything with .read(rows) → uint8 [n, 224, 224, 3] (crops.Patches), or such an array
@@ -469,6 +470,7 @@ def predict(model, patches, rows=None, batch_size=64, device=None, dtype=None, o
     device    moved there first; None: where the model is
     dtype     bf16 or fp16 with float32 parameters: autocast; otherwise the model runs in the precision it is in
     progress  text before the progress bar; None: no bar
+    keep      called with (row numbers, values) of every batch; then nothing is collected, and None returned
 
     A thread reads the next batches while the model works. UserError where an output is not finite.
     """
@@ -485,19 +487,22 @@ def predict(model, patches, rows=None, batch_size=64, device=None, dtype=None, o
     if wanted != stored and not autocast:
         raise ValueError(f"a model in {stored} cannot run in {wanted}: load it in that precision")
     width = (model.encoder.embed_dim,) if output == "embedding" else ()
-    result = np.empty((len(rows), *width), np.float32)
+    result = np.empty((len(rows), *width), np.float32) if keep is None else None
     starts = range(0, len(rows), batch_size)
     bar = cli.progress(total=len(rows), desc=progress, unit="patches") if progress else contextlib.nullcontext()
     training = model.training
     model.eval()
 
-    def keep(start, values):  # the copy waits for the device, so it is done a batch late
-        values = values.float().cpu().numpy()
+    def take(start, values):  # the copy waits for the device, so it is done a batch late
+        values, own = values.float().cpu().numpy(), rows[start:start + len(values)]
         if not np.isfinite(values).all():
-            bad = rows[start:start + len(values)][~np.isfinite(values.reshape(len(values), -1)).all(1)]
+            bad = own[~np.isfinite(values.reshape(len(values), -1)).all(1)]
             raise UserError(f"the model's output is not a finite number (first at patch {bad[0]}) in {name_of(wanted)}"
                             "; use --dtype bf16 or fp32, and check the weights with python models.py NAME")
-        result[start:start + len(values)] = values
+        if keep is None:
+            result[start:start + len(values)] = values
+        else:
+            keep(own, values)
         if progress:
             bar.update(len(values))
 
@@ -511,10 +516,10 @@ def predict(model, patches, rows=None, batch_size=64, device=None, dtype=None, o
                 if output == "logits":
                     values = model.classify(values)
                 if waiting:
-                    keep(*waiting)
+                    take(*waiting)
                 waiting = start, values
             if waiting:
-                keep(*waiting)
+                take(*waiting)
     finally:
         model.train(training)
     return result

@@ -35,19 +35,20 @@ PROBES = {
     "prototype": "few shots: the nearer of two class means",
 }
 C_GRID = tuple(10.0 ** k for k in range(-6, 3))
-ROWS_AT_ONCE = 1024  # written to the store together: what a kill can cost
+SECONDS = 5  # of embeddings are written to the disk together: what a kill can cost
 
 
 # ---------------------------------------------------------------- embeddings
 
 def embeddings(model, patches, annotations, path, dtype, batch_size):
-    """Embeddings [N, D] float32 of all annotated patches, as a read-only memory map; computed where they are missing.
+    """Embeddings [N, D] of all annotated patches, as a read-only memory map; computed where they are missing.
 
-    A kill in the middle costs what was computed since the last 1,024 rows. Stored embeddings that belong to other
-    weights, pixels, annotations or another normalisation are computed anew, which is said. Under torchrun each
-    process takes its share of the rows, and the first returns when all are there (the others get None).
+    Kept in float32, or in float16 where the encoder's own numbers are that: half the disk, not a digit lost. A kill in
+    the middle costs the last seconds. Stored embeddings that belong to other weights, pixels, annotations or another
+    normalisation are computed anew, which is said. Under torchrun each process takes its share of the rows, and the
+    first returns when all are there (the others get None).
     """
-    encoder = model.encoder
+    encoder, rank, world = model.encoder, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     fingerprint = {
         "encoder": encoder.spec.name, "weights": encoder.weights_hash, "pool": encoder.pool, "layer": encoder.layer,
         "tta": model.tta, "normalisation": [model.mean.flatten().tolist(), model.std.flatten().tolist()],
@@ -57,21 +58,33 @@ def embeddings(model, patches, annotations, path, dtype, batch_size):
     except store.Missing:
         pass
     except store.Stale as stale:
-        print(f"{stale}; computing the embeddings anew", flush=True)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if rank == 0:
+            print(f"{stale}; computing the embeddings anew", flush=True)
     shape = (len(annotations), encoder.embed_dim)
-    with store.Writer(path, shape, np.float32, fingerprint, shared=world > 1) as writer:
-        own = writer.todo[rank::world] if world == 1 else np.intersect1d(writer.todo, np.arange(rank, len(annotations),
-                                                                                                 world))
-        if 0 < len(own) < shape[0] and world == 1:
-            print(f"embeddings: continuing, {shape[0] - len(own):,} of {shape[0]:,} are there", flush=True)
-        # Neighbouring annotations of one image are read together; the order of the table keeps images together.
-        with cli.progress(total=len(own), desc=f"embeddings, {encoder.spec.name}", unit="patches") as bar:
-            for i in range(0, len(own), ROWS_AT_ONCE):
-                rows = own[i:i + ROWS_AT_ONCE]
-                writer.write(rows, models.predict(model, patches, rows, batch_size, dtype=dtype, output="embedding",
-                                                  progress=None))
-                bar.update(len(rows))
+    kind = np.float16 if dtype == torch.float16 and not model.tta else np.float32
+    with store.Writer(path, shape, kind, fingerprint, shared=world > 1) as writer:
+        todo = writer.todo
+        own = todo[todo % world == rank]
+        if rank == 0 and 0 < len(todo) < shape[0]:
+            print(f"embeddings: continuing, {shape[0] - len(todo):,} of {shape[0]:,} are there", flush=True)
+        waiting, last = [], time.monotonic()
+
+        def flush():
+            if waiting:
+                writer.write(*map(np.concatenate, zip(*waiting)))
+                waiting.clear()
+
+        def keep(rows, values):
+            nonlocal last
+            waiting.append((rows, values))
+            if time.monotonic() - last >= SECONDS:
+                flush()
+                last = time.monotonic()
+        try:
+            models.predict(model, patches, own, batch_size, dtype=dtype, output="embedding",
+                           progress=f"embeddings, {encoder.spec.name}", keep=keep)
+        finally:  # what is there when it is stopped
+            flush()
         if rank:
             return None
         while world > 1 and len(writer.todo):  # the other processes' shares; torchrun ends all when one of them fails
@@ -82,28 +95,33 @@ def embeddings(model, patches, annotations, path, dtype, batch_size):
 
 # ---------------------------------------------------------------- probes
 
+def linear(features, rows, weight, bias):
+    """features[rows] @ weight + bias in float64, in pieces: the whole in float64 can be larger than the memory."""
+    found = [features[rows[i:i + 4096]].astype(np.float64) @ weight + bias for i in range(0, len(rows), 4096)]
+    return np.concatenate(found) if found else np.empty((0, *weight.shape[1:]))
+
+
 def fit_logistic(X, labels, jobs, penalty, standardize, fixed_C, device):
     """Fit all jobs ({"train": rows, "val": rows, …}) side by side; adds "weight", "bias" and "fit" to each."""
-    if penalty == "uni":
-        problems, owner = [(job["train"], None) for job in jobs], list(range(len(jobs)))
-    else:
-        grid = C_GRID if fixed_C is None else (fixed_C,)
-        problems = [(job["train"], C) for job in jobs for C in grid]
-        owner = [i for i in range(len(jobs)) for _ in grid]
+    grid = (None,) if penalty == "uni" else C_GRID if fixed_C is None else (fixed_C,)
+    problems = [(job["train"], C) for job in jobs for C in grid]
     with cli.progress(total=len(problems), desc=f"{penalty} probes", unit="fits") as bar:
         fits = logistic.fit(X, labels, problems, penalty, standardize, device=device, progress=bar)
-    for index, (result, (_, C)) in zip(owner, zip(fits, problems)):
-        job = jobs[index]
-        if not result.converged:
-            raise UserError(f"{job['path']}: the {penalty} probe did not converge (excess about {result.excess:.0e} "
-                            f"after {result.iterations} iterations); try --standardize with --probe l2")
-        logits = X[job["val"]].astype(np.float64) @ result.weight + result.bias
-        loss = np.logaddexp(0, (1 - 2.0 * labels[job["val"]]) * logits).mean() if len(logits) else 0.0
-        if "fit" not in job or loss < job["fit"]["val_loss"]:  # on a tie the smaller C, which comes first
-            job["weight"], job["bias"] = result.weight, result.bias
-            job["fit"] = {"C": logistic.uni_C(X.shape[1]) if C is None else C, "train_loss": result.loss,
-                          "val_loss": float(loss), "iterations": result.iterations, "excess": result.excess,
-                          "change": result.change}
+    for number, job in enumerate(jobs):
+        own = fits[number * len(grid):(number + 1) * len(grid)]
+        for result in own:
+            if not result.converged:
+                raise UserError(f"{job['path']}: the {penalty} probe did not converge (excess about "
+                                f"{result.excess:.0e} after {result.iterations} iterations); try --standardize with "
+                                "--probe l2")
+        logits = linear(X, job["val"], np.stack([f.weight for f in own], 1), np.array([f.bias for f in own]))
+        losses = np.logaddexp(0, (1 - 2.0 * labels[job["val"], None]) * logits).mean(0) if len(logits) else [0.0]
+        best = int(np.argmin(losses))  # on a tie the smaller C, which comes first
+        result, C = own[best], grid[best]
+        job["weight"], job["bias"] = result.weight, result.bias
+        job["fit"] = {"C": logistic.uni_C(X.shape[1]) if C is None else C, "train_loss": result.loss,
+                      "val_loss": float(losses[best]), "iterations": result.iterations, "excess": result.excess,
+                      "change": result.change}
 
 
 def fit_prototypes(X, labels, job, shots, seed):
@@ -166,14 +184,6 @@ def suffixes(args, probe, encoder):
     return found + [f"by{args.split}"] * (args.split != "case") + [args.fit] * (args.fit != "resize")
 
 
-def one_class(annotations, job):
-    """UserError where a training set cannot make a classifier."""
-    counts = np.bincount(annotations.label[job["train"]], minlength=2)
-    if counts.min() == 0:
-        raise UserError(f"fraction {job['frac']:g}, fold {job['fold']}: the training set holds {counts[1]} mitotic "
-                        f"figures and {counts[0]} look-alikes; both are needed, choose a larger --frac")
-
-
 def all_embeddings(model, annotations, args, dtype):
     """Embeddings of one dataset, from their place below the runs' folder."""
     data.need_images(annotations)
@@ -187,7 +197,7 @@ def all_embeddings(model, annotations, args, dtype):
 def logits_of(job, features, rows, X, labels, k):
     if job["probe"] == "knn":
         return knn_logits(features, X, labels, job["train"], rows, k)
-    return features[rows].astype(np.float64) @ job["weight"] + job["bias"]
+    return linear(features, rows, job["weight"], job["bias"])
 
 
 def finish(job, annotations, X, args):
@@ -281,9 +291,18 @@ def main():
                     jobs.append({"probe": probe, "path": path, "config": config, "split": split, "frac": frac,
                                  "fold": fold, "train": np.sort(annotations.rows(split.train)),
                                  "val": annotations.rows(split.val)})
-                    one_class(annotations, jobs[-1])
+                    if (path / "config.json").exists() and not args.force:
+                        runs.open_run(path, config, args.resume).close()  # what it refuses, before the long pass
 
-    X = all_embeddings(model, annotations, args, dtype)
+    # Further test sets too, before the other processes leave: each holds a share of the rows.
+    X, tests = all_embeddings(model, annotations, args, dtype), []
+    for name in args.test:
+        other = data.from_arguments(args, data=name)
+        shared = data.shared_cases(annotations, other)
+        if shared and rank == 0:
+            print(f"note: {other.name} shares {len(shared)} cases with {annotations.name}, for example "
+                  f"{sorted(map(str, shared))[0]}: its figures are not those of unseen cases", flush=True)
+        tests.append((other, all_embeddings(model, other, args, dtype)))
     if rank:
         return
     with contextlib.ExitStack() as opened:
@@ -300,16 +319,7 @@ def main():
                 for job in own:
                     fit_prototypes(X, annotations.label, job, args.shots, (args.seed << 16) + job["fold"])
         rows = [row for job in todo for row in finish(job, annotations, X, args)]
-        if args.test:
-            tests = []
-            for name in args.test:
-                other = data.from_arguments(args, data=name)
-                shared = data.shared_cases(annotations, other)
-                if shared:
-                    print(f"note: {other.name} shares {len(shared)} cases with {annotations.name}, for example "
-                          f"{sorted(map(str, shared))[0]}: its figures are not those of unseen cases", flush=True)
-                tests.append((other, all_embeddings(model, other, args, dtype)))
-            rows += [row for job in jobs for row in further_tests(job, annotations, X, tests, args)]
+        rows += [row for job in jobs for row in further_tests(job, annotations, X, tests, args)]
     if rows:
         print(cli.table(rows, ("run", "set", "patches", "balanced acc", "weighted F1", "AUROC"), right=(2, 3, 4, 5)))
 

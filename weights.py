@@ -130,6 +130,8 @@ def listing(missing=(), unexpected=(), shapes=()):
 def read_tensors(file):
     """Tensors of a weights file by name, memory-mapped: nothing is read before it is used."""
     try:
+        with open(file, "rb"):  # safetensors says "no such file" of one that may not be read
+            pass
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as handle:
                 return {name: handle.get_tensor(name) for name in handle.keys()}
@@ -216,7 +218,10 @@ def shards(index):
 def find_files(spec, weights=None, revision=None, here=Path(".")):
     """Files of the weights of `spec`: from `weights` (a path), from `here` for the demo's, else from the Hub."""
     if weights:
-        return local_files(weights, spec)
+        try:
+            return local_files(weights, spec)
+        except PermissionError as error:
+            raise UserError(f"{error.filename}: no permission to read it") from None
     if not spec.repo:
         if not (here / spec.files[0]).is_file():
             raise UserError(f"{here / spec.files[0]}: no such file; make it with python demo_encoder.py, or use "
@@ -498,4 +503,4 @@ def availability(spec, here=Path(".")):
     needs = "needs token" if spec.gated and not huggingface_hub.get_token() else ""
     if offline() or not reachable():
         return ", ".join(filter(None, (needs, "offline" if offline() else "no network")))
-    return needs or ("download, once the licence is accepted" if spec.gated else "download")
+    return needs or ("accept the licence, then download" if spec.gated else "download")

@@ -20,7 +20,9 @@ from cli import UserError
 TINY = dict(dim=48, depth=3, heads=3, hidden=96, patch=16, layerscale=True)
 TRANSFORMERS_SPECS = {"phikon": ("phikon_hf_v4", "phikon_hf_v5"), "hibou-b": ("hibou_b_hf_v4", "hibou_b_hf_v5"),
                       "hibou-l": ("hibou_l_hf_v4",), "phikon-v2": ("phikon_v2_hf_v4", "phikon_v2_hf_v5"),
-                      "midnight": ("midnight12k_hf_v4",), "vit-b-tv": ("tv_vit_b_16",), "vit-h-swag": ("tv_vit_h_14",)}
+                      "midnight": ("midnight12k_hf_v4",), "vit-b-tv": ("tv_vit_b_16",), "vit-h-swag": ("tv_vit_h_14",),
+                      # google's two files have the names and the shape of these
+                      "vit-b": ("phikon_hf_v4", "phikon_hf_v5"), "vit-h": ("tv_vit_h_14",)}
 TIMM_SPECS = {"phikon": "phikon_timm_equiv", "uni": "uni", "virchow": "virchow", "virchow2": "virchow2",
               "h-optimus-0": "h_optimus_0", "h-optimus-1": "h_optimus_1", "prov-gigapath": "prov_gigapath",
               "uni2-h": "uni2_h", "h0-mini": "h0_mini", "phikon-v2": "phikon_v2_timm_equiv",
@@ -70,7 +72,7 @@ def test_names_shapes_and_parameters_are_the_reference(name):
 
 
 def test_every_row_has_a_reference():
-    assert set(models.ENCODERS) == {"demo", "resnet50", *references.TIMM, *references.EQUIVALENT}
+    assert {row.name for row in models.ROWS} == {"demo", "resnet50", *references.TIMM, *references.EQUIVALENT}
 
 
 def test_resnet50_is_torchvisions():
@@ -93,7 +95,7 @@ def test_demo_parameters():
     assert sum(p.numel() for p in on_meta(spec).parameters()) == spec.params
 
 
-@pytest.mark.parametrize("name", [n for n in models.ENCODERS if n != "demo"])
+@pytest.mark.parametrize("name", [row.name for row in models.ROWS if row.name != "demo"])
 def test_normalisation(name):
     assert models.ENCODERS[name].norm == references.NORMALISATION.get(name, references.IN)
 
@@ -121,6 +123,21 @@ def test_collected_names(name):
     network = on_meta(models.ENCODERS[name])
     assert shapes(network) == expanded(collected, "blocks.{}.")
     assert sum(p.numel() for p in network.parameters()) == collected["total_params"]
+    spec = models.ENCODERS[name]
+    assert (spec.eps, spec.heads, 1 + spec.registers) == tuple(
+        collected[fact] for fact in ("norm_eps", "num_heads", "num_prefix_tokens"))
+
+
+def test_collected_names_of_resnet50():
+    collected = model_spec("tv_resnet50")
+    theirs = {name: tuple(shape) for part in ("non_block", "block0") for name, shape in collected[part].items()}
+    ours = shapes(on_meta(models.ENCODERS["resnet50"]))
+    assert len(ours) == collected["n_tensors"] - 2  # fc's two
+    assert theirs.items() - ours.items() == {("fc.weight", (1000, 2048)), ("fc.bias", (1000,))}
+
+
+def test_every_row_is_collected():
+    assert {row.name for row in models.ROWS} == {"demo", "resnet50", *TIMM_SPECS, *TRANSFORMERS_SPECS}
 
 
 @pytest.mark.parametrize("name, file", [(n, f) for n, files in TRANSFORMERS_SPECS.items() for f in files])
@@ -294,16 +311,15 @@ def test_compiles_without_graph_breaks(tiny):
             torch.testing.assert_close(compiled(images), model(images), rtol=1e-5, atol=1e-5)
 
 
-def test_exports_with_a_dynamic_batch(tiny):
-    for name in ("tiny", "tiny-regs"):
-        for pool in models.POOLS:
-            model = models.PatchClassifier(models.load_encoder(name, "random", pool=pool)).eval()
-            program = torch.export.export(model, (torch.from_numpy(patches(2)),),
-                                          dynamic_shapes=({0: torch.export.Dim("n", min=1, max=512)},))
-            for count in (1, 5):
-                images = torch.from_numpy(patches(count, seed=1))
-                with torch.inference_mode():
-                    torch.testing.assert_close(program.module()(images), model(images), rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("name, pool", [("tiny", "cls"), ("tiny-regs", "cls+mean"), ("tiny-regs", "patch-center")])
+def test_exports_with_a_dynamic_batch(tiny, name, pool):
+    model = models.PatchClassifier(models.load_encoder(name, "random", pool=pool)).eval()
+    program = torch.export.export(model, (torch.from_numpy(patches(2)),),
+                                  dynamic_shapes=({0: torch.export.Dim("n", min=1, max=512)},))
+    for count in (1, 5):
+        images = torch.from_numpy(patches(count, seed=1))
+        with torch.inference_mode():
+            torch.testing.assert_close(program.module()(images), model(images), rtol=1e-5, atol=1e-5)
 
 
 # ---------------------------------------------------------------- predict
@@ -346,6 +362,10 @@ def test_predict(classifier):
     np.testing.assert_allclose(models.predict(classifier, reader, batch_size=4, output="embedding"), embeddings,
                                rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(models.predict(classifier, reader.array, batch_size=4), expected, rtol=1e-5, atol=1e-5)
+    kept = []
+    models.predict(classifier, reader, [7, 2, 2, 10], batch_size=3, keep=lambda *batch: kept.append(batch))
+    assert [own.tolist() for own, _ in kept] == [[7, 2, 2], [10]]
+    np.testing.assert_allclose(np.concatenate([values for _, values in kept]), expected[rows], rtol=1e-5, atol=1e-5)
     assert threading.current_thread().name not in reader.threads
     assert models.predict(classifier, reader, []).shape == (0,)
     assert models.predict(classifier, reader, [], output="embedding").shape == (0, 96)
@@ -517,6 +537,7 @@ def test_the_table_is_printed(monkeypatch, capsys):
     for name, spec in models.ENCODERS.items():
         line = next(line for line in out.splitlines() if line.split()[:1] == [name])
         assert spec.licence in line and str(spec.embed_dim) in line
+    assert max(map(len, out.splitlines())) <= 120
     rows = json.loads(command(monkeypatch, capsys, "--json"))
     assert rows["virchow"]["embed_dim"] == 2560 and rows["uni"]["gated"]
 

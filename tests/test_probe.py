@@ -1,11 +1,16 @@
+import dataclasses
 import json
+import os
+import shutil
 import signal
-import time
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from scipy.optimize import minimize
 
 import crops
 import data
@@ -28,12 +33,10 @@ def folder(out, probe="", fold=0, frac=1):
     return out / "small" / f"wide-probe{probe}" / f"frac{frac:g}-fold{fold}"
 
 
-def test_all_probes_of_a_grid_in_one_command(tmp_path, table, monkeypatch):
-    passes, real = [], models.predict
-    monkeypatch.setattr(models, "predict", lambda m, p, rows, *a, **k: passes.extend(rows) or real(m, p, rows, *a, **k))
+def test_all_probes_of_a_grid_in_one_command(tmp_path, table, counted):
     grid = ["--probe", "uni", "l2", "knn", "prototype", "--k", 3, "--frac", 0.2, 1, "--fold", 0, 1]
     assert small.call(probe, *flags(table, tmp_path, *grid)) == 0
-    assert sorted(passes) == list(range(96))  # every patch once, whatever the grid
+    assert sorted(counted) == list(range(96))  # every patch once, whatever the grid
     for suffix in ("", "-l2", "-knn-k3", "-prototype"):
         for frac in (0.2, 1):
             for fold in (0, 1):
@@ -41,9 +44,9 @@ def test_all_probes_of_a_grid_in_one_command(tmp_path, table, monkeypatch):
                 metrics = runs.read_json(run / "metrics.json")
                 assert metrics["sets"]["test"]["auroc"] > 0.9, run
                 assert (run / "model.safetensors").exists() == (suffix != "-knn-k3")
-    before = len(passes)
+    before = len(counted)
     assert small.call(probe, *flags(table, tmp_path, *grid)) == 0
-    assert len(passes) == before
+    assert len(counted) == before
 
 
 def test_a_saved_probe_loads_and_predicts_the_same(tmp_path, table):
@@ -57,24 +60,30 @@ def test_a_saved_probe_loads_and_predicts_the_same(tmp_path, table):
 
 
 def test_the_uni_probe_minimises_its_formula(tmp_path, table):
-    """Mean cross-entropy of a two-class softmax + (1/C) ½ ‖W‖, C = 2 D / 100: no nearby head does better."""
+    """Mean cross-entropy of a two-class softmax + (1/C) ½ ‖W‖, C = 2 D / 100, on the training pool alone."""
     assert small.call(probe, *flags(table, tmp_path)) == 0
-    head = load_file(folder(tmp_path) / "model.safetensors")
     annotations = data.load_dataset(table)
     split = data.load_split(folder(tmp_path) / "split.json", annotations)
-    X = np.load(tmp_path / "embeddings" / "small" / "wide-cls.npy")
     rows = annotations.rows(split.train)
-    y, C = annotations.label[rows], 2 * 256 / 100
+    X = np.load(tmp_path / "embeddings" / "small" / "wide-cls.npy")[rows].astype(np.float64)
+    sign, C = 1 - 2.0 * annotations.label[rows], 2 * 256 / 100
 
-    def loss(w, b):
-        z = X[rows].astype(np.float64) @ w + b
+    def loss(theta):
+        w, b = theta[:-1], theta[-1]
+        m, norm = sign * (X @ w + b), np.linalg.norm(w)
         # The rows of W are ∓ w / 2, so that ‖W‖ = ‖w‖ / √2.
-        return np.logaddexp(0, (1 - 2 * y) * z).mean() + np.linalg.norm(w) / np.sqrt(2) / 2 / C
-    w, b = head["head.weight"][0].double().numpy(), head["head.bias"].double().item()
-    best, rng = loss(w, b), np.random.default_rng(0)
-    assert best < 0.9 * loss(0 * w, 0)
-    for _ in range(100):
-        assert best <= loss(w + rng.normal(0, 1e-3, 256), b + rng.normal(0, 1e-2)) + 1e-7
+        slope = sign / (1 + np.exp(-m)) / len(rows)
+        gradient = np.append(slope @ X + w / max(norm, 1e-300) / np.sqrt(2) / 2 / C, slope.sum())
+        return np.logaddexp(0, m).mean() + norm / np.sqrt(2) / 2 / C, gradient
+    head = load_file(folder(tmp_path) / "model.safetensors")
+    found = loss(np.append(head["head.weight"][0].double().numpy(), head["head.bias"].double().numpy()))[0]
+    theta = np.random.default_rng(0).normal(0, 1e-3, 257)
+    for _ in range(5):  # restarts clear its memory
+        theta = minimize(loss, theta, jac=True, method="L-BFGS-B", options={"maxiter": 5000, "ftol": 1e-16}).x
+    assert abs(found - loss(theta)[0]) < 1e-6
+    training = runs.read_json(folder(tmp_path) / "metrics.json")["training"]
+    assert training["C"] == C and training["train_loss"] == pytest.approx(found, abs=1e-6)
+    assert training["iterations"] > 3 and training["excess"] < 1e-6 and training["change"] < 1e-6
 
 
 def test_l2_chooses_C_on_validation_and_uni_does_not_see_it(tmp_path, table):
@@ -102,80 +111,137 @@ def test_prototypes_lie_between_the_means():
     assert X @ job["weight"] + job["bias"] == pytest.approx([-2, -2, 2, 2])
 
 
-def test_one_class_names_fraction_fold_and_counts(tmp_path, capsys):
-    annotations = data.load_dataset(small.dataset(tmp_path / "d"))
-    job = {"train": np.flatnonzero(annotations.label == 0)[:7], "frac": 0.01, "fold": 3}
-    with pytest.raises(probe.UserError, match="0.01, fold 3: .* 0 mitotic figures and 7 look-alikes"):
-        probe.one_class(annotations, job)
+def test_one_class_names_fraction_fold_and_counts(tmp_path, table, capsys):
+    rows = [line.split(",") for line in table.read_text().splitlines()]
+    one = table.with_name("one.csv")
+    one.write_text("\n".join(",".join((path, "0" if domain == "B" else label, case, domain))
+                             for path, label, case, domain in rows))
+    assert small.call(probe, *flags(one, tmp_path, "--domain", "B", "--frac", 0.5, "--fold", 3)) == 2
+    error, = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert error.startswith("error: one, fraction 0.5, fold 3: the training pool holds one class only (0 mitotic fig")
+    assert not list(tmp_path.glob("one/*/*/config.json")) and not (tmp_path / "embeddings").exists()
 
 
-def test_stored_embeddings_are_used_only_for_what_they_are(tmp_path, table, monkeypatch, capsys):
-    assert small.call(probe, *flags(table, tmp_path)) == 0
-    first = np.load(tmp_path / "embeddings" / "small" / "wide-cls.npy")
-    folder(tmp_path).joinpath("metrics.json").unlink()
-    counted, real = [], models.predict
+@pytest.fixture
+def counted(monkeypatch):
+    """Rows that went through the encoder."""
+    rows, real = [], models.predict
+    monkeypatch.setattr(models, "predict", lambda m, p, own, *a, **k: rows.extend(own) or real(m, p, own, *a, **k))
+    return rows
 
-    def predict(model, patches, rows, *rest, **more):
-        counted.extend(rows)
-        return real(model, patches, rows, *rest, **more)
-    monkeypatch.setattr(models, "predict", predict)
-    assert small.call(probe, *flags(table, tmp_path, "--resume")) == 0 and not counted
-    # Another image under the same name.
-    image = sorted((table.parent / "patches").iterdir())[5]
-    old = image.read_bytes()
-    image.write_bytes(sorted((table.parent / "patches").iterdir())[6].read_bytes())
-    code, out, err = small.command("probe", *flags(table, tmp_path, "--force"))
-    image.write_bytes(old)
-    assert code == 0 and "pixels" in out and "anew" in out
-    second = np.load(tmp_path / "embeddings" / "small" / "wide-cls.npy")
-    assert (np.abs(second - first).max(1) > 1e-4).sum() == 1
-    # Another normalisation.
-    row = models.ENCODERS["wide"]
-    monkeypatch.setitem(models.ENCODERS, "wide", type(row)(**{**vars(row), "norm": ((0.5,) * 3, (0.5,) * 3)}))
-    counted.clear()
-    assert small.call(probe, *flags(table, tmp_path, "--force")) == 0
-    assert len(counted) == 96
-    # Damaged on the disk.
+
+def test_stored_embeddings_are_used_only_for_what_they_are(tmp_path, table, monkeypatch, capsys, counted):
     path = tmp_path / "embeddings" / "small" / "wide-cls.npy"
-    content = bytearray(path.read_bytes())
+    state = models.load_encoder("wide", "random").state_dict()
+    save_file(state, tmp_path / "a.safetensors")
+    save_file({name: tensor * 1.01 for name, tensor in state.items()}, tmp_path / "b.safetensors")
+
+    def embeddings(weights="a", *more):
+        """(embeddings after a repeated run, rows that were computed, lines that say why)"""
+        counted.clear()
+        capsys.readouterr()
+        assert small.call(probe, *flags(table, tmp_path, "--weights", tmp_path / f"{weights}.safetensors", "--force",
+                                        *more)) == 0
+        return np.load(path), len(counted), [x for x in capsys.readouterr().out.splitlines() if "anew" in x]
+    first, count, why = embeddings()
+    assert count == 96 and not why
+    again, count, why = embeddings()
+    assert count == 0 and not why and np.array_equal(first, again)
+    other, count, why = embeddings("b")
+    assert count == 96 and len(why) == 1 and "made from other weights" in why[0]
+    assert np.abs(other - first).max() > 1e-3
+    embeddings()
+    images = sorted((table.parent / "patches").iterdir())
+    old = images[5].read_bytes()
+    images[5].write_bytes(images[6].read_bytes())  # another image under the same name
+    _, count, why = embeddings()
+    images[5].write_bytes(old)
+    assert count == 96 and len(why) == 1 and "made from other pixels" in why[0]
+    embeddings()
+    with monkeypatch.context() as patch:
+        patch.setitem(models.ENCODERS, "wide", dataclasses.replace(models.ENCODERS["wide"], norm=models.HALF))
+        _, count, why = embeddings()
+    assert count == 96 and len(why) == 1 and "made from other normalisation" in why[0]
+    _, count, why = embeddings("a", "--dtype", "bf16")
+    assert count == 96 and "anew" in why[0]
+
+    content = bytearray(path.read_bytes())  # damaged on the disk
     content[-3] ^= 255
     path.write_bytes(content)
-    assert small.call(probe, *flags(table, tmp_path, "--force")) in (0, 2)
+    capsys.readouterr()
+    assert small.call(probe, *flags(table, tmp_path, "--weights", tmp_path / "a.safetensors", "--force", "--dtype",
+                                    "bf16")) == 2
+    assert f"error: {path}: damaged; delete it" in capsys.readouterr().err
 
 
-def test_a_killed_extraction_is_continued(tmp_path, table, monkeypatch):
-    monkeypatch.setattr(probe, "ROWS_AT_ONCE", 16)
+def test_half_precision_is_stored_as_it_is(tmp_path):
+    annotations = data.load_dataset(small.dataset(tmp_path, cases=2, per_case=2))
+    model = models.PatchClassifier(models.load_encoder("tiny", "random", dtype="fp16"))
+    patches = crops.Patches(annotations)
+    X = probe.embeddings(model, patches, annotations, tmp_path / "e", torch.float16, 4)
+    expected = models.predict(model, patches, batch_size=4, output="embedding")
+    assert X.dtype == np.float16 and np.array_equal(X.astype(np.float32), expected)
+
+
+def test_a_stopped_extraction_is_continued(tmp_path, table, monkeypatch, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert small.call(probe, *flags(table, whole)) == 0
-    real, done = models.predict, []
+    real, done = crops.Patches.read, []
 
-    def predict(model, patches, rows, *rest, **more):
-        if len(done) == 40 + 8 and predict.stops:
+    def read(self, rows):
+        if len(done) == 48 and read.stops:
             raise KeyboardInterrupt
         done.extend(rows)
-        return real(model, patches, rows, *rest, **more)
-    predict.stops = True
-    monkeypatch.setattr(models, "predict", predict)
-    assert small.call(probe, *flags(table, cut)) == 130
-    predict.stops = False
-    assert small.call(probe, *flags(table, cut, "--resume")) == 0
-    assert sorted(done) == list(range(96))  # nothing twice
+        return real(self, rows)
+    read.stops = True
+    monkeypatch.setattr(crops.Patches, "read", read)
+    assert small.call(probe, *flags(table, cut, "--batch-size", 16)) == 130
+    found = capsys.readouterr()
+    assert "what was finished is kept" in found.err
+    read.stops = False
+    kept = int((np.fromfile(cut / "embeddings" / "small" / "wide-cls.done", np.uint8)).sum())
+    assert kept in (16, 32, 48)  # a batch is written when the next one is under way
+    del done[kept:]
+    assert small.call(probe, *flags(table, cut, "--batch-size", 16)) == 0
+    assert f"continuing, {kept} of 96 are there" in capsys.readouterr().out
+    assert sorted(done) == list(range(96))  # what was kept is not done twice
     a, b = (np.load(out / "embeddings" / "small" / "wide-cls.npy") for out in (whole, cut))
-    assert np.array_equal(a, b)
-    assert runs.read_json(folder(whole) / "metrics.json") == runs.read_json(folder(cut) / "metrics.json")
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_kill_9_in_the_extraction(tmp_path, table):
-    args = flags(table, tmp_path, "--batch-size", 2)
-    process = small.command("probe", *args, wait=False)
-    done = tmp_path / "embeddings" / "small" / "wide-cls.done"
-    while process.poll() is None and not done.exists():
-        time.sleep(0.002)
+def script(path, text):
+    """probe.py as a process that knows the small encoders and writes every batch, with `text` run before."""
+    path.write_text(f"import sys; sys.path[:0] = [{str(small.HERE.parent)!r}, {str(small.HERE)!r}]\n"
+                    f"import small, cli, models, probe\nprobe.SECONDS = 0\n{text}\ncli.command(probe.main)\n")
+    return path
+
+
+STOPS = """
+import time
+real, calls = models.PatchClassifier.embed, []
+def embed(self, images):
+    calls.append(1)
+    if len(calls) == 5:
+        print("three batches are written", flush=True)
+        time.sleep(600)
+    return real(self, images)
+models.PatchClassifier.embed = embed
+"""
+
+
+def test_kill_9_in_the_extraction(tmp_path, table, capsys):
+    args = flags(table, tmp_path / "cut", "--batch-size", 16)
+    process = subprocess.Popen([sys.executable, script(tmp_path / "stops.py", STOPS), *map(str, args)],
+                               stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert any(line.startswith("three batches") for line in process.stdout)  # reads up to that line
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    code, out, err = small.command("probe", *args, "--resume")
-    assert code == 0, err
-    assert np.isfinite(np.load(done.with_suffix(".npy"))).all() and not done.exists()
+    assert small.call(probe, *args) == 0
+    assert "continuing, 48 of 96 are there" in capsys.readouterr().out
+    assert small.call(probe, *flags(table, tmp_path / "whole", "--batch-size", 16)) == 0
+    cut, whole = (tmp_path / name / "embeddings" / "small" / "wide-cls.npy" for name in ("cut", "whole"))
+    np.testing.assert_allclose(np.load(cut), np.load(whole), rtol=1e-5, atol=1e-5)
+    assert not cut.with_suffix(".done").exists()
 
 
 @pytest.mark.parametrize("more, name, width", [
@@ -230,13 +296,21 @@ def test_mistakes_are_one_line(tmp_path, table, more, words, capsys):
 
 
 def test_torchrun_shares_the_pass(tmp_path, table):
-    import sys
-    script = tmp_path / "script.py"
-    script.write_text(f"import sys; sys.path[:0] = [{str(small.HERE.parent)!r}, {str(small.HERE)!r}]\n"
-                      "import small, cli, probe\nprobe.ROWS_AT_ONCE = 8\ncli.command(probe.main)\n")
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script))
-    code, out, err = small.command("probe", *flags(table, tmp_path / "two"), launcher=launcher)
+    other = small.dataset(tmp_path / "other", cases=4, seed=9, name="elsewhere")
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                str(script(tmp_path / "script.py", "")))
+    code, out, err = small.command("probe", *flags(table, tmp_path / "two", "--test", other), launcher=launcher)
     assert code == 0, err
-    assert small.call(probe, *flags(table, tmp_path / "one")) == 0
-    a, b = (np.load(tmp_path / name / "embeddings" / "small" / "wide-cls.npy") for name in ("one", "two"))
-    assert np.abs(a - b).max() < 1e-5 and torch.isfinite(torch.from_numpy(b)).all()
+    assert small.call(probe, *flags(table, tmp_path / "one", "--test", other)) == 0
+    for name in ("small", "elsewhere"):
+        a, b = (np.load(tmp_path / run / "embeddings" / name / "wide-cls.npy") for run in ("one", "two"))
+        assert np.abs(a - b).max() < 1e-5 and np.isfinite(b).all()
+    assert set(runs.read_json(folder(tmp_path / "two") / "metrics.json")["sets"]) == {"val", "test", "elsewhere"}
+
+
+def test_another_setting_is_refused_before_the_pass(tmp_path, table, counted, capsys):
+    assert small.call(probe, *flags(table, tmp_path)) == 0
+    shutil.rmtree(tmp_path / "embeddings")
+    counted.clear()
+    assert small.call(probe, *flags(table, tmp_path, "--val-frac", 0.5)) == 2
+    assert "--val-frac (was 1.0, now 0.5)" in capsys.readouterr().err and not counted
