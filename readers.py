@@ -633,7 +633,7 @@ def read_sqlite(path, classes=None, profile=None):
         if "interrupted" in str(error):
             raise UserError(f"{path}: reading takes longer than {SQLITE_SECONDS} s; the database is damaged") from None
         raise UserError(f"{path}: not a readable SlideRunner database ({_one_line(error)})") from None
-    except (sqlite3.Error, OverflowError) as error:
+    except (sqlite3.Error, OverflowError, UnicodeDecodeError) as error:  # the last: of names in a damaged schema
         raise UserError(f"{path}: not a readable SlideRunner database ({_one_line(error)})") from None
     finally:
         if connection is not None:

@@ -7,15 +7,18 @@
 All three read the same places of the same tiled slides with the margin for rotation, and apply the same operations with
 the same probabilities: rotation by any angle (p 0.5) out of the larger crop, flips (p 0.5 each), colour jitter of 0.1
 (p 0.5), Gaussian blur of 5 px, sigma 0.1 to 1 (p 0.1). The three take turns; each number is the median over the
-rounds. Everything uses `--cores` cores: threads of the batched ones, workers of the DataLoader (none where it is 1).
+rounds, per second of the clock and per second of processor time (of all threads and processes; it does not suffer from
+what else the machine does). Everything uses `--cores` cores: threads of the batched ones, workers of the DataLoader
+(none where it is 1).
 
-    python bench/patches.py             four synthetic slides of 6,000 px (JPEG tiles, like .svs), 1,280 patches a turn
+    python bench/patches.py             four synthetic slides of 4,000 px (JPEG tiles, like .svs), 1,280 patches a turn
     python bench/patches.py --quick     one slide, 128 patches a turn
     python bench/patches.py --data D    slides of one's own
 """
 
 import argparse
 import os
+import resource
 import sys
 import tempfile
 import time
@@ -33,6 +36,7 @@ import augment  # noqa: E402
 import cli  # noqa: E402
 import crops  # noqa: E402
 import data  # noqa: E402
+import sampler  # noqa: E402
 import slides  # noqa: E402
 
 SIZE, MARGIN, BATCH = 224, augment.margin(224), 16
@@ -109,6 +113,12 @@ def batched(patches, sample, device, step):
     return len(sample)
 
 
+def processor_time():
+    """Seconds of this process's threads and of its processes that have ended."""
+    return sum(usage.ru_utime + usage.ru_stime for usage in map(resource.getrusage, (resource.RUSAGE_SELF,
+                                                                                     resource.RUSAGE_CHILDREN)))
+
+
 def random_reads_of_a_png(folder, width, height):
     """(seconds of the first read of a PNG, median seconds of the next 200)."""
     tile = np.random.default_rng(0).integers(100, 250, (height // 10, width // 10, 3), np.uint8)
@@ -133,9 +143,10 @@ def main():
     rounds = args.rounds or (3 if args.quick else 5)
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
         folder = Path(folder)
-        a = data.from_arguments(args) if args.data else synthetic(folder, *((1, 3000) if args.quick else (4, 6000)))
+        a = data.from_arguments(args) if args.data else synthetic(folder, *((1, 3000) if args.quick else (4, 4000)))
+        sampler.POOL = 4000  # random positions: enough for a turn, and quickly stored
         crops.build_store(crops.Patches(a, cache=folder / "store"), os.cpu_count() or 1)
-        sampler = data.Sampler(a, a.id, epoch_size=128 if args.quick else 1280)
+        drawn = data.Sampler(a, a.id, epoch_size=128 if args.quick else 1280)
         paths = [str(a.image_path(image)) for image in np.unique(a.image)]
         devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
         rows, different = [], 0
@@ -152,22 +163,23 @@ def main():
                      "ordinary": lambda s, k: ordinary(paths, s, cores)}
             speed = {name: [] for name in ways}
             for k in range(rounds + 1):  # the first warms up
-                sample = sampler.epoch(k)
+                sample = drawn.epoch(k)
                 for name, way in ways.items():
-                    start = time.perf_counter()
+                    start, busy = time.perf_counter(), processor_time()
                     n = way(sample, 10_000 * k)
-                    speed[name].append(n / (time.perf_counter() - start))
+                    speed[name].append((n / (time.perf_counter() - start), n / (processor_time() - busy)))
                 different += int((stored.read_sample(sample[:64], MARGIN) != direct.read_sample(sample[:64],
                                                                                                MARGIN)).any())
-            base = np.median(speed["ordinary"][1:])
+            speed = {name: np.array(found[1:]) for name, found in speed.items()}
             for name, found in speed.items():
-                middle = np.median(found[1:])
-                rows.append([name, cores, f"{middle:,.0f}", f"{middle / cores:,.0f}",
-                             f"{min(found[1:]):,.0f} to {max(found[1:]):,.0f}", f"{middle / base:.2f}"])
+                clock, busy = np.median(found, 0)
+                times = np.median(found, 0) / np.median(speed["ordinary"], 0)
+                rows.append([name, cores, f"{clock:,.0f}", f"{found[:, 0].min():,.0f} to {found[:, 0].max():,.0f}",
+                             f"{times[0]:.1f}", f"{busy:,.0f}", f"{times[1]:.1f}"])
     print(f"\npatches that differ between the store and direct reads: {different}")
     print(f"random reads of a PNG of {png[0]:,} x {png[1]:,} px without a store: the first {first:.2f} s, the others "
           f"{1000 * others:.2f} ms\n")
-    header = ["way", "cores", "patches/s", "per core", "range", "against the ordinary way"]
+    header = ["way", "cores", "patches/s", "range", "× ordinary", "patches per CPU second", "× ordinary"]
     for row in (header, ["---"] * len(header), *rows):
         print(f"| {' | '.join(str(cell) for cell in row)} |")
 

@@ -170,7 +170,8 @@ def naive_sqlite(path):
                 for uid, s, label in rows if label is not None]
 
 
-WORDS = {"mitotic figure": 1, "mitotic": 1, "mitosis": 1, "not mitotic figure": 0, "not mitotic": 0}
+WORDS = {"mitotic figure": 1, "mitotic": 1, "mitosis": 1, "not mitotic figure": 0, "not mitotic": 0,
+         "no mitotic figure": 0}
 
 
 def meaning(name, numbers=False):
