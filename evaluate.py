@@ -52,6 +52,7 @@ class Finished:
     threshold: float
     sets: dict         # name → summary
     seconds: float = None
+    source: str = None  # where its data lies
     hashes: dict = field(default_factory=dict)    # of the split and of the test sets
     settings: dict = field(default_factory=dict)  # what repeats must have in common
 
@@ -174,12 +175,18 @@ def read_run(path):
         seconds = max(0.0, (path / "metrics.json").stat().st_mtime - (path / "config.json").stat().st_mtime)
     run = Finished(path, path.parent.parent, flags, name, fingerprint, label,
                    {"ids": ids, "others": others, "pool": split.get("pool")}, columns, found["threshold"],
-                   found["sets"], seconds)
+                   found["sets"], seconds, source_of(config))
     run.hashes = {"split": _hash(*ids.values(), *others.values()), "test": _hash(ids["test"], *others.values())}
     run.hashes |= {key: _hash(run.rows(key)[0]) for key in found["sets"] if key not in {"val", "test", *others}}
     # Everything that makes another model of the same name; where it was computed and in what precision does not.
     run.settings = {key: value for key, value in flags.items() if key not in ELSEWHERE} | {"weights_hash": encoder}
     return run
+
+
+def source_of(config):
+    """What --data said, as an absolute path where it was one."""
+    source = config.get("source")
+    return str(source.get("data")) if isinstance(source, dict) else None
 
 
 def _equal(a, b):
@@ -372,8 +379,8 @@ def cells(command):
             for frac in map(float, given.get("frac") or ["1"]) for fold in map(int, given.get("fold") or ["0"])]
 
 
-def _same(wanted, flags, label):
-    """Whether a run of these flags, in a folder of this name, is the wanted one."""
+def _same(wanted, flags, label, source):
+    """Whether a run of these flags, in a folder of this name, on the data of this place, is the wanted one."""
     for key, value in wanted.items():
         if key == "runs":
             continue
@@ -382,7 +389,9 @@ def _same(wanted, flags, label):
             have = label.replace(f"-by{wanted['by']}", "")
             value += f"-{wanted['probe']}" if wanted.get("probe", "uni") != "uni" else ""
         if key == "data":
-            value = Path(str(value)).name if os.sep in str(value) else value
+            # A name, or a path that is seen from the sweeps' folder: the run keeps both.
+            path = Path(__file__).resolve().parent / value
+            value = have if source in (value, os.path.realpath(path)) else path.name
         if str(have) != str(value) and not (_number(have) is not None and _number(have) == _number(value)):
             return False
     return True
@@ -409,7 +418,8 @@ def grid(text, found, problems):
     unfinished = []
     for path in paths.values():
         try:
-            unfinished.append((path, dict(runs.read_json(path / "config.json")["flags"])))
+            config = runs.read_json(path / "config.json")
+            unfinished.append((path, dict(config["flags"]), source_of(config)))
         except (UserError, KeyError, TypeError, ValueError):
             continue
     state, left, took = Counter(), defaultdict(lambda: defaultdict(list)), defaultdict(list)
@@ -419,8 +429,8 @@ def grid(text, found, problems):
         took[None, run.method].append(run.seconds)
     for cell in wanted:
         key = (cell["data"], cell["model"], cell["method"])
-        begun = next((path for path, have in unfinished if _same(cell, have, path.parent.name)), None)
-        if any(_same(cell, run.flags, run.label) for run in found):
+        begun = next((path for path, have, source in unfinished if _same(cell, have, path.parent.name, source)), None)
+        if any(_same(cell, run.flags, run.label, run.source) for run in found):
             what = "done"
         elif begun is not None:
             what = "running" if is_locked(begun) else "failed"

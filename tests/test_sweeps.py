@@ -309,6 +309,20 @@ def test_grid_counts_damaged_runs_as_failed_and_other_choices_not_at_all(begun, 
     assert counts(capsys.readouterr().out)["tissue", "uni", "lora"] == (3, 0, 0, 3)
 
 
+def test_grid_knows_data_by_its_name_and_by_its_place(begun, capsys, monkeypatch):
+    place = begun.parent / "my data" / "points.csv"
+    place.parent.mkdir()
+    place.touch()
+    for path in begun.glob("tissue/uni-probe/*/config.json"):
+        runs.write_json(path, runs.read_json(path) | {"source": {"data": str(place)}})
+    monkeypatch.setenv("METHODS", "probe")
+    for data, done in ((place, 6), (os.path.relpath(place, SWEEPS.parent), 6), ("somewhere/tissue", 6),
+                       (begun.parent / "other.csv", 0)):
+        assert call(evaluate, begun, "--grid", f"{SWEEPS / 'scaling.sh'} '{data}' uni") == 0
+        said = capsys.readouterr().out.splitlines()
+        assert said[-1].startswith("all 6 runs are done" if done else "6 of 6 runs are left"), data
+
+
 def test_grid_knows_domains_and_probes(begun, capsys, monkeypatch):
     make(begun, annotations(), "uni", "probe", 1.0, 0, "B")
     monkeypatch.setenv("DOMAINS", "A B")
