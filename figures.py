@@ -91,12 +91,12 @@ def cross_domain(path, matrices, domains):
     """Matrices of AUROC, one per model. matrices: {label: {(train, test): mean}}; domains: in the order drawn."""
     columns = min(3 if len(matrices) > 4 and len(domains) < 7 else 2, len(matrices))
     rows = -(-len(matrices) // columns)
-    high_as = {1: 2.9, 2: 1.75, 3: 1.25}[columns]
+    values = [v for matrix in matrices.values() for v in matrix.values()]
+    low, high, short = min(values), max(values), short_names(domains)
+    trained = [domain for domain in domains if any(domain == own for matrix in matrices.values() for own, _ in matrix)]
+    high_as = 0.3 + {1: 2.6, 2: 1.45, 3: 0.95}[columns] * len(trained) / len(domains)
     figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, 0.55 + rows * high_as), squeeze=False, sharex=True,
                                 sharey=True)
-    values = [v for matrix in matrices.values() for v in matrix.values()]
-    low, high = min(values), max(values)
-    short = list(map(short_names(domains).get, domains))
     for i, ax in enumerate(axes.ravel()):
         if i >= len(matrices):
             ax.axis("off")
@@ -105,16 +105,17 @@ def cross_domain(path, matrices, domains):
             ax.set_xlabel("tested on")
             ax.xaxis.set_in_layout(i // columns == rows - 1)  # else they hang into the empty place below
     for ax, (label, matrix) in zip(axes.ravel(), matrices.items()):
-        grid = np.array([[matrix.get((a, b), np.nan) for b in domains] for a in domains])
+        grid = np.array([[matrix.get((a, b), np.nan) for b in domains] for a in trained])
         # Only the lighter part of the map, so that black numbers are read everywhere.
         ax.imshow(grid, cmap="Greys", vmin=low - 0.05 * (high - low + 0.01), vmax=high + 1.3 * (high - low + 0.01),
                   aspect="auto")
         for i, j in np.ndindex(grid.shape):
             text = "–" if np.isnan(grid[i, j]) else f"{grid[i, j]:.2f}".removeprefix("0").replace("1.00", "1.0")
             ax.text(j, i, text, ha="center", va="center", fontsize=6.5 if columns < 3 else 5.5,
-                    fontweight="bold" if domains[i] == domains[j] else None)
-        ax.set_xticks(range(len(domains)), short, rotation=90 if max(map(len, short)) > 2 and columns > 1 else 0)
-        ax.set_yticks(range(len(domains)), short)
+                    fontweight="bold" if trained[i] == domains[j] else None)
+        ax.set_xticks(range(len(domains)), [short[domain] for domain in domains],
+                      rotation=90 if max(map(len, short.values())) > 2 and columns > 1 else 0)
+        ax.set_yticks(range(len(trained)), [short[domain] for domain in trained])
         if columns == 3:
             label = textwrap.fill(label.replace("linear probe", "probe"), 20, break_on_hyphens=False)
         ax.set_title(label, fontsize=7 if columns < 3 else 6)

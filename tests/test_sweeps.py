@@ -86,13 +86,14 @@ def test_the_quick_grid_has_five_repeats_and_everything_that_the_report_shows():
     leaking = [words for words in commands if "annotation" in words]
     found = Counter(cells([words for words in commands if words not in leaking]))
     assert set(found.values()) == {1} and {model for model, *_ in found} == {"demo"}
-    assert Counter(cells(leaking)) == {("demo", method, None, 1.0, fold): 1 for method in ("probe", "lora", "full")
+    assert Counter(cells(leaking)) == {("demo", method, None, 1.0, fold): 1 for method in ("probe", "lora")
                                        for fold in range(5)}
     for method in ("probe", "lora", "full"):
         own = {(domain, frac, fold) for _, m, domain, frac, fold in found if m == method}
         assert {fold for *_, fold in own} == set(range(5))
         assert len({frac for domain, frac, _ in own if domain is None}) >= 3  # a curve
-        assert len({domain for domain, *_ in own} - {None}) >= 3  # a matrix
+        domains = {domain for domain, *_ in own} - {None}
+        assert len(domains) >= 3 or method == "full" and not domains  # a matrix
 
 
 def test_models_data_and_the_environment_choose():
@@ -188,7 +189,7 @@ def test_the_quick_grid_makes_the_report_also_where_a_run_failed(python, tmp_pat
     done = run("quick.sh", tmp_path / "report", python=python, FAIL="annotation")
     commands = started(python)
     assert commands[0] == "demo.py" and commands[-1] == f"evaluate.py runs --out {tmp_path / 'report'}"
-    assert len(commands) == 1 + 9 + 3 + 1 and done.returncode == 1 and done.stderr.count("failed: ") == 3
+    assert len(commands) == 1 + 7 + 2 + 1 and done.returncode == 1 and done.stderr.count("failed: ") == 2
     (tmp_path / "log").write_text("")
     done = run("quick.sh", python=python, FAIL="demo.py")  # without the dataset nothing can be run
     assert done.returncode == 2 and started(python) == ["demo.py"]
