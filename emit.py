@@ -9,7 +9,7 @@ fp32   everything in float32
 fp16   weights and products in float16; float32 where a transformer needs it: the residual stream and its LayerNorms,
        softmax, patch embedding, head, and every part of a block whose activations come near the end of float16
 int8   products of signed bytes (weights per output channel, symmetric) and unsigned bytes (activations, scaled by
-       the range each batch has); everything between them in float32
+       the range each batch has, after channels that stand out were evened out); everything between them in float32
 """
 
 import contextlib
@@ -78,7 +78,8 @@ def emit(model, weights, precision="fp32", opset=FUSED, input="uint8", embedding
     input     "uint8": patches uint8 [N, S, S, 3], normalisation inside | "float": normalised float32 [N, 3, S, S]
     embedding adds the output `embedding` float32 [N, D]
     temperature  the logit is divided by it before the sigmoid
-    peaks     for fp16: what `activation_peaks` gave: parts of blocks that would overflow stay in float32
+    peaks     what `activation_peaks` gave; for fp16: parts of blocks that would overflow stay in float32; for int8:
+              how the channels are evened out
     """
     assert precision in ("fp32", "fp16", "int8") and OLDEST <= opset <= NEWEST
     encoder = model.encoder
@@ -146,8 +147,8 @@ def linear(g, x, at, weight, bias, half=False, shared=None):
     return g.op("Add", y, g.tensor(f"{at}.bias", bias.astype(kind)), at=at)
 
 
-def layer_norm(g, x, norm, at):
-    weight, bias = (g.tensor(f"{at}.{name}", to_numpy(value).astype(np.float32))
+def layer_norm(g, x, norm, at, divisor=1.0):
+    weight, bias = (g.tensor(f"{at}.{name}", (to_numpy(value) / divisor).astype(np.float32))
                     for name, value in (("weight", norm.weight), ("bias", norm.bias)))
     return g.op("LayerNormalization", x, weight, bias, at=at, axis=-1, epsilon=norm.eps)
 
@@ -182,6 +183,18 @@ def gelu(g, x, half, at):
     return g.op("Mul", g.op("Mul", x, y, at=at), middle, at=at)
 
 
+def evening(g, peaks, key, weight):
+    """Divisors [in] of a product's input channels, for int8 (SmoothQuant, Xiao et al. 2023); 1 where nothing is known.
+
+    One step quantises all channels, so one that stands out leaves few digits to the others. Divided by these (in
+    whatever gives the input, exactly), with the weights multiplied, the input is as even as the weights are.
+    """
+    if g.precision != "int8" or key not in peaks:
+        return 1.0
+    input, weight = (np.maximum(v, 1e-3 * v.max() + 1e-30) for v in (peaks[key], np.abs(weight).max(axis=0)))
+    return np.sqrt(input / weight)
+
+
 # ---------------------------------------------------------------- vision transformer
 
 def vit(g, encoder, x, input, mean, std, peaks):
@@ -191,8 +204,8 @@ def vit(g, encoder, x, input, mean, std, peaks):
     for i, block in enumerate(encoder.blocks):
         parts = {part: g.precision == "fp16" and peaks.get((i, part), 0) * HEADROOM < HALF_MAX
                  for part in ("attn", "mlp")}
-        x = attend(g, x, block, spec, f"blocks.{i}", parts["attn"], first=i == last and encoder.pool == "cls")
-        x = perceptron(g, x, block, spec, f"blocks.{i}", parts["mlp"])
+        x = attend(g, x, block, spec, i, peaks, parts["attn"], first=i == last and encoder.pool == "cls")
+        x = perceptron(g, x, block, spec, i, peaks, parts["mlp"])
     x = layer_norm(g, x, encoder.norm, "norm")
     return pool(g, encoder, x)
 
@@ -228,39 +241,52 @@ def tokens(g, encoder, x, input, mean, std):
     return g.op("Concat", prefix, x, at="tokens", axis=1)
 
 
-def attend(g, x, block, spec, at, half, first):
-    y = layer_norm(g, x, block.norm1, f"{at}.norm1")
+def attend(g, x, block, spec, i, peaks, half, first):
+    at = f"blocks.{i}"
+    weight, bias, shared = to_numpy(block.attn.qkv.weight), to_numpy(block.attn.qkv.bias), {}
+    divisor = evening(g, peaks, (i, "attn.qkv"), weight)
+    y = layer_norm(g, x, block.norm1, f"{at}.norm1", divisor)
     if half:
         y = g.cast(y, True, at)
     asking = y
     if first:  # only the class token is read after this block, so only it asks
         asking, x = (g.op("Slice", t, g.ints(0), g.ints(1), g.ints(1), at=at) for t in (y, x))
-    weight, bias, shared = to_numpy(block.attn.qkv.weight), to_numpy(block.attn.qkv.bias), {}
-    q, k, v = (linear(g, t, f"{at}.attn.{name}", weight[i * spec.dim:][:spec.dim], bias[i * spec.dim:][:spec.dim],
-                      half, shared) for i, (name, t) in enumerate((("q", asking), ("k", y), ("v", y))))
+    weight = weight * divisor
+    # attention averages v, so what divides v divides its result
+    divisor = evening(g, peaks, (i, "attn.proj"), to_numpy(block.attn.proj.weight))
+    weight[2 * spec.dim:] /= np.reshape(divisor, (-1, 1))
+    bias = np.concatenate([bias[:2 * spec.dim], bias[2 * spec.dim:] / divisor])
+    q, k, v = (linear(g, t, f"{at}.attn.{name}", weight[j * spec.dim:][:spec.dim], bias[j * spec.dim:][:spec.dim],
+                      half, shared) for j, (name, t) in enumerate((("q", asking), ("k", y), ("v", y))))
     y = attention(g, q, k, v, spec.heads, spec.dim, half, f"{at}.attn")
-    return residual(g, x, y, block.attn.proj, block.ls1, f"{at}.attn.proj", f"{at}.ls1", half)
+    return residual(g, x, y, block.attn.proj, block.ls1, f"{at}.attn.proj", f"{at}.ls1", half, divisor)
 
 
-def perceptron(g, x, block, spec, at, half):
-    y = layer_norm(g, x, block.norm2, f"{at}.norm2")
+def perceptron(g, x, block, spec, i, peaks, half):
+    at, at_fc1 = f"blocks.{i}", f"blocks.{i}.mlp.fc1"
+    weight, bias = to_numpy(block.mlp.fc1.weight), to_numpy(block.mlp.fc1.bias)
+    divisor = evening(g, peaks, (i, "mlp.fc1"), weight)
+    y = layer_norm(g, x, block.norm2, f"{at}.norm2", divisor)
     if half:
         y = g.cast(y, True, at)
-    weight, bias, at_fc1 = to_numpy(block.mlp.fc1.weight), to_numpy(block.mlp.fc1.bias), f"{at}.mlp.fc1"
+    weight = weight * divisor
     if spec.mlp == "swiglu":
         middle, shared = spec.hidden // 2, {}
+        divisor = evening(g, peaks, (i, "mlp.fc2"), to_numpy(block.mlp.fc2.weight))
         gate = linear(g, y, f"{at}.mlp.gate", weight[:middle], bias[:middle], half, shared)
-        value = linear(g, y, f"{at}.mlp.value", weight[middle:], bias[middle:], half, shared)
+        value = linear(g, y, f"{at}.mlp.value", weight[middle:] / np.reshape(divisor, (-1, 1)), bias[middle:] / divisor,
+                       half, shared)
         gate = g.op("Mul", gate, g.op("Sigmoid", gate, at=at_fc1), at=at_fc1)
         y = g.op("Mul", gate, value, at=at_fc1)
     else:
+        divisor = 1.0  # GELU is not linear: nothing can be divided before it
         y = gelu(g, linear(g, y, at_fc1, weight, bias, half), half, at_fc1)
-    return residual(g, x, y, block.mlp.fc2, block.ls2, f"{at}.mlp.fc2", f"{at}.ls2", half)
+    return residual(g, x, y, block.mlp.fc2, block.ls2, f"{at}.mlp.fc2", f"{at}.ls2", half, divisor)
 
 
-def residual(g, x, y, projection, scale, at, at_scale, half):
-    """x + LayerScale(projection(y)), the scale folded into the projection, x in float32."""
-    weight, bias = to_numpy(projection.weight), to_numpy(projection.bias)
+def residual(g, x, y, projection, scale, at, at_scale, half, divisor):
+    """x + LayerScale(projection(divisor · y)), the scale folded into the projection, x in float32."""
+    weight, bias = to_numpy(projection.weight) * divisor, to_numpy(projection.bias)
     gamma = to_numpy(scale.gamma) if hasattr(scale, "gamma") else None
     if gamma is not None:
         folded = weight * gamma[:, None]
@@ -358,24 +384,25 @@ def convolution(g, x, conv, norm, at, half):
                 at=at, **shape)
 
 
-# ---------------------------------------------------------------- what float16 would not hold
+# ---------------------------------------------------------------- what float16 and int8 would not hold
 
 @contextlib.contextmanager
 def activation_peaks(encoder):
-    """Collect {(block, "attn" | "mlp"): largest absolute value in there} while images go through the encoder."""
+    """Largest absolute values while images go through the encoder: of each part of a block, {(block, "attn" | "mlp"):
+    number}, and of each channel that goes into a product, {(block, "attn.qkv" | …): array}."""
     peaks, hooks = {}, []
 
-    def watch(module, key, inputs):
+    def watch(module, block, layer):
         def hook(module, given, result):
-            value = (given[0] if inputs else result).detach().abs().amax().item()
-            peaks[key] = max(peaks.get(key, 0.0), value)
+            channels = given[0].detach().abs().flatten(0, -2).amax(dim=0).float().cpu().numpy()
+            peaks[block, layer] = np.maximum(peaks.get((block, layer), 0), channels)
+            key = block, layer.split(".")[0]
+            peaks[key] = max(peaks.get(key, 0.0), float(channels.max()), result.detach().abs().amax().item())
         hooks.append(module.register_forward_hook(hook))
 
     for i, block in enumerate(encoder.blocks or ()):
-        for module, part in ((block.attn.qkv, "attn"), (block.attn.proj, "attn"), (block.mlp.fc1, "mlp"),
-                             (block.mlp.fc2, "mlp")):
-            watch(module, (i, part), inputs=False)
-            watch(module, (i, part), inputs=True)
+        for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
+            watch(block.get_submodule(layer), i, layer)
     try:
         yield peaks
     finally:

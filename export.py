@@ -311,7 +311,7 @@ def export(run, out, args):
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         device = models.resolve_device(args.device)
         peaks = None
-        with emit.activation_peaks(model.encoder) if args.precision == "fp16" else contextlib.nullcontext() as seen:
+        with emit.activation_peaks(model.encoder) if args.precision != "fp32" else contextlib.nullcontext() as seen:
             reference = models.predict(model, patches, batch_size=8, device=device, progress="torch")
             peaks = dict(seen) if seen else None
         model.to("cpu")
@@ -330,8 +330,9 @@ def export(run, out, args):
             file.write(bytes.fromhex(metadata["export_id"]))
             metadata["data_bytes"] = file.tell() if external else 0
         metadata["data_name"] = weights.name
-        float32 = sorted({i for (i, _), peak in (peaks or {}).items() if peak * emit.HEADROOM >= emit.HALF_MAX})
-        if float32:
+        float32 = sorted({i for (i, part), peak in (peaks or {}).items()
+                          if part in ("attn", "mlp") and peak * emit.HEADROOM >= emit.HALF_MAX})
+        if float32 and args.precision == "fp16":
             print(f"activations near the end of float16: parts of the blocks {float32} stay in float32")
         del model
         free_memory()

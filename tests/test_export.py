@@ -85,19 +85,35 @@ def test_run_to_model(family, method, made, tmp_path, monkeypatch, capsys):
     assert "licence" in printed and "largest" in printed and str(out) in printed
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_smaller_precisions(precision, made, tmp_path, monkeypatch):
+# In int8 the random SwiGLU networks are noisier than the AUROC of 64 patches allows; test_emit.py judges their embeddings.
+@pytest.mark.parametrize("precision,family", [*(("fp16", name) for name in FAMILIES if name != "resnet50"),
+                                              ("int8", "gelu"), ("int8", "torchvision")])
+def test_smaller_precisions(precision, family, made, tmp_path, monkeypatch):
+    """Adapters merged, in fewer bits, the weights in a file of their own: at every batch near the unmerged model."""
+    run, _, unmerged = made(family)
+    out, images = tmp_path / "m.onnx", patches(64, seed=9)
+    assert command(monkeypatch, run, "--out", out, "--precision", precision, "--external", "--patches", 70) == 0
+    assert names(tmp_path) == ["m.onnx", "m.onnx.data", "m.parity.json"]
+    with torch.inference_mode():
+        expected = torch.sigmoid(unmerged(torch.from_numpy(images))).numpy()
+    classifier = classify.Classifier(out, "cpu")
+    for batch in (1, 2, 7, 64):
+        off = np.abs(classifier(images[:batch]) - expected[:batch])
+        assert off.max() > 1e-8 and (off.max() <= 5e-3 if precision == "fp16" else off.mean() <= 0.1), batch
+    report = classifier.metadata["parity"]
+    assert report["problems"] == [] and [row["batch"] for row in report["measured"]] == [1, 2, 7, 64]
+    assert report["measured"][-1]["auroc_change"] >= -parity.AUROC_LOSS
+    blocks, whole = (sum(p.numel() for p in part.parameters()) for part in (unmerged.encoder.blocks, unmerged.encoder))
+    smaller = blocks * (2 if precision == "fp16" else 1) + (whole - blocks) * 4  # the patch embedding stays float32
+    assert (tmp_path / "m.onnx.data").stat().st_size < 1.1 * smaller + 100_000  # biases, scales, borders of pages
+
+
+def test_an_earlier_export_leaves_nothing(made, tmp_path, monkeypatch):
+    """Written again without --external: no weights of the old one are left beside it."""
     run, _, _ = made()
-    assert command(monkeypatch, run, "--out", tmp_path / "a.onnx") == 0
-    assert command(monkeypatch, run, "--out", tmp_path / "b.onnx", "--precision", precision, "--external") == 0
-    assert names(tmp_path) == ["a.onnx", "a.parity.json", "b.onnx", "b.onnx.data", "b.parity.json"]
-    a, b = (classify.Classifier(tmp_path / f"{name}.onnx", "cpu") for name in "ab")
-    images = patches(8)
-    assert 1e-8 < np.abs(a(images) - b(images)).max() <= (5e-3 if precision == "fp16" else 0.15)
-    assert (tmp_path / "b.onnx.data").stat().st_size < 0.8 * (tmp_path / "a.onnx").stat().st_size
-    # written again without --external: no weights of the old one are left
-    assert command(monkeypatch, run, "--out", tmp_path / "b.onnx") == 0
-    assert names(tmp_path) == ["a.onnx", "a.parity.json", "b.onnx", "b.parity.json"]
+    assert command(monkeypatch, run, "--out", tmp_path / "m.onnx", "--external") == 0
+    assert command(monkeypatch, run, "--out", tmp_path / "m.onnx") == 0
+    assert names(tmp_path) == ["m.onnx", "m.parity.json"]
 
 
 def test_options(made, tmp_path, monkeypatch):
