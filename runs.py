@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -41,8 +42,11 @@ def atomic(path):
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        code = re.search(r"\(os error (\d+)\)$", str(error))
+        if code:  # a library in Rust (safetensors) wrote the file: what the system said stands in the text alone
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
         raise
 
 

@@ -10,10 +10,12 @@ and of where the run stands, so that a run continued by --resume ends with the w
 
 import argparse
 import contextlib
+import copy
 import functools
 import json
 import math
 import os
+import re
 import time
 
 import numpy as np
@@ -83,14 +85,34 @@ def start_processes(args):
     return device
 
 
+@contextlib.contextmanager
+def others_may_fail():
+    """A process that is gone makes the next exchange of all others fail: that ends them with one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if world() == 1 or not re.search("gloo|nccl|connection|peer", str(error), re.IGNORECASE):
+            raise
+        raise UserError("another process of this job has ended; the same command with --resume continues after the "
+                        "last finished pseudo-epoch") from error
+
+
 # ---------------------------------------------------------------- the model and its state
 
-def make_model(args, dtype, device, seed):
+def load_base(args, dtype, device):
+    """The encoder that all runs of this command start from.
+
+    LoRA's frozen weights are held where and in the precision they are used; end to end keeps float32 under autocast.
+    """
+    return models.load_encoder(args.model, args.weights, *((device, dtype) if args.lora else ("cpu", torch.float32)),
+                               args.pool, args.layer, args.revision)
+
+
+def make_model(args, base, device, seed):
     """PatchClassifier ready for training, and what is trained of it: {name: parameter}."""
     spec = models.find_encoder(args.model)
-    # LoRA's frozen weights are held in the precision they are used in; end to end keeps float32 under autocast.
-    held = dtype if args.lora else torch.float32
-    encoder = models.load_encoder(args.model, args.weights, device, held, args.pool, args.layer, args.revision)
+    # LoRA leaves the weights as they are: one copy of them serves every run.
+    encoder = copy.deepcopy(base, {id(p): p for p in base.parameters()} if args.lora else {}).to(device)
     torch.manual_seed(seed)
     if args.lora:
         lora.add_lora(encoder, args.rank, args.alpha, args.dropout, tuple(args.targets), args.dora, args.rslora)
@@ -208,15 +230,15 @@ class Engine:
                 model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
         self.trained = torch.compile(trained) if args.compile else trained
 
-    def epoch(self, number, bar):
-        """Train one pseudo-epoch; returns its mean loss (over all processes)."""
+    def epoch(self, number, bar, validated=""):
+        """Train one pseudo-epoch; returns its mean loss (over all processes). validated: for the progress bar."""
         sample = self.sampler.epoch(number)
         B, share = self.args.batch_size, self.args.batch_size // world()
         # Of every batch this process takes a fixed part; the numbers of the samples stay those of the whole batch.
         places = np.arange(len(sample))
         places = places[(places % B) // share == rank()]
         reader = SampleReader(self.patches, sample, augment.margin(models.SIZE))
-        losses, losses_seen = [], 0
+        losses, watched = [], 0
         self.model.train()
         with models.reading(reader, places, range(0, len(places), share), share, self.device) as batches:
             for start, images in batches:
@@ -225,9 +247,11 @@ class Engine:
                 whole = min(B, len(sample) - int(own[0]) // B * B)  # the last batch may be smaller
                 losses.append(self.step(step, images, own % B, sample["label"][own], whole))
                 if len(losses) % WATCH == 0 or start + share >= len(places):
-                    self.watch(losses, losses_seen, sample, places, share, number)
-                    losses_seen = len(losses)
-                bar.update(share * world())
+                    recent = self.watch(losses, watched, sample, places, share, number)
+                    bar.set_postfix_str(f"epoch {number + 1}/{self.args.epochs}, loss {recent:.3f}{validated}",
+                                        refresh=False)
+                    watched = len(losses)
+                bar.update(len(own) * world())
         mean = torch.stack(losses).double().cpu().numpy().sum(keepdims=True)
         return float(total_over_processes(mean)[0] / len(sample))
 
@@ -277,10 +301,11 @@ class Engine:
         return total
 
     def watch(self, losses, first, sample, places, share, epoch):
-        """UserError at the first loss that is not a finite number, with where it was and what to do."""
+        """Mean of the losses since the step `first` of the epoch. UserError at the first one that is not a finite
+        number, with where it was and what to do."""
         recent = torch.stack(losses[first:]).cpu()
         if recent.isfinite().all():
-            return
+            return recent.sum().item() / len(places[first * share:len(losses) * share])
         bad = first + int((~recent.isfinite()).nonzero()[0, 0])
         own = sample[places[bad * share:(bad + 1) * share]]
         table = self.sampler.annotations
@@ -318,13 +343,12 @@ class Decoded:
         return self.kept[places]
 
 
-def predict_together(model, patches, count, args, dtype):
-    """Logits [count] of models.predict, each process doing a part."""
+def predict_together(model, patches, count, args, dtype, progress=None):
+    """Logits [count] of models.predict, each process doing a part. dtype: of autocast, for a model in float32."""
     logits, own = np.zeros(count), np.arange(rank(), count, world())
     if len(own):
-        wanted = None if args.lora else dtype
         with lora.folded(model):
-            logits[own] = models.predict(model, patches, own, max(args.batch_size, 64), dtype=wanted, progress=None)
+            logits[own] = models.predict(model, patches, own, max(args.batch_size, 64), dtype=dtype, progress=progress)
     return total_over_processes(logits)
 
 
@@ -359,17 +383,18 @@ def suffixes(args):
     return found + [f"by{args.split}"] * (args.split != "case") + [args.fit] * (args.fit != "resize")
 
 
-def train(args, annotations, patches, run, split, device, dtype):
+def train(args, annotations, patches, run, split, base, device, dtype):
     """Train the run to its end (from its checkpoint, where there is one) and test it; rank 0 writes."""
     config, first = run.config, rank() == 0
     fold, method = config["flags"]["fold"], config["flags"]["method"]
     seed = run_seed(args.seed, fold)
-    model, parameters = make_model(args, dtype, device, seed)
+    model, parameters = make_model(args, base, device, seed)
     sampler = data.Sampler(annotations, split.train, args.epoch_size, args.seed, fold, args.balance,
                            args.random_share, patches.window, args.jitter, patches.tissue if args.tissue else None)
     engine = Engine(args, model, parameters, sampler, patches, device, dtype, seed)
     validation = annotations.rows(split.val)
     labels, val_patches = annotations.label[validation], Decoded(patches, validation)
+    wide = None if args.lora else dtype
     state = Progress(run)
     if state.restore(model, parameters, engine.optimizer, engine.scaler) and first:
         print(f"continuing after pseudo-epoch {state.epoch} of {args.epochs}", flush=True)
@@ -384,11 +409,12 @@ def train(args, annotations, patches, run, split, device, dtype):
     bar = cli.progress(total=(args.epochs - state.epoch) * args.epoch_size, desc="training", unit="patches"
                        ) if first else contextlib.nullcontext(Silent())
     with bar as bar:
+        validated = ""
         for number in range(state.epoch, args.epochs):
             start = time.perf_counter()
-            train_loss = engine.epoch(number, bar)
+            train_loss = engine.epoch(number, bar, validated)
             rate = args.epoch_size / (time.perf_counter() - start)
-            logits = predict_together(model, val_patches, len(validation), args, dtype)
+            logits = predict_together(model, val_patches, len(validation), args, wide)
             loss, auroc = validation_loss(labels, logits), evaluate.auroc(labels, logits)
             if first:
                 lr = learning_rate((number + 1) * engine.steps_per_epoch - 1, args.epochs * engine.steps_per_epoch,
@@ -396,7 +422,7 @@ def train(args, annotations, patches, run, split, device, dtype):
                 run.log({"epoch": number + 1, "lr": lr, "train_loss": train_loss, "val_loss": loss,
                          "val_auroc": auroc, "patches_per_s": round(rate, 2)})
                 state.save(model, method, parameters, engine.optimizer, engine.scaler, loss, auroc)
-                bar.set_postfix_str(f"loss {train_loss:.3f}, validation {loss:.3f}, AUROC {auroc:.3f}", refresh=False)
+                validated = f", validation {loss:.3f}, AUROC {auroc:.3f}"
             if world() > 1:
                 dist.barrier()
     return finish(args, annotations, patches, run, split, model, state, val_patches, dtype)
@@ -406,6 +432,9 @@ class Silent:
     """The progress bar of the processes that show none."""
 
     def update(self, n):
+        pass
+
+    def set_postfix_str(self, note, refresh=True):
         pass
 
 
@@ -425,7 +454,8 @@ def finish(args, annotations, patches, run, split, model, state, val_patches, dt
     predicted = []
     for name, table, rows, reader in sets:
         reader = reader or Decoded(patches, rows)
-        predicted.append((name, table, rows, predict_together(model, reader, len(rows), args, dtype)))
+        predicted.append((name, table, rows, predict_together(model, reader, len(rows), args,
+                                                              None if args.lora else dtype)))
     if rank():
         return []
     columns = runs.predictions(predicted)
@@ -436,7 +466,8 @@ def finish(args, annotations, patches, run, split, model, state, val_patches, dt
     curves(run.path)
     metrics = evaluate.of_predictions(columns)
     run.finish(metrics | {"training": {"epochs": args.epochs, "best_epoch": numbers["epoch"],
-                                       "val_loss": numbers["val_loss"], "val_auroc": numbers["val_auroc"],
+                                       "val_loss": numbers["val_loss"],
+                                       "val_auroc": None if math.isnan(numbers["val_auroc"]) else numbers["val_auroc"],
                                        "train_annotations": len(split.train)}})
     return runs.metric_rows(run.path, metrics)
 
@@ -462,10 +493,12 @@ def curves(path):
 
 
 def further_tests(args, annotations, path, device, dtype):
-    """Predictions of a finished run on the whole datasets of --test; rows of the table."""
-    done = set(np.unique(runs.read_predictions(path / "predictions.csv")["set"]).tolist())
+    """Predictions of a finished run on the whole datasets of --test, by all processes; rows of the table."""
+    done = [set(np.unique(runs.read_predictions(path / "predictions.csv")["set"]).tolist()) if rank() == 0 else None]
+    if world() > 1:  # the first process has written the file and is going to write it again
+        dist.broadcast_object_list(done, src=0)
     wanted = [data.from_arguments(args, data=name) for name in args.test]
-    wanted = [other for other in wanted if other.name not in done]
+    wanted = [other for other in wanted if other.name not in done[0]]
     if not wanted:
         return []
     model, config = models.load_run(path, args.weights, device)
@@ -473,13 +506,15 @@ def further_tests(args, annotations, path, device, dtype):
     for other in wanted:
         data.need_images(other)
         shared = data.shared_cases(annotations, other)
-        if shared:
+        if shared and rank() == 0:
             print(f"note: {other.name} shares {len(shared)} cases with {annotations.name}, for example "
                   f"{sorted(map(str, shared))[0]}: its figures are not those of unseen cases", flush=True)
         reader = crops.Patches(other, fit=args.fit, mpp=args.mpp, source_mpp=args.source_mpp)
-        logits = models.predict(model, reader, batch_size=max(args.batch_size, 64),
-                                dtype=dtype if dtype != torch.float32 else None, progress=other.name)
-        predicted.append((other.name, other, np.arange(len(other)), logits))
+        wide = dtype if dtype != torch.float32 else None
+        predicted.append((other.name, other, np.arange(len(other)), predict_together(
+            model, reader, len(other), args, wide, progress=other.name if rank() == 0 else None)))
+    if rank():
+        return []
     columns = runs.add_predictions(path / "predictions.csv", runs.predictions(predicted))
     old = runs.read_json(path / "metrics.json")
     metrics = {**old, **evaluate.of_predictions(columns)}
@@ -547,6 +582,7 @@ def check(args):
                         "end, without --lora")
 
 
+@others_may_fail()
 def main():
     args = arguments()
     check(args)
@@ -559,17 +595,14 @@ def main():
     dtype = models.resolve_dtype(args.dtype, device, models.find_encoder(args.model))
     if args.weights == "random" and rank() == 0:
         print("WEIGHTS: random numbers, for dry runs and benchmarks: the results mean nothing", flush=True)
-    # Loaded once before anything is written: what is wrong with the weights is said first.
-    encoder = models.load_encoder(args.model, args.weights, "cpu", dtype if args.lora else None, args.pool, args.layer,
-                                  args.revision)
-    known, licence = encoder.weights_hash, encoder.licence
-    del encoder
+    # Before anything is written: what is wrong with the weights is said first.
+    base = load_base(args, dtype, device)
     patches, rows = None, []
     for domain in dict.fromkeys(args.domain or [None]):
         for frac in dict.fromkeys(args.frac):
             for fold in dict.fromkeys(args.fold):
                 split = data.make_split(annotations, fold, frac, domain, args.seed, args.split, args.val_frac)
-                config = configuration(args, annotations, dtype, known, licence, frac, fold,
+                config = configuration(args, annotations, dtype, base.weights_hash, base.licence, frac, fold,
                                        split.settings["domain"])
                 path = runs.run_path(args.runs, annotations.name, args.model, config["flags"]["method"], frac, fold,
                                      split.settings["domain"], suffixes(args))
@@ -582,8 +615,8 @@ def main():
                             split.save(path / "split.json")
                         patches = patches or crops.Patches(annotations, fit=args.fit, mpp=args.mpp,
                                                            source_mpp=args.source_mpp, jitter=args.jitter)
-                        rows += train(args, annotations, patches, run, split, device, dtype)
-                if args.test and rank() == 0:
+                        rows += train(args, annotations, patches, run, split, base, device, dtype)
+                if args.test:
                     rows += further_tests(args, annotations, path, device, dtype)
     if rows:
         print(cli.table(rows, ("run", "set", "patches", "balanced acc", "weighted F1", "AUROC"), right=(2, 3, 4, 5)))

@@ -142,7 +142,7 @@ def main():
     parser.add_argument("--full", **two, help="of end-to-end steps (default: measured)")
     parser.add_argument("--infer", **two, help="of validation (default: measured)")
     parser.add_argument("--read", type=float, nargs=3, metavar=("OURS", "ORDINARY", "VALIDATION"),
-                        help="of reading and augmenting, and of the ordinary reading for validation (default: measured)")
+                        help="of reading and augmenting, and of ordinary reading for validation (default: measured)")
     args = parser.parse_args()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     name = args.model or ("h-optimus-0" if device == "cuda" else "lunit-s16")
