@@ -101,8 +101,11 @@ def best(curve):
 
 # ---------------------------------------------------------------- files
 
+ADVICE = "score them with classify.py first (MIDOG JSON, the challenge's JSON or CSV)"
+
+
 def probabilities(found):
-    """The probabilities that classify.py wrote beside each candidate; UserError where there are none."""
+    """The probability that classify.py wrote beside each candidate, -1 where it wrote none; UserError: none at all."""
     try:
         if found.kind == "csv":
             table = found.content[0]
@@ -110,11 +113,15 @@ def probabilities(found):
             values = [table[place][column] for place in found.places]
         else:
             records = found.content[{"midog": "annotations", "challenge": "points"}[found.kind]]
-            values = [records[place]["probability"] for place in found.places]
-        return np.array([float(value) for value in values])
+            values = [records[place].get("probability") for place in found.places]
+        values = np.array([-1.0 if value in (None, "") else float(value) for value in values])
     except (KeyError, TypeError, ValueError):
-        raise UserError(f"{found.path}: not every candidate has a probability; score them with classify.py first "
-                        "(MIDOG JSON, the challenge's JSON or CSV)") from None
+        values = None
+    if values is None or len(values) and (values == -1).all():
+        raise UserError(f"{found.path}: the candidates have no probability; {ADVICE}")
+    if np.isnan(values).any():
+        raise UserError(f"{found.path}: the candidates' probabilities hold NaN")
+    return values
 
 
 def images_of(found, probability, annotations, ids=None, mpp=None):
@@ -144,22 +151,31 @@ def images_of(found, probability, annotations, ids=None, mpp=None):
     if unknown - {""}:
         print(f"{found.path}: {len(unknown)} images are not in {annotations.name} and are left out "
               f"({', '.join(sorted(unknown)[:3])})")
-    images = []
+    images, unscored = [], []
     for name in sorted(wanted & set(table)):
-        image, rows = table[name]
+        (image, rows), own = table[name], names == name
+        if (probability[own] == -1).any():  # classify.py scores one slide at a time
+            if (probability[own] != -1).any():
+                raise UserError(f"{found.path}: {(probability[own] == -1).sum()} of {own.sum()} candidates on {image} "
+                                f"have no probability; {ADVICE}")
+            unscored.append(name)
+            continue
         scale = mpp or (annotations.mpp or {}).get(image)
         if scale is None and annotations.image_path(image).exists():
             scale = slides.microns_per_pixel(annotations.image_path(image))
         if scale is None:
             raise UserError(f"{image}: its µm/px is not known, so 7.5 µm is not; give --source-mpp")
-        figures, own = rows[annotations.label[rows] == 1], names == name
+        figures = rows[annotations.label[rows] == 1]
         x, y = found.x[own], found.y[own]
         if found.kind == "challenge":  # millimetres
             x, y = x * 1000 / scale, y * 1000 / scale
         images.append({"x": x, "y": y, "probability": probability[own], "figures_x": annotations.x[figures],
                        "figures_y": annotations.y[figures], "mpp": scale, "domain": str(annotations.domain[rows[0]])})
+    if unscored:
+        print(f"{found.path}: {len(unscored)} images have candidates that are not scored yet, and are left out "
+              f"({', '.join(unscored[:3])})")
     if not images:
-        raise UserError(f"{found.path}: none of its images is in {annotations.name}")
+        raise UserError(f"{found.path}: none of its {'scored ' * bool(unscored)}images is in {annotations.name}")
     return images
 
 

@@ -304,8 +304,33 @@ def test_two_images_of_one_name_are_not_taken_for_each_other(dataset, tmp_path):
 def test_candidates_without_a_probability_are_refused(dataset, tmp_path, content):
     path = tmp_path / ("scored.csv" if content.startswith("filename") else "scored.json")
     path.write_text(content)
-    with pytest.raises(UserError, match="not every candidate has a probability; score them with classify.py first"):
+    with pytest.raises(UserError, match="the candidates have no probability; score them with classify.py first"):
         detection.report(path, data.load_dataset(dataset), 0.5)
+
+
+def test_images_that_are_not_scored_yet_are_named_and_left_out(dataset, tmp_path, capsys):
+    """classify.py scores one slide at a time, and leaves the candidates on others as they are."""
+    path = midog(tmp_path / "scored.json")
+    content = json.loads(path.read_text())
+    for candidate in content["annotations"]:
+        if content["images"][candidate["image_id"]]["file_name"].endswith("two.tiff"):
+            del candidate["probability"]
+    path.write_text(json.dumps(content))
+    rows = detection.report(path, data.load_dataset(dataset), 0.5)
+    assert counted(rows, 0.5)["all"] == (2, 2, 1, 1, 2, 1, 1)  # "three", where nothing was found, is still missed
+    assert "1 images have candidates that are not scored yet, and are left out (two)" in capsys.readouterr().out
+    del content["annotations"][0]["probability"]  # half of an image is a mistake
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="1 of 3 candidates on one.tiff have no probability; score them"):
+        detection.report(path, data.load_dataset(dataset), 0.5)
+    ids = data.load_dataset(dataset).id[data.load_dataset(dataset).image == "two.tiff"]
+    with pytest.raises(UserError, match="none of its scored images is in annotations"):
+        detection.report(path, data.load_dataset(dataset), 0.5, ids)
+    empty = [(*row[:3], "") if row[0] == "two.tiff" else row for row in SCORED]
+    assert counted(detection.report(table(tmp_path / "scored.csv", empty), data.load_dataset(dataset), 0.5), 0.5)[
+        "all"] == (1, 2, 1, 0, 2, 1, 0)
+    with pytest.raises(UserError, match="hold NaN"):
+        detection.report(table(tmp_path / "nan.csv", [("one.tiff", 5, 5, "nan")]), data.load_dataset(dataset), 0.5)
 
 
 # ---------------------------------------------------------------- the command
