@@ -212,13 +212,14 @@ def detection(out, rows, threshold):
     short = short_names([domain for domain, *_ in rows])
     for i, (domain, _, curve) in enumerate(rows):
         tp, fp, figures = curve["tp"], curve["fp"], max(curve["figures"], 1)
-        look = style(i)
-        ax.plot(tp / figures, tp / np.maximum(tp + fp, 1), label=short[domain], **look | {"marker": ""})
-        for k, marker in ((len(tp) - 1, "s"), (int((curve["thresholds"] >= threshold).sum()) - 1, "o")):
+        look = style(i) | {"markevery": (len(tp) // 16, max(1, len(tp) // 8)), "markersize": 3}
+        ax.plot(tp / figures, tp / np.maximum(tp + fp, 1), label=short[domain], **look)
+        for k, marker in ((len(tp) - 1, "o"), (int((curve["thresholds"] >= threshold).sum()) - 1, "*")):
             if k >= 0:
-                ax.plot(tp[k] / figures, tp[k] / max(tp[k] + fp[k], 1), marker, color=look["color"], markersize=4,
-                        markerfacecolor="white" if marker == "s" else look["color"])
+                ax.plot(tp[k] / figures, tp[k] / max(tp[k] + fp[k], 1), marker, markersize=8, markeredgewidth=0.8,
+                        markeredgecolor="black" if marker == "*" else look["color"],
+                        markerfacecolor="none" if marker == "o" else look["color"])
     ax.set(xlabel="recall of detection", ylabel="precision of detection", xlim=(0, 1.02), ylim=(0, 1.02),
-           title=f"hollow square: detector alone; dot: p ≥ {threshold:.3g}")
+           title=f"ring: detector alone; star: p ≥ {threshold:.3g}")
     _legend(figure, *ax.get_legend_handles_labels(), columns=3)
     return save(figure, Path(out) / "detection")
