@@ -186,16 +186,14 @@ class Annotations:
 
     def rows(self, ids):
         """Row indices of annotation ids, in their order; UserError for an id that is not there."""
-        order, ids = self.order(), np.asarray(ids, dtype=str)
-        if len(ids) == 0:
-            return np.zeros(0, np.int64)
-        at = np.searchsorted(self.id[order], ids).clip(max=len(order) - 1)
-        found = order[at] if len(order) else at
-        wrong = self.id[found] != ids if len(order) else np.ones(len(ids), bool)
-        if wrong.any():
-            raise UserError(f"{self.name}: there is no annotation {str(ids[np.argmax(wrong)])!r}; the ids belong to "
-                            "another dataset")
-        return found
+        if self._kept.get("row", (None,))[0] is not self.id:
+            self._kept["row"] = self.id, {id: row for row, id in enumerate(self.id.tolist())}
+        row = self._kept["row"][1]
+        try:
+            return np.array([row[id] for id in np.asarray(ids, dtype=str).tolist()], np.int64)
+        except KeyError as error:
+            raise UserError(f"{self.name}: there is no annotation {error.args[0]!r}; the ids belong to another "
+                            "dataset") from None
 
     def path(self, i):
         """Path of the image of row i (or of an image's name), below `root`."""

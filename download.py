@@ -56,6 +56,9 @@ def fetch(name, folder, workers=4, only=None, files=None, pause=1.0):
         files = {file: url for file, url in files.items() if fnmatch.fnmatch(file, only)}
         if not files:
             raise UserError(f"--only {only}: no file of {name} has such a name")
+    for file in files:
+        if file != Path(file).name or file.startswith(".") or "\\" in file:
+            raise UserError(f"{name}: {file!r} is no plain file name; nothing is fetched")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with _lock(folder):

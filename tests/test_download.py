@@ -7,6 +7,8 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +31,7 @@ class Server:
     """Serves `content` (name → bytes); `moods` (name → list) says how the next answers for a name go wrong."""
 
     def __init__(self):
-        self.content, self.moods, self.always, self.requests = {}, {}, {}, []
+        self.content, self.moods, self.always, self.requests, self.elsewhere = {}, {}, {}, [], ""
         server = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -55,6 +57,8 @@ class Server:
                     return self.answer(200, {}, b"<!doctype html><title>Please log in</title>")
                 if mood == "redirect":
                     return self.answer(302, {"Location": f"/{name}?again"})
+                if mood == "elsewhere":
+                    return self.answer(302, {"Location": server.elsewhere})
                 if mood == "no ranges" or not asked:
                     start, end = 0, len(whole)
                 elif mood == "other part":
@@ -170,6 +174,32 @@ def test_a_missing_file_is_named(server, tmp_path):
 def test_no_server_at_all(tmp_path):
     with pytest.raises(UserError, match="001.png: could not be fetched"):
         download.fetch("test", tmp_path, files={"001.png": "http://127.0.0.1:9/001.png"}, pause=0.0001)
+
+
+@pytest.mark.parametrize("elsewhere, says", [
+    ("file:///etc/hostname", "refuses"), ("ftp://127.0.0.1:9/001.png", "could not be fetched"),
+    ("http://127.0.0.1:9/001.png", "could not be fetched"), ("/loop.png", "could not be fetched|refuses")])
+def test_a_redirect_to_nowhere_good_ends_in_one_line(server, tmp_path, elsewhere, says):
+    server.content, server.elsewhere = {"001.png": png(), "loop.png": png()}, elsewhere
+    server.always = {"001.png": "elsewhere", "loop.png": "elsewhere"}
+    with pytest.raises(UserError, match=says) as error:
+        download.fetch("test", tmp_path, files={"001.png": server.files()["001.png"]}, pause=0.0001)
+    assert "\n" not in str(error.value) and names(tmp_path) == []
+
+
+def test_no_redirect_leaves_encryption():
+    request = urllib.request.Request("https://example.org/a.png")
+    follow = download._Redirects().redirect_request
+    with pytest.raises(urllib.error.URLError, match="without encryption"):
+        follow(request, None, 302, "", {}, "http://example.org/a.png")
+    assert follow(request, None, 302, "", {}, "https://example.org/b.png").full_url == "https://example.org/b.png"
+
+
+@pytest.mark.parametrize("name", ["../a.png", "/tmp/a.png", "b/a.png", ".a.png", "..", "b\\a.png"])
+def test_a_file_name_with_a_path_is_refused(server, tmp_path, name):
+    with pytest.raises(UserError, match="no plain file name"):
+        download.fetch("test", tmp_path / "here", files={name: "http://127.0.0.1:9/"})
+    assert not list(tmp_path.iterdir()) and not server.requests
 
 
 def test_too_large_for_the_disk_is_said_before_it_starts(server, tmp_path, monkeypatch):
