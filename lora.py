@@ -38,15 +38,29 @@ def splitmix(x):
 
 def keep_mask(key, elements, p):
     """Boolean [B, elements]: which are kept. key: int64 [B], one per sample. Four 16-bit numbers per hash."""
-    words = (elements + 3) // 4
-    counter = torch.arange(1, words + 1, device=key.device, dtype=torch.int64) * WEYL
-    lanes = splitmix(key[:, None] + counter).view(torch.int16)[:, :elements]
-    return lanes >= round(p * 65536) - 32768
+    counter = torch.arange(1, (elements + 3) // 4 + 1, device=key.device, dtype=torch.int64) * WEYL
+    words = splitmix(key[:, None] + counter)
+    if torch.compiler.is_compiling():  # code that inductor makes of the view writes beyond its memory on CPUs
+        lanes = (words[..., None] >> torch.arange(0, 64, 16, device=key.device)).to(torch.int16).flatten(1)
+    else:
+        lanes = words.view(torch.int16)
+    return lanes[:, :elements] >= round(p * 65536) - 32768
 
 
 def kept_share(p):
     """The true probability of being kept: p in steps of 2^-16."""
     return 1 - round(p * 65536) / 65536
+
+
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def linear(x, weight, bias=None):
+    """x weightᵀ + bias, without a gradient. In float32 on CPUs by oneDNN, which torch takes in bf16 anyway: MKL, its
+    choice in float32, needs twice the time on AMD's processors."""
+    if ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
 
 
 class LoRAFunction(torch.autograd.Function):
@@ -61,9 +75,9 @@ class LoRAFunction(torch.autograd.Function):
         ctx.p, ctx.scale, ctx.shape = p, scale / kept_share(p), x.shape
         keep = LoRAFunction.mask(x.shape, key, p)
         x = x.reshape(-1, x.shape[-1])
-        seen = x if keep is None else x * keep                                       # not yet divided by the kept share
-        h = seen @ A.to(x.dtype).T                                                   # [n, r]
-        y = torch.addmm(bias, x, weight.T) if bias is not None else x @ weight.T     # [n, out]
+        seen = x if keep is None else x * keep  # not yet divided by the kept share
+        h = linear(seen, A.to(x.dtype))         # [n, r]
+        y = linear(x, weight, bias)             # [n, out]
         y.addmm_(h, (B * ctx.scale).to(x.dtype).T)
         ctx.save_for_backward(seen, weight, A, B, key, h, keep if x.device.type == "cpu" else None)
         return y.view(*ctx.shape[:-1], -1)
@@ -76,15 +90,15 @@ class LoRAFunction(torch.autograd.Function):
     def backward(ctx, grad):
         seen, weight, A, B, key, h, keep = ctx.saved_tensors
         g = grad.reshape(-1, grad.shape[-1])
-        gh = g @ (B * ctx.scale).to(g.dtype)                                         # [n, r]
-        gB = (h.T @ g).T.to(B.dtype) * ctx.scale
-        gA = (gh.T @ seen).to(A.dtype)
+        gh = linear(g, (B * ctx.scale).to(g.dtype).T)  # [n, r]
+        gB = linear(h.T, g.T).T.to(B.dtype) * ctx.scale
+        gA = linear(gh.T, seen.T).to(A.dtype)
         gx = None
         if ctx.needs_input_grad[0]:
             if keep is None:
                 keep = LoRAFunction.mask(ctx.shape, key, ctx.p)
-            back = gh @ A.to(g.dtype)
-            gx = g @ weight
+            back = linear(gh, A.to(g.dtype).T)
+            gx = linear(g, weight.T)
             gx = (gx.add_(back) if keep is None else gx.addcmul_(back, keep.to(g.dtype))).view(ctx.shape)
         return gx, None, None, gA, gB, None, None, None
 
@@ -113,7 +127,7 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         p = self.p if self.training else 0.0
         if self.folded:
-            return F.linear(x, self.adapted_weight().to(x.dtype), self.bias)
+            return (F.linear if torch.is_grad_enabled() else linear)(x, self.adapted_weight().to(x.dtype), self.bias)
         # A layer that set_step() was not called for, or for another batch: masks by the place in this batch.
         key = self.key if len(self.key) == len(x) or p == 0 else self.key[:1] + torch.arange(
             len(x), device=x.device) * WEYL
@@ -143,8 +157,8 @@ class LoRALinear(nn.Module):
         """The plain layer with the same outputs; computed in float32 at least, rounded once."""
         weight = self.adapted_weight().detach().to(self.weight.dtype)
         if not weight.isfinite().all():
-            raise UserError(f"layer {self.layer} merged with its adapter holds numbers that are not finite: the training "
-                            "diverged, or the precision is too small")
+            raise UserError(f"layer {self.layer}: its weights with the adapter are not finite: the training diverged, "
+                            "or the precision is too small")
         plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         plain.weight = nn.Parameter(weight, requires_grad=False)
         plain.bias = self.bias
