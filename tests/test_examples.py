@@ -154,6 +154,11 @@ def test_the_command_measures_on_held_out_images(tissue, tmp_path):
                        "truth": np.stack([table.x[figures], table.y[figures]], axis=1)})
     f1, precision, recall = detector.at(images, "p", result["both"]["threshold"])
     assert (result["both"]["f1"], result["both"]["recall"]) == pytest.approx((f1, recall))
+    for name, one in zip(held_out, images):  # the first stage's score is not in the file; its best threshold, again
+        x, y, one["blob"] = detector.blobs(table.image_path(name), 0.25)
+        assert np.allclose(x, one["x"]) and np.allclose(y, one["y"])
+    best = max(detector.at(images, "blob", t)[0] for t in np.concatenate([one["blob"] for one in images]))
+    assert result["first"]["f1"] == pytest.approx(best)
     assert result["candidates"] == sum(len(one["x"]) for one in images) and result["images"] == len(held_out)
     assert Image.open(tmp_path / "detection.png").width > 1000
     assert f"{result['first']['f1']:.3f}" in done.stdout and f"{f1:.3f}" in done.stdout
