@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every table and figure of the report from the synthetic demo: five repeats of probe, LoRA and end-to-end at three
-# fractions, of probe and LoRA across domains and with the split by annotation. About ten minutes on 2 cores. The
+# fractions, of probe and LoRA across domains and with the split by annotation. A quarter of an hour on 2 cores. The
 # trainings are far too short to be worth anything (10 steps): this shows that the machinery works.
 #
 #     sweeps/quick.sh [REPORT]       runs into $RUNS (default: runs/), the report into REPORT (default: report/)
