@@ -492,7 +492,7 @@ def download_torchvision(spec):
 def availability(spec, here=Path(".")):
     """Where the weights of `spec` can be had, here and now, in a few words."""
     if not spec.repo:
-        return "local" if (here / spec.files[0]).is_file() else "missing: python demo_encoder.py"
+        return "local" if (here / spec.files[0]).is_file() else "missing (demo_encoder.py)"
     if spec.repo.startswith("torchvision/"):
         if torchvision_cache(spec).is_file():
             return "cached"
@@ -503,4 +503,4 @@ def availability(spec, here=Path(".")):
     needs = "needs token" if spec.gated and not huggingface_hub.get_token() else ""
     if offline() or not reachable():
         return ", ".join(filter(None, (needs, "offline" if offline() else "no network")))
-    return needs or ("accept the licence, then download" if spec.gated else "download")
+    return needs or ("accept licence, download" if spec.gated else "download")

@@ -65,8 +65,11 @@ def wait(device):
 
 
 @torch.inference_mode()
-def times(functions, images, device, rounds):
-    """Seconds per batch of every function, in turns; those that fail (no compiler) are left out, with a line."""
+def times(functions, images, device, rounds, limit=float("inf")):
+    """Seconds per batch of every function, in turns; those that fail (no compiler) are left out, with a line.
+
+    Rounds end early, after four, where they take longer than `limit` seconds in all.
+    """
     works = {}
     for label, function in functions.items():
         try:
@@ -77,8 +80,10 @@ def times(functions, images, device, rounds):
             if "compiled" not in label:
                 raise
             print(f"{label}: left out ({type(error).__name__})", file=sys.stderr)
-    seconds = {label: [] for label in works}
-    for _ in range(rounds):
+    seconds, begun = {label: [] for label in works}, time.perf_counter()
+    for done in range(rounds):
+        if done >= 4 and time.perf_counter() - begun > limit:
+            break
         for label, function in works.items():
             wait(device)
             start = time.perf_counter()
@@ -157,6 +162,7 @@ def main():
     parser.add_argument("--model", help=f"encoder (default: dinov2-s on the CPU, {GPU_MODEL} on a GPU)")
     parser.add_argument("--batch-size", type=int, help=f"default: 16 on the CPU, {GPU_BATCH} on a GPU")
     parser.add_argument("--rounds", type=int, help="batches per variant (default: 12, with --quick 4)")
+    parser.add_argument("--seconds", type=float, default=120, help="of rounds, from the fourth on (default: 120)")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -167,7 +173,7 @@ def main():
     rounds = args.rounds or (4 if args.quick else 12)
     functions = variants(name, device, compiled=not args.quick)
     images = torch.randn(batch, 3, 224, 224, device=device)
-    seconds = times(functions, images, device, rounds)
+    seconds = times(functions, images, device, rounds, args.seconds)
     rate = {label: batch / statistics.median(s) for label, s in seconds.items()}
     reference = "timm bf16 autocast" if device == "cuda" else "timm fp32"
     product = {dtype: matmul_rate(device, dtype, rounds) for dtype in
@@ -175,7 +181,7 @@ def main():
     with torch.inference_mode():
         expected = functions[reference](images).float()
         print(f"{name}, batch {batch}, {device}, torch {torch.__version__}, {torch.get_num_threads()} threads; "
-              f"{flops(models.ENCODERS[name]) / 1e9:.1f} GFLOP an image; medians of {rounds} batches in turns\n")
+              f"{flops(models.ENCODERS[name]) / 1e9:.1f} GFLOP an image; medians of {len(seconds[reference])} batches in turns\n")
         print(f"| variant | images/s | × {reference} | spread | of the matrix-product rate | peak MiB | difference |")
         print("|---|---|---|---|---|---|---|")
         for label, s in seconds.items():
