@@ -181,7 +181,8 @@ def main():
     print(f"\n{name} ({weights or 'shipped'} weights), {precision}, {device} ({os.cpu_count()} cores), onnxruntime "
           f"{onnxruntime.__version__}; {len(points):,} candidates on a slide of {side * 1024:,} px square\n")
     print("| way | candidates | candidates/s | × model alone |\n|---|---|---|---|")
-    for label, n, rate in (("model alone", 3 * batches * 64, base), ("classify.py, reading and scoring", count, printed),
+    for label, n, rate in (("model alone", 3 * batches * 64, base),
+                           ("classify.py, reading and scoring", count, printed),
                            ("classify.py, from start to exit", count, count / seconds),
                            ("plain loop", len(some), plain_rate)):
         print(f"| {label} | {n:,} | {rate:.1f} | {rate / base:.2f} |")

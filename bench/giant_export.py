@@ -81,7 +81,7 @@ def main():
     parser.add_argument("--precision", default="fp16", help="default: fp16")
     parser.add_argument("--patches", type=int, default=64, help="to compare on (default: 64)")
     parser.add_argument("--folder", help="where to work (default: a temporary folder)")
-    parser.add_argument("--quick", action="store_true", help="the same with vit-b and 8 patches (its limit says little)")
+    parser.add_argument("--quick", action="store_true", help="vit-b and 8 patches (the limit says little there)")
     args = parser.parse_args()
     if args.quick:
         args.model, args.patches = "vit-b", 8
@@ -99,8 +99,8 @@ def main():
         report = json.loads((folder / "giant.parity.json").read_text())["parity"]
         files = sum(p.stat().st_size for p in folder.glob("giant.onnx*"))
         loaded = classify.open_session(out, "cpu")[2]
-        print("| model | precision | float32 size | files | seconds | peak memory | of the float32 size | largest process "
-              "| largest Δp |\n|---|---|---|---|---|---|---|---|---|")
+        print("| model | precision | float32 size | files | seconds | peak memory | of the float32 size | largest "
+              "process | largest Δp |\n|---|---|---|---|---|---|---|---|---|")
         print(f"| {args.model} | {args.precision} | {size / 1e9:.2f} GB | {files / 1e9:.2f} GB | {seconds:.0f} | "
               f"{total / 1e9:.2f} GB | {total / size:.2f}× | {single / 1e9:.2f} GB | "
               f"{max(row['largest'] for row in report['measured']):.1e} |")

@@ -85,7 +85,8 @@ def test_geojson_in_every_wrapping(wrap, tmp_path):
 
 def test_geojson_shapes_have_their_middle(tmp_path):
     ring = [[0, 0], [10, 0], [10, 30], [0, 30], [0, 0]]
-    shapes = [{"type": "Polygon", "coordinates": [ring]}, {"type": "MultiPolygon", "coordinates": [[ring], [[[20, 0]]]]},
+    shapes = [{"type": "Polygon", "coordinates": [ring]},
+              {"type": "MultiPolygon", "coordinates": [[ring], [[[20, 0]]]]},
               {"type": "LineString", "coordinates": [[1, 2], [3, 4]]}, {"type": "Point", "coordinates": [5, 6, 0]}]
     found = candidates.read(saved(tmp_path / "in.json", [feature(shape) for shape in shapes]))
     assert list(zip(found.x, found.y)) == [(5, 15), (10, 15), (2, 3), (5, 6)]

@@ -129,7 +129,8 @@ def test_the_tiny_model_is_right(tmp_path):
     """Its numbers from another side: attention of one head, written out."""
     doctor.tiny_model(tmp_path / "tiny.onnx")
     x = np.random.default_rng(1).standard_normal((3, 4, 64)).astype(np.float32)
-    y, = onnxruntime.InferenceSession(str(tmp_path / "tiny.onnx"), providers=["CPUExecutionProvider"]).run(None, {"x": x})
+    session = onnxruntime.InferenceSession(str(tmp_path / "tiny.onnx"), providers=["CPUExecutionProvider"])
+    y, = session.run(None, {"x": x})
     given = torch.from_numpy(x)
     expected = torch.nn.functional.scaled_dot_product_attention(given, given, given)
     assert np.abs(y - expected.numpy()).max() < 1e-5 and np.abs(doctor.expected(x) - expected.numpy()).max() < 1e-5

@@ -57,7 +57,7 @@ def points(path, mpp=0.25):
 # ---------------------------------------------------------------- the first stage
 
 def test_the_first_stage_finds_the_figures(tissue):
-    """In every domain's stain: nearly every mitotic figure lies within reach of a candidate, and none is found twice."""
+    """In every domain's stain: nearly every mitotic figure lies near a candidate, and none is found twice."""
     _, table, _ = tissue
     for name in np.unique(table.image):
         x, y, score = detector.blobs(table.image_path(name), 0.25)
@@ -71,7 +71,7 @@ def test_the_first_stage_finds_the_figures(tissue):
 
 
 def test_tiles_leave_no_trace(tmp_path):
-    """A blob is found where it is, once, on the border of two tiles too, and at any resolution; on glass there is none."""
+    """A blob is found where it is, once, between two tiles too, and at any resolution; on glass there is none."""
     side, places = 2600, [(700, 700), (1856.5, 400.5), (1856, 1856), (30, 2570), (2592, 1300)]
     y, x = np.mgrid[0:side, 0:side].astype(np.float32)
     amount = sum(np.exp(-((x - a) ** 2 + (y - b) ** 2) / (2 * 12 ** 2)) for a, b in places) + 0.4
@@ -126,7 +126,8 @@ def test_measures_against_brute_force():
                 if distances and min(distances) <= 30:
                     left.pop(int(np.argmin(distances)))
                     found += 1
-        assert (precision[k], recall[k], f1[k]) == pytest.approx((found / called, found / 18, 2 * found / (called + 18)))
+        expected = found / called, found / 18, 2 * found / (called + 18)
+        assert (precision[k], recall[k], f1[k]) == pytest.approx(expected)
         assert detector.at(images, "p", threshold) == pytest.approx((f1[k], precision[k], recall[k]))
     assert detector.at(images, "p", detector.best(images, "p"))[0] == f1.max()
     assert detector.at(images, "p", 2.0) == (0, 0, 0)
@@ -170,7 +171,8 @@ def test_the_command_on_a_slide_and_its_mistakes(tissue, tmp_path):
     done = run("two_stage_detector.py", model, "--slide", image, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     rows = points(tmp_path / "out" / Path(image).stem / "mitotic-figures.json")
-    assert f"{len(rows)} candidates, {sum(name == 'mitotic figure' for *_, name in rows)} mitotic figures" in done.stdout
+    mitotic = sum(name == "mitotic figure" for *_, name in rows)
+    assert f"{len(rows)} candidates, {mitotic} mitotic figures" in done.stdout
     for arguments, text in (([model], "--slide is needed"), ([tmp_path / "no.onnx", "--slide", image], "no such file"),
                             ([model, "--slide", tmp_path / "no.svs"], "no such image"),
                             ([model, "--data", tmp_path / "none"], "none")):

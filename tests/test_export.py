@@ -85,7 +85,7 @@ def test_run_to_model(family, method, made, tmp_path, monkeypatch, capsys):
     assert "licence" in printed and "largest" in printed and str(out) in printed
 
 
-# In int8 the random SwiGLU networks are noisier than the AUROC of 64 patches allows; test_emit.py judges their embeddings.
+# In int8 random SwiGLU networks are noisier than the AUROC of 64 patches allows; test_emit.py judges their embeddings.
 @pytest.mark.parametrize("precision,family", [*(("fp16", name) for name in FAMILIES if name != "resnet50"),
                                               ("int8", "gelu"), ("int8", "torchvision")])
 def test_smaller_precisions(precision, family, made, tmp_path, monkeypatch):
