@@ -89,7 +89,7 @@ def test_real_ccmct():
 
 
 @real
-@pytest.mark.parametrize("schema", ["old", "new"])
+@pytest.mark.parametrize("schema", ["old", pytest.param("new", marks=pytest.mark.slow)])
 def test_a_database_like_ccmcts_gives_the_same_table_as_the_csv(tmp_path, schema):
     a = data.load_dataset(REAL / "ccmct/MITOS_WSI_CCMCT_ODAEL_binary_labels.csv")
     rng = np.random.default_rng(0)
@@ -300,6 +300,15 @@ def test_sliderunner(tmp_path, schema):
     assert places(a) == sorted((name[0], x, y, int(kind == 1)) for name, x, y, kind in SPOTS)
     assert set(a.id) == {"1", "2", "3", "4"} and set(a.case) == {"a", "b"}
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("profile, mitotic, other", [("ccmct", 2, 7), ("cmc", 2, 1), ("midog", 1, 2),
+                                                     ("mitos2014", 1, 2), ("tupac", 1, 2)])
+def test_profiles_say_which_ids_count(tmp_path, profile, mitotic, other):
+    rows = [("a.svs", 10 * id, 5, id) for id in (1, 2, 3, 7)]
+    sliderunner(tmp_path / "a.sqlite", rows, [(id, f"class {id}") for id in (1, 2, 3, 7)]).close()
+    a = data.load_dataset(tmp_path / "a.sqlite", profile=profile)
+    assert sorted(zip(a.x.tolist(), a.label.tolist())) == sorted([(10 * mitotic, 1), (10 * other, 0)])
 
 
 def test_a_database_that_somebody_has_open_is_read_with_its_journal(tmp_path):

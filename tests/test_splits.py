@@ -71,8 +71,8 @@ def check_seeds(a, seeds, within, least_cases):
 
 
 @real
-def test_real_ccmct_20_seeds(ccmct):
-    check_seeds(ccmct, range(20), 0.03, 4)
+def test_real_ccmct_10_seeds(ccmct):
+    check_seeds(ccmct, range(10), 0.03, 4)
 
 
 @real
@@ -165,6 +165,13 @@ def test_a_case_with_a_fifth_of_everything_is_no_test_set():
         assert abs(len(split.test) / len(a) - 0.2) < 0.03 and len(split.cases["test"]) >= 4
         found.add(tuple(split.cases["test"]))
     assert len(found) == 40
+
+
+def test_a_case_is_left_for_validation_and_one_for_training():
+    a = made([100, 8, 8], positive=0.5)
+    for seed in range(20):  # the two small cases together come nearer to 20% than one does
+        split = data.make_split(a, seed=seed)
+        assert [len(split.cases[name]) for name in ("train", "val", "test")] == [1, 1, 1], seed
 
 
 def test_the_order_of_the_file_does_not_matter():
