@@ -180,7 +180,8 @@ def test_real_ami_br_patches():
 @pytest.mark.parametrize("arguments, says", [
     (["ccmct/MITOS_WSI_CCMCT_ODAEL_binary_labels.csv"], ["44,880", "1,160 pairs", "the same", "32 images are missing"]),
     (["midog2022/MIDOG2022_training_tiff.csv", "--domain", "C", "--fold", "0"],
-     ["501 pairs", "255.tiff (-2, 2416)", "train on C, test on it and on A, B, D, E", "B canine lymphoma: 3,959 / 4,257: the same"]),
+     ["501 pairs", "255.tiff (-2, 2416)", "train on C, test on it and on A, B, D, E",
+      "B canine lymphoma: 3,959 / 4,257: the same"]),
     (["midogpp/MIDOGpp.csv", "--split", "annotation", "--fold", "0"], ["human melanoma", "LEAKS: 100.0%", "the same"])])
 def test_real_reports(arguments, says):
     run = subprocess.run([sys.executable, "data.py", str(REAL / arguments[0]), *arguments[1:]], capture_output=True,
