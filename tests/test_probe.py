@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from scipy.optimize import minimize
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
 
 import crops
 import data
@@ -93,6 +95,22 @@ def test_l2_chooses_C_on_validation_and_uni_does_not_see_it(tmp_path, table):
     fixed = [runs.read_json(folder(tmp_path, f"-l2-C{C:g}") / "metrics.json")["training"]["val_loss"]
              for C in probe.C_GRID if small.call(probe, *flags(table, tmp_path, "--probe", "l2", "--C", C)) == 0]
     assert chosen["val_loss"] == pytest.approx(min(fixed), rel=1e-6)
+
+
+def test_C_is_the_best_on_validation_not_on_training():
+    rng = np.random.default_rng(0)
+    X, w = rng.normal(size=(400, 60)).astype(np.float32), rng.normal(size=60) / 8
+    labels = (1 / (1 + np.exp(-X @ w)) > rng.random(400)).astype(int)
+    train, val = np.arange(120), np.arange(120, 400)
+    job = {"train": train, "val": val, "path": "x"}
+    probe.fit_logistic(X, labels, [job], "l2", False, None, "cpu")
+    losses = {}
+    for C in probe.C_GRID:
+        p = LogisticRegression(C=C, solver="newton-cholesky").fit(X[train], labels[train]).predict_proba(X[val])[:, 1]
+        losses[C] = log_loss(labels[val], p)
+    best = min(losses, key=losses.get)
+    assert probe.C_GRID[0] < best < probe.C_GRID[-1]  # neither end, where training would take it
+    assert job["fit"]["C"] == best and job["fit"]["val_loss"] == pytest.approx(losses[best], abs=1e-4)
 
 
 def test_knn_votes():
