@@ -225,9 +225,9 @@ def merge_lora(encoder):
     """
     for _, module in adapted(encoder):
         module.merged()
-    for name, module in adapted(encoder):
-        parent = encoder.get_submodule(name.rpartition(".")[0])
-        setattr(parent, name.rpartition(".")[2], module.merged())
+    for name in [name for name, _ in adapted(encoder)]:  # names only: a merged layer's old weights must be free by then
+        parent, last = encoder.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        setattr(parent, last, getattr(parent, last).merged())
     return encoder
 
 

@@ -74,7 +74,6 @@ def blobs(image, mpp):
             known = np.outer(*((0 <= c) & (c < full) for c, full in zip(
                 (center[:, None] + (np.arange(TILE) + 0.5 - TILE / 2) * scale)[::-1], (height, width))))
             score = blur(amount, INNER / WORKING, known) - blur(amount, OUTER / WORKING, known)
-            score[~known] = -1
             around = np.stack([np.roll(score, (a, b), (0, 1)) for a in (-1, 0, 1) for b in (-1, 0, 1) if a or b])
             ys, xs = np.nonzero((score > around.max(axis=0)) & (score > 0.02))
             inside = (xs >= MARGIN) & (xs < TILE - MARGIN) & (ys >= MARGIN) & (ys < TILE - MARGIN)
