@@ -122,9 +122,10 @@ def published():
 
 
 def name_of(run):
-    """Model and method of a run, as tables and figures call it: "uni LoRA", "uni LoRA r8"."""
-    rest = run.label.removeprefix(f"{run.model}-{run.method}").strip("-")
-    return f"{run.model} {METHODS.get(run.method, run.method)}{' ' + rest.replace('-', ' ') if rest else ''}"
+    """Model and method of a run, as tables and figures call it: "uni LoRA", "uni LoRA r8", "uni knn"."""
+    rest = run.label.removeprefix(f"{run.model}-{run.method}").strip("-").split("-")
+    method = [] if rest[0] in ("knn", "prototype") else [METHODS.get(run.method, run.method)]  # no linear probes
+    return " ".join([run.model, *method, *filter(None, rest)])
 
 
 def without_method(run):
