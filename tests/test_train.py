@@ -1,5 +1,6 @@
 import contextlib
 import csv
+import functools
 import json
 import os
 import random
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 import cli
 import crops
@@ -416,7 +418,7 @@ def test_the_bar_shows_loss_auroc_speed_and_time_left(tmp_path, table, monkeypat
     monkeypatch.setattr(train, "WATCH", 2)
     if terminal:
         monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-        monkeypatch.setenv("TQDM_MININTERVAL", "0")
+        monkeypatch.setattr(tqdm, "__init__", functools.partialmethod(tqdm.__init__, mininterval=0))
     assert small.call(train, *flags(table, tmp_path)) == 0
     lines = [line for line in re.split("[\r\n]", capsys.readouterr().err) if "training" in line]
     number = r"\d+\.\d+"
