@@ -5,7 +5,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 runs=runs out=demo-out
-short="--epochs ${EPOCHS:-4} --epoch-size 640 --val-frac 0.5"
+# A hundredth of the protocol's steps, so larger learning rates than its 1e-4.
+short="--epochs ${EPOCHS:-6} --epoch-size 640 --val-frac 0.5"
 mkdir -p "$out"
 
 say() { printf '\n== %s\n' "$*"; }
@@ -16,9 +17,9 @@ python demo.py
 say "2. linear probe, LoRA, end-to-end on the same split, by case"
 python probe.py --data demo --runs $runs --resume
 # shellcheck disable=SC2086
-python train.py --data demo --runs $runs --lora --resume $short
+python train.py --data demo --runs $runs --lora --resume $short --lr 2e-3
 # shellcheck disable=SC2086
-python train.py --data demo --runs $runs --resume $short
+python train.py --data demo --runs $runs --resume $short --lr 3e-4
 
 say "3. what they score on cases that none of them has seen"
 python evaluate.py $runs/demo --out "$out/report"
