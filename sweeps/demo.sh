@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 runs=runs out=demo-out
-# A hundredth of the protocol's steps, so larger learning rates than its 1e-4.
+# 3% of the protocol's steps, so larger learning rates than its 1e-4.
 short="--epochs ${EPOCHS:-6} --epoch-size 640 --val-frac 0.5"
 mkdir -p "$out"
 
