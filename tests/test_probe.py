@@ -94,7 +94,9 @@ def test_l2_chooses_C_on_validation_and_uni_does_not_see_it(tmp_path, table):
     assert chosen["C"] in probe.C_GRID
     fixed = [runs.read_json(folder(tmp_path, f"-l2-C{C:g}") / "metrics.json")["training"]["val_loss"]
              for C in probe.C_GRID if small.call(probe, *flags(table, tmp_path, "--probe", "l2", "--C", C)) == 0]
-    assert chosen["val_loss"] == pytest.approx(min(fixed), rel=1e-6)
+    assert chosen["C"] == probe.C_GRID[int(np.argmin(fixed))]
+    # Fitted alone and side by side, as near as the solver promises; the sums differ with the number of threads.
+    assert chosen["val_loss"] == pytest.approx(min(fixed), abs=1e-8)
 
 
 def test_C_is_the_best_on_validation_not_on_training():
