@@ -38,7 +38,8 @@ def splitmix(x):
 
 def keep_mask(key, elements, p):
     """Boolean [B, elements]: which are kept. key: int64 [B], one per sample. Four 16-bit numbers per hash."""
-    counter = torch.arange(1, (elements + 3) // 4 + 1, device=key.device, dtype=torch.int64) * WEYL
+    # 1, 2, 3, … times WEYL, in 64 bits. Written (i + 1) * WEYL, inductor would compute with constants beyond them.
+    counter = ~torch.arange((elements + 3) // 4, device=key.device) * -WEYL
     words = splitmix(key[:, None] + counter)
     if torch.compiler.is_compiling():  # code that inductor makes of the view writes beyond its memory on CPUs
         lanes = (words[..., None] >> torch.arange(0, 64, 16, device=key.device)).to(torch.int16).flatten(1)

@@ -94,7 +94,7 @@ def runtime(path, device, threads):
 
 
 def torch_variant(model):
-    @torch.inference_mode()
+    @torch.no_grad()  # inference_mode does not go with torch.compile: "Cannot set version_counter"
     def run(patches):
         return torch.sigmoid(model(patches))
     return run
