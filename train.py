@@ -554,7 +554,8 @@ def arguments():
                        "(default: 1, and more where it does not fit)")
     group.add_argument("--checkpointing", action="store_true", help="compute activations again in the backward pass: "
                        "a third slower, a fraction of the memory")
-    group.add_argument("--compile", action="store_true", help="torch.compile the training step")
+    group.add_argument("--compile", action="store_true", help="torch.compile the training step (for GPUs; "
+                       "on CPUs it is slower than without)")
     group.add_argument("--deterministic", action="store_true", help="deterministic algorithms on the GPU too (slower)")
     group = parser.add_argument_group("runs")
     group.add_argument("--runs", default="runs", metavar="DIR", help="folder of all runs (default: runs)")

@@ -13,11 +13,9 @@ than 0.9 of the model alone.
 """
 
 import argparse
-import io
 import json
 import os
 import re
-import struct
 import subprocess
 import sys
 import tempfile
@@ -37,11 +35,12 @@ from PIL import Image  # noqa: E402
 import classify  # noqa: E402
 import cli  # noqa: E402
 import data  # noqa: E402
+import jpeg_tiff  # noqa: E402
 import models  # noqa: E402
 import slides  # noqa: E402
 from onnx_models import write_model  # noqa: E402
 
-SIDE, TILE, MPP = 16, 256, 0.25  # images along a side of the slide; px; µm/px
+SIDE = 16  # images along a side of the slide
 WANTED = 0.9
 
 
@@ -49,46 +48,15 @@ def make_slide(path, demo, side):
     """A tiled TIFF of side x side demo images → centres (x, y) of the cells annotated on it."""
     names, generator = np.unique(demo.image), np.random.default_rng(0)
     chosen, size = generator.choice(names, (side, side)), 1024
-    tiles, each = {}, size // TILE
+    tiles, each = {}, size // jpeg_tiff.TILE
     for name in names:
-        pixels = Image.open(demo.image_path(name)).convert("RGB")
-        for row in range(each):
-            for column in range(each):
-                buffer, x, y = io.BytesIO(), column * TILE, row * TILE
-                pixels.crop((x, y, x + TILE, y + TILE)).save(buffer, "jpeg", quality=80, subsampling="4:2:0")
-                tiles[name, row, column] = buffer.getvalue()
-    write_tiff(path, [tiles[chosen[row // each, column // each], row % each, column % each]
-                      for row in range(side * each) for column in range(side * each)], side * size)
+        tiles[name] = jpeg_tiff.cut(Image.open(demo.image_path(name)).convert("RGB"))
+    jpeg_tiff.write(path, [tiles[chosen[row // each, column // each]][row % each, column % each]
+                           for row in range(side * each) for column in range(side * each)], side * size)
     assert openslide.OpenSlide.detect_format(str(path)) is not None
     place = {name: np.stack([demo.x, demo.y], axis=1)[demo.image == name] for name in names}
     return np.concatenate([place[chosen[row, column]] + (column * size, row * size)
                            for row in range(side) for column in range(side)])
-
-
-def write_tiff(path, tiles, size):
-    """JPEG tiles as a TIFF, which neither Pillow nor tifffile (without a codec) can write tile by tile."""
-    start, offsets, counts = 8, [], [len(tile) for tile in tiles]
-    for count in counts:
-        offsets.append(start)
-        start += count
-    arrays = {258: struct.pack("<3H", 8, 8, 8), 282: struct.pack("<2I", round(10000 / MPP), 1),
-              283: struct.pack("<2I", round(10000 / MPP), 1), 324: struct.pack(f"<{len(tiles)}I", *offsets),
-              325: struct.pack(f"<{len(tiles)}I", *counts)}
-    short, long, rational = 3, 4, 5
-    entries = [(256, long, 1, size), (257, long, 1, size), (258, short, 3, None), (259, short, 1, 7),  # JPEG
-               (262, short, 1, 6), (277, short, 1, 3), (282, rational, 1, None), (283, rational, 1, None),  # YCbCr
-               (284, short, 1, 1), (296, short, 1, 3), (322, long, 1, TILE), (323, long, 1, TILE),
-               (324, long, len(tiles), None), (325, long, len(tiles), None), (530, short, 2, 2 | 2 << 16)]
-    with open(path, "wb") as file:
-        file.write(struct.pack("<2sHI", b"II", 42, start + sum(map(len, arrays.values()))))
-        file.writelines(tiles)
-        for tag, array in arrays.items():
-            arrays[tag] = file.tell()
-            file.write(array)
-        file.write(struct.pack("<H", len(entries)))
-        for tag, kind, count, value in entries:
-            file.write(struct.pack("<2H2I", tag, kind, count, arrays[tag] if value is None else value))
-        file.write(struct.pack("<I", 0))
 
 
 def write_candidates(path, slide, points):

@@ -64,7 +64,6 @@ def wait(device):
         torch.cuda.synchronize()
 
 
-@torch.inference_mode()
 def times(functions, images, device, rounds, limit=float("inf")):
     """Seconds per batch of every function, in turns; those that fail (no compiler) are left out, with a line.
 
@@ -149,8 +148,7 @@ def gpu_memory(function, images):
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    with torch.inference_mode():
-        function(images)
+    function(images)
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
 
@@ -173,29 +171,30 @@ def main():
     rounds = args.rounds or (4 if args.quick else 12)
     functions = variants(name, device, compiled=not args.quick)
     images = torch.randn(batch, 3, 224, 224, device=device)
+    torch.set_grad_enabled(False)  # inference_mode does not go with torch.compile: "Cannot set version_counter"
     seconds = times(functions, images, device, rounds, args.seconds)
     rate = {label: batch / statistics.median(s) for label, s in seconds.items()}
     reference = "timm bf16 autocast" if device == "cuda" else "timm fp32"
     product = {dtype: matmul_rate(device, dtype, rounds) for dtype in
                ((torch.bfloat16,) if device == "cuda" else (torch.float32, torch.bfloat16))}
-    with torch.inference_mode():
-        expected = functions[reference](images).float()
-        print(f"{name}, batch {batch}, {device}, torch {torch.__version__}, {torch.get_num_threads()} threads; "
-              f"{flops(models.ENCODERS[name]) / 1e9:.1f} GFLOP an image; medians of {len(seconds[reference])} batches in turns\n")
-        print(f"| variant | images/s | × {reference} | spread | of the matrix-product rate | peak MiB | difference |")
-        print("|---|---|---|---|---|---|---|")
-        for label, s in seconds.items():
-            found = functions[label](images).float()
-            off = ((found - expected).norm() / expected.norm()).item()
-            share = flops(models.ENCODERS[name]) * rate[label] / product[
-                torch.bfloat16 if "bf16" in label else torch.float32]
-            if device == "cuda":
-                memory = f"{gpu_memory(functions[label], images):,.0f}"
-            else:
-                memory = "–" if "compiled" in label else f"{cpu_memory(name, label, batch):,.0f}"
-            spread = (max(s) - min(s)) / statistics.median(s)
-            print(f"| {label} | {rate[label]:.1f} | {rate[label] / rate[reference]:.2f} | ±{50 * spread:.0f}% | "
-                  f"{share:.2f} | {memory} | {off:.0e} |")
+    expected = functions[reference](images).float()
+    print(f"{name}, batch {batch}, {device}, torch {torch.__version__}, {torch.get_num_threads()} threads; "
+          f"{flops(models.ENCODERS[name]) / 1e9:.1f} GFLOP an image; medians of {len(seconds[reference])} batches in "
+          "turns\n")
+    print(f"| variant | images/s | × {reference} | spread | of the matrix-product rate | peak MiB | difference |")
+    print("|---|---|---|---|---|---|---|")
+    for label, s in seconds.items():
+        found = functions[label](images).float()
+        off = ((found - expected).norm() / expected.norm()).item()
+        share = flops(models.ENCODERS[name]) * rate[label] / product[
+            torch.bfloat16 if "bf16" in label else torch.float32]
+        if device == "cuda":
+            memory = f"{gpu_memory(functions[label], images):,.0f}"
+        else:
+            memory = "–" if "compiled" in label else f"{cpu_memory(name, label, batch):,.0f}"
+        spread = (max(s) - min(s)) / statistics.median(s)
+        print(f"| {label} | {rate[label]:.1f} | {rate[label] / rate[reference]:.2f} | ±{50 * spread:.0f}% | "
+              f"{share:.2f} | {memory} | {off:.0e} |")
     print("\nMatrix product alone: " + ", ".join(f"{models.name_of(d)} {r / 1e12:.2f} TFLOP/s"
                                                  for d, r in product.items()) +
           ". Memory: on the CPU parameters and activations, on a GPU activations.")

@@ -2,6 +2,8 @@
 
     python bench/lora_step.py [--quick]           ViT-S/16 on the CPU; ViT-g/14 with registers in bf16 on a GPU
     python bench/lora_step.py --memory-only --device cuda      H-optimus-0 on a small card: the peaks alone
+    python bench/lora_step.py --together 5      is a step of 5 × 16 patches faster than five of 16? If not, training
+                                                five adapters side by side on one frozen encoder cannot be either
 
 A step: forward and backward pass of a batch of 16, LoRA of rank 16 with dropout 0.1 on qkv, proj, fc1, fc2 and one
 logit, fused Adam on what is trained. Weights are noise, images too; reading and augmentation are bench/patches.py's.
@@ -113,6 +115,24 @@ def memory(name, label, device, batch):
     return float(out.stdout.split()[-1]) if out.returncode == 0 else None
 
 
+def together(name, device, batch, count, rounds):
+    """Seconds of `count` steps of `batch`, and of one of count × batch, in turns. Adapters of their own for each part
+    of a batch would add small products to the second, so their ratio bounds what they could gain."""
+    print(f"{name}, {device}, {torch.get_num_threads()} threads; medians of {rounds} rounds in turns\n\n"
+          f"| variant | {count} steps of {batch}, s | one of {count * batch}, s | ratio |\n|---|---|---|---|")
+    for label in ("ours fp32", "ours bf16")[device == "cuda":]:
+        apart, whole = Step(label, name, device, batch), Step(label, name, device, count * batch)
+        seconds = [], []
+        for number in range(-1, rounds):
+            for which, run in enumerate((lambda: [apart() for _ in range(count)], whole)):
+                start = time.perf_counter()
+                run()
+                if number >= 0:
+                    seconds[which].append(time.perf_counter() - start)
+        one, other = map(statistics.median, seconds)
+        print(f"| {label} | {one:.2f} | {other:.2f} | {one / other:.2f} |", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="three turns, nothing compiled")
@@ -122,12 +142,15 @@ def main():
     parser.add_argument("--rounds", type=int, help="steps per variant (default: 8, with --quick 3)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, metavar="V", help="these alone")
     parser.add_argument("--memory-only", action="store_true", help="no times")
+    parser.add_argument("--together", type=int, metavar="N", help="instead: N batches one by one and in one step")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     name, batch = args.model or ("h-optimus-0" if device == "cuda" else "lunit-s16"), args.batch_size
     if args.memory:
         return memory_child(name, args.memory, device, batch)
+    if args.together:
+        return together(name, device, batch, args.together, args.rounds or 5)
     labels = args.variants or [
         label for label, (_, _, dtype, compiled) in VARIANTS.items()
         if not (compiled and args.quick) and not (device == "cuda" and dtype == torch.float32)]

@@ -27,15 +27,17 @@ from pathlib import Path
 import numpy as np
 import openslide
 import torch
-from PIL import Image, features
+from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import augment  # noqa: E402
 import cli  # noqa: E402
 import crops  # noqa: E402
 import data  # noqa: E402
+import jpeg_tiff  # noqa: E402
 import sampler  # noqa: E402
 import slides  # noqa: E402
 
@@ -50,12 +52,7 @@ def write_slide(path, size, seed):
     noise = sum(np.asarray(Image.fromarray(rng.random((size // k + 1, size // k + 1), dtype=np.float32)).resize(
         (size, size), Image.Resampling.BICUBIC)) * weight for k, weight in ((1, 0.15), (4, 0.35), (32, 0.5)))
     pixels = (np.array([245, 235, 245]) - noise[..., None] * np.array([120, 170, 90])).clip(0, 255).astype(np.uint8)
-    if features.check("libtiff"):
-        Image.fromarray(pixels).save(path, tile=(256, 256), compression="jpeg", quality=80,
-                                     tiffinfo={322: 256, 323: 256})
-    if not features.check("libtiff") or openslide.OpenSlide.detect_format(str(path)) is None:
-        import tifffile
-        tifffile.imwrite(path, pixels, tile=(256, 256), photometric="rgb", compression="zlib")
+    jpeg_tiff.write(path, list(jpeg_tiff.cut(Image.fromarray(pixels)).values()), size)
 
 
 def synthetic(folder, slides, size, each=500):

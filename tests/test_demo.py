@@ -89,7 +89,7 @@ def test_a_probe_learns_it_and_does_not_solve_it(tmp_path, monkeypatch, capsys):
     assert len(files) == 41 and sum(file.stat().st_size for file in files) <= 150e6
     assert small.call(probe, "--data", "demo", "--fold", "0", "1", "2", "--runs", tmp_path / "runs") == 0
     found = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("runs/**/metrics.json"))]
-    aurocs = [metrics["test"]["auroc"] for metrics in found]
+    aurocs = [metrics["sets"]["test"]["auroc"] for metrics in found]
     print(f"AUROC of the probe {aurocs}")
     assert len(aurocs) == 3 and all(0.70 <= auroc <= 0.95 for auroc in aurocs)
 

@@ -75,6 +75,8 @@ class Server:
                     return self.answer(status, headers, body, max(1, len(body) - 1000))
                 if mood == "says more":
                     return self.answer(status, headers, body, len(body) + 1000)
+                if mood == "junk":
+                    body += bytes(1000)
                 return self.answer(status, headers, body)
 
             def answer(self, status, headers=(), body=b"", length=None):
@@ -130,6 +132,15 @@ def test_the_file_comes_whole_all_the_same(server, tmp_path, moods):
     get(server, tmp_path)
     assert (tmp_path / "001.png").read_bytes() == server.content["001.png"]
     assert names(tmp_path) == ["001.png"] and not server.moods["001.png"]
+
+
+def test_more_bytes_than_announced_are_not_kept(server, tmp_path):
+    """Where the size is not known beforehand any more, and the format does not show it."""
+    file = io.BytesIO()
+    Image.fromarray(RANDOM.integers(0, 255, (99, 99, 3), dtype=np.uint8)).save(file, "TIFF")
+    server.content, server.moods = {"1.svs": file.getvalue()}, {"1.svs": ["login", "breaks", "junk"]}
+    get(server, tmp_path)
+    assert (tmp_path / "1.svs").read_bytes() == server.content["1.svs"] and not server.moods["1.svs"]
 
 
 def test_what_is_there_is_not_fetched_again(server, tmp_path):
