@@ -151,10 +151,24 @@ def dataset(folder, images=20, each=6):
     return folder / "MIDOG.json"
 
 
-def make_run(path, family, method, folder, seed=0):
+def teach(model, images, labels, steps):
+    """Train all of a small network, so that it is no random one."""
+    generator, images = torch.Generator().manual_seed(0), torch.from_numpy(images)
+    labels = torch.from_numpy(labels).float()
+    optimizer = torch.optim.AdamW(model.requires_grad_(True).parameters(), lr=4e-4)
+    for _ in range(steps):
+        batch = torch.randint(0, len(images), (16,), generator=generator)
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(model(images[batch]).view(-1), labels[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.requires_grad_(False)
+
+
+def make_run(path, family, method, folder, seed=0, taught=0):
     """A finished run, as train.py and probe.py leave it, with adapters that move the embedding; → its weights file.
 
-    Returns (weights, the unmerged PatchClassifier).
+    taught: steps of training before, of a full run. Returns (weights, the unmerged PatchClassifier).
     """
     import crops
     import data
@@ -185,6 +199,9 @@ def make_run(path, family, method, folder, seed=0):
                     value.copy_(torch.randn(value.shape, generator=generator) * 0.3)
         state = {f"encoder.{name}": value for name, value in lora.lora_state_dict(network).items()}
     model = models.PatchClassifier(network).eval()
+    if taught:
+        every = np.arange(len(table))
+        teach(model, crops.Patches(table).read(every), table.label, taught)
     after = model.embed(torch.from_numpy(images[:4])).detach()
     moved = float((after - before).norm() / before.norm())
     assert method != "lora" or moved > 0.1, f"the adapter moves the embedding by {moved:.1%} only"
