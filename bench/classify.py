@@ -66,10 +66,12 @@ def write_candidates(path, slide, points):
         "annotations": [{"id": i, "image_id": 1, "category_id": 1, "bbox": box} for i, box in enumerate(boxes)]}))
 
 
-def plain_loop(model, slide, points, device):
+def plain_loop(model, slide, points, device, threads):
     """What one writes first → probabilities."""
     providers = ["CUDAExecutionProvider", "CPUExecutionProvider"] if device == "cuda" else ["CPUExecutionProvider"]
-    session = onnxruntime.InferenceSession(str(model), providers=providers)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(str(model), options, providers=providers)
     handle, found = openslide.OpenSlide(str(slide)), []
     for i in range(0, len(points), 64):
         corners = [(slides.corner(x, 224), slides.corner(y, 224)) for x, y in points[i:i + 64].tolist()]
@@ -78,12 +80,12 @@ def plain_loop(model, slide, points, device):
     return np.concatenate(found)
 
 
-def command(model, slide, points, device, folder):
+def command(model, slide, points, device, threads, folder):
     """classify.py as a process → (probabilities, seconds in all, candidates/s that it prints)."""
     write_candidates(folder / "in.json", slide, points)
     start = time.perf_counter()
     done = subprocess.run([sys.executable, str(ROOT / "classify.py"), str(model), "--slide", str(slide), "--candidates",
-                           str(folder / "in.json"), "--out", str(folder / "out.json"), "--device", device],
+                           str(folder / "in.json"), "--out", str(folder / "out.json"), "--device", device, "--threads", str(threads)],
                           check=True, capture_output=True, text=True)
     seconds = time.perf_counter() - start
     written = json.loads((folder / "out.json").read_text())["annotations"]
@@ -115,6 +117,7 @@ def main():
     parser.add_argument("--precision", help="default: int8 on the CPU, fp16 on a GPU")
     parser.add_argument("--candidates", type=int, default=10_000, help="default: 10000; --quick: 500")
     parser.add_argument("--plain", type=int, default=1500, help="candidates of the plain loop (default: 1500)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the CPU (default: all)")
     parser.add_argument("--quick", action="store_true", help="the demo's encoder, 500 candidates")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -131,22 +134,22 @@ def main():
         points = np.random.default_rng(1).permutation(points)[:count]
         some = points[:min(args.plain, count)]
         write_model(model, models.PatchClassifier(models.load_encoder(name, weights)).eval(), precision, inline=False)
-        classifier = classify.Classifier(model, device)
+        classifier = classify.Classifier(model, device, threads=args.threads)
         patches = np.stack([slides.read(slide, x, y, 224) for x, y in points[:64]])
         batches = max(2, min(40, count // 256))
 
         rates = [alone(classifier, patches, batches)]
-        scored, seconds, printed = command(model, slide, points, device, folder)
+        scored, seconds, printed = command(model, slide, points, device, args.threads, folder)
         rates.append(alone(classifier, patches, batches))
         start = time.perf_counter()
-        plain = plain_loop(model, slide, some, device)
+        plain = plain_loop(model, slide, some, device, args.threads)
         plain_rate = len(some) / (time.perf_counter() - start)
         rates.append(alone(classifier, patches, batches))
         waits = {batch: latency(classifier, patches[:batch], 20 if args.quick else 200) for batch in (1, 8)}
     base = float(np.mean(rates))
     # batches are put together differently, so an int8 model scales its activations differently
     off = float(np.abs(plain - scored[:len(some)]).max())
-    print(f"\n{name} ({weights or 'shipped'} weights), {precision}, {device} ({os.cpu_count()} cores), onnxruntime "
+    print(f"\n{name} ({weights or 'shipped'} weights), {precision}, {device}, {args.threads} threads, onnxruntime "
           f"{onnxruntime.__version__}; {len(points):,} candidates on a slide of {side * 1024:,} px square\n")
     print("| way | candidates | candidates/s | × model alone |\n|---|---|---|---|")
     for label, n, rate in (("model alone", 3 * batches * 64, base),
