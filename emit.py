@@ -279,8 +279,10 @@ def perceptron(g, x, block, spec, i, peaks, half):
         gate = g.op("Mul", gate, g.op("Sigmoid", gate, at=at_fc1), at=at_fc1)
         y = g.op("Mul", gate, value, at=at_fc1)
     else:
-        divisor = 1.0  # GELU is not linear: nothing can be divided before it
+        divisor = evening(g, peaks, (i, "mlp.fc2"), to_numpy(block.mlp.fc2.weight))
         y = gelu(g, linear(g, y, at_fc1, weight, bias, half), half, at_fc1)
+        if np.ndim(divisor):  # GELU is not linear, so nothing can be divided before it
+            y = g.op("Mul", y, g.tensor(f"{at_fc1}.even", (1 / divisor).astype(np.float32)), at=at_fc1)
     return residual(g, x, y, block.mlp.fc2, block.ls2, f"{at}.mlp.fc2", f"{at}.ls2", half, divisor)
 
 
