@@ -53,6 +53,8 @@ def kept_share(p):
     return 1 - round(p * 65536) / 65536
 
 
+MASK_KEPT_ON = ("cpu",)  # devices; elsewhere the dropout masks are hashed again in the backward pass
+
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -68,7 +70,7 @@ class LoRAFunction(torch.autograd.Function):
     """Adapted linear layer. For the backward pass it keeps its input as the adapter sees it, and h = A dropout(x),
     which is tiny; the frozen weight gets no gradient, so the input itself is not needed.
 
-    The mask is kept too on CPUs (a byte per element against four); elsewhere it is hashed again.
+    The mask is kept too on CPUs, where a byte per element costs less than hashing it again.
     """
 
     @staticmethod
@@ -80,7 +82,7 @@ class LoRAFunction(torch.autograd.Function):
         h = linear(seen, A.to(x.dtype))         # [n, r]
         y = linear(x, weight, bias)             # [n, out]
         y.addmm_(h, (B * ctx.scale).to(x.dtype).T)
-        ctx.save_for_backward(seen, weight, A, B, key, h, keep if x.device.type == "cpu" else None)
+        ctx.save_for_backward(seen, weight, A, B, key, h, keep if x.device.type in MASK_KEPT_ON else None)
         return y.view(*ctx.shape[:-1], -1)
 
     @staticmethod

@@ -2,6 +2,7 @@
 
     python bench/lora_step.py [--quick]           ViT-S/16 on the CPU; ViT-g/14 with registers in bf16 on a GPU
     python bench/lora_step.py --memory-only --device cuda      H-optimus-0 on a small card: the peaks alone
+    python bench/lora_step.py --count [--model M]              the peak on a GPU counted, without one
     python bench/lora_step.py --together 5      is a step of 5 × 16 patches faster than five of 16? If not, training
                                                 five adapters side by side on one frozen encoder cannot be either
 
@@ -14,13 +15,18 @@ peft is used as its users do: float32 weights, with and without autocast, dropou
 """
 
 import argparse
+import math
 import statistics
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests"), str(HERE)]
@@ -115,6 +121,51 @@ def memory(name, label, device, batch):
     return float(out.stdout.split()[-1]) if out.returncode == 0 else None
 
 
+class Counter(TorchDispatchMode):
+    """Bytes of all tensors that live, and the most at any time, in the blocks of 512 of torch's allocator for CUDA."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.live = 0, 0, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.live:
+                storage = tensor.untyped_storage()
+                self.live[storage._cdata] = size = math.ceil(storage.nbytes() / 512) * 512
+                weakref.finalize(storage, self.free, storage._cdata)
+                self.now += size
+                self.peak = max(self.peak, self.now)
+        return result
+
+    def free(self, key):
+        self.now -= self.live.pop(key, 0)
+
+
+def count(name, batch):
+    """Print the tensors of a step of LoRA in bf16, as on a GPU, of which nothing is computed: fake ones. They are on
+    the CPU, whose attention saves what a GPU's does; caches of libraries and what the allocator wastes come on top."""
+    lora.MASK_KEPT_ON = ()
+    with FakeTensorMode(allow_non_fake_inputs=True), Counter() as counter:
+        torch.set_default_dtype(torch.bfloat16)
+        encoder = models.build(models.ENCODERS[name], pool="cls")
+        torch.set_default_dtype(torch.float32)
+        lora.add_lora(encoder)
+        model = models.PatchClassifier(encoder).train()
+        network = counter.now
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+        images, labels = torch.rand(batch, 3, 224, 224), torch.zeros(batch)
+        for step in range(2):  # Adam's moments are there from the second on
+            optimizer.zero_grad(set_to_none=True)
+            lora.set_step(encoder, 0, step, range(batch))
+            logits = model(images).view(-1)
+            torch.nn.functional.binary_cross_entropy_with_logits(logits.float(), labels).backward()
+            optimizer.step()
+    print(f"{name}, LoRA in bf16, batch {batch}: network and adapters {network / 2 ** 30:.2f} GiB, the most at any time "
+          f"of a step {counter.peak / 2 ** 30:.2f} GiB")
+
+
 def together(name, device, batch, count, rounds):
     """Seconds of `count` steps of `batch`, and of one of count × batch, in turns. Adapters of their own for each part
     of a batch would add small products to the second, so their ratio bounds what they could gain."""
@@ -142,6 +193,7 @@ def main():
     parser.add_argument("--rounds", type=int, help="steps per variant (default: 8, with --quick 3)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, metavar="V", help="these alone")
     parser.add_argument("--memory-only", action="store_true", help="no times")
+    parser.add_argument("--count", action="store_true", help="instead: the memory of a step on a GPU, counted")
     parser.add_argument("--together", type=int, metavar="N", help="instead: N batches one by one and in one step")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -149,6 +201,8 @@ def main():
     name, batch = args.model or ("h-optimus-0" if device == "cuda" else "lunit-s16"), args.batch_size
     if args.memory:
         return memory_child(name, args.memory, device, batch)
+    if args.count:
+        return count(args.model or "h-optimus-0", batch)
     if args.together:
         return together(name, device, batch, args.together, args.rounds or 5)
     labels = args.variants or [
