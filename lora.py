@@ -24,6 +24,7 @@ from torch import nn
 import cli
 import runs
 from cli import UserError
+from models import Linear, linear
 
 TARGETS = ("qkv", "proj", "fc1", "fc2")
 MIX1, MIX2, WEYL = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15, -0x61C8864680B583EB  # splitmix64's, as signed numbers
@@ -54,16 +55,6 @@ def kept_share(p):
 
 
 MASK_KEPT_ON = ("cpu",)  # devices; elsewhere the dropout masks are hashed again in the backward pass
-
-ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-def linear(x, weight, bias=None):
-    """x weightᵀ + bias, without a gradient. In float32 on CPUs by oneDNN, which torch takes in bf16 anyway: MKL, its
-    choice in float32, needs twice the time on AMD's processors."""
-    if ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu" and not torch.compiler.is_compiling():
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
 
 
 class LoRAFunction(torch.autograd.Function):
@@ -162,7 +153,7 @@ class LoRALinear(nn.Module):
         if not weight.isfinite().all():
             raise UserError(f"layer {self.layer}: its weights with the adapter are not finite: the training diverged, "
                             "or the precision is too small")
-        plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        plain = Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         plain.weight = nn.Parameter(weight, requires_grad=False)
         plain.bias = self.bias
         return plain

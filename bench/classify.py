@@ -35,6 +35,7 @@ from PIL import Image  # noqa: E402
 import classify  # noqa: E402
 import cli  # noqa: E402
 import data  # noqa: E402
+import emit  # noqa: E402
 import jpeg_tiff  # noqa: E402
 import models  # noqa: E402
 import slides  # noqa: E402
@@ -133,9 +134,12 @@ def main():
         points = make_slide(slide, demo, side)
         points = np.random.default_rng(1).permutation(points)[:count]
         some = points[:min(args.plain, count)]
-        write_model(model, models.PatchClassifier(models.load_encoder(name, weights)).eval(), precision, inline=False)
-        classifier = classify.Classifier(model, device, threads=args.threads)
         patches = np.stack([slides.read(slide, x, y, 224) for x, y in points[:64]])
+        network = models.PatchClassifier(models.load_encoder(name, weights)).eval()
+        with emit.activation_peaks(network.encoder) as peaks:  # as export.py does
+            models.predict(network, patches[:16], progress=None)
+        write_model(model, network, precision, inline=False, peaks=dict(peaks))
+        classifier = classify.Classifier(model, device, threads=args.threads)
         batches = max(2, min(40, count // 256))
 
         rates = [alone(classifier, patches, batches)]

@@ -93,9 +93,11 @@ def runtime(path, device, threads):
     return session
 
 
-def torch_variant(model):
+def torch_variant(model, onednn=False):
+    """onednn: float32 products as models.linear makes them on CPUs, which others who run torch do not."""
     @torch.no_grad()  # inference_mode does not go with torch.compile: "Cannot set version_counter"
     def run(patches):
+        models.ONEDNN = onednn
         return torch.sigmoid(model(patches))
     return run
 
@@ -106,10 +108,13 @@ def variants(model, seen, device, threads, folder, compiled):
         models.predict(model, seen, progress=None)
     half, float32 = copy.deepcopy(model), model.cpu()
     half.encoder.to(torch.bfloat16)
-    found = {} if device == "cuda" else {"torch fp32": torch_variant(float32)}
+    found = {} if device == "cuda" else {"torch fp32": torch_variant(float32),
+                                         "torch fp32 by oneDNN": torch_variant(float32, models.ONEDNN)}
     found["torch bf16"] = torch_variant(half)
     if compiled:
         for label, function in list(found.items()):
+            if "oneDNN" in label:
+                continue  # compiled it is the same
             found[f"{label}, compiled"] = torch.compile(function, dynamic=False)
     for precision in ("fp16",) if device == "cuda" else ("fp32", "fp16", "int8"):
         path = folder / f"{precision}.onnx"

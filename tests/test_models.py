@@ -239,13 +239,32 @@ def test_random_weights(tiny):
     assert models.load_encoder("resnet50", "random", dtype="bf16")(x.bfloat16()).isfinite().all()
 
 
-def test_linear_layers_are_plain_and_named_as_in_timm(tiny):
+@pytest.mark.parametrize("shape", [(5, 48), (2, 7, 48)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer_is_torchs(shape, bias):
+    """With a gradient and without (another library on CPUs), in every precision, under autocast too."""
+    torch.manual_seed(0)
+    layer, plain = models.Linear(48, 32, bias=bias), torch.nn.Linear(48, 32, bias=bias)
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(shape)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                mine, its = layer.to(dtype)(x.to(dtype)), plain.to(dtype)(x.to(dtype))
+                assert mine.dtype == dtype and mine.shape == its.shape and mine.requires_grad == grad
+                torch.testing.assert_close(mine, its, rtol=0, atol=2e-2 if dtype == torch.bfloat16 else 2e-6)
+    layer.float()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+
+
+def test_linear_layers_are_named_as_in_timm(tiny):
     """What LoRA looks for: replacing these modules must change the result."""
     encoder = models.load_encoder("tiny", "random")
     x = references.noise(3 * 224 * 224, 3).view(1, 3, 224, 224)
     for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
         layer = encoder.blocks[1].get_submodule(name)
-        assert type(layer) is torch.nn.Linear
+        assert isinstance(layer, torch.nn.Linear)
         before = encoder(x)
         handle = layer.register_forward_hook(lambda module, args, out: 3 * out)
         assert (encoder(x) - before).abs().max() > 1e-3, name
@@ -491,7 +510,7 @@ def test_load_lora_run(base, tmp_path):
         torch.testing.assert_close(models.load_run(run, base)[0](images), expected)
         merged = models.load_run(run, base, merge=True)[0]
         torch.testing.assert_close(merged(images), expected, rtol=1e-5, atol=1e-5)
-    assert type(merged.encoder.blocks[0].attn.qkv) is torch.nn.Linear
+    assert type(merged.encoder.blocks[0].attn.qkv) is models.Linear
 
 
 def test_load_run_refuses(base, tiny, tmp_path):
