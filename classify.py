@@ -44,6 +44,7 @@ class Classifier:
 
     path    the .onnx file (with its .data file beside it, if it has one)
     device  "auto": the first GPU if it really works, else the CPU | "cuda", "cuda:1": this or UserError | "cpu"
+    batch_size  most patches per run; None: 64 on a GPU, on the CPU 8 per thread, whose activations stay in its cache
     threads of the CPU that a run may use; 0: all
 
     Attributes: .metadata (dict, as exported) .threshold .mpp (µm/px of the patches, None: unknown) .size (px)
@@ -51,9 +52,10 @@ class Classifier:
     Threads may share one: it has no state that a call changes.
     """
 
-    def __init__(self, path, device="auto", batch_size=64, threads=0, warm_up=True):
-        self.path, self.batch_size = Path(path), batch_size
+    def __init__(self, path, device="auto", batch_size=None, threads=0, warm_up=True):
+        self.path = Path(path)
         self.session, self.device, self.note = open_session(self.path, device, threads)
+        self.batch_size = batch_size or (min(64, 8 * (threads or os.cpu_count() or 1)) if self.device == "cpu" else 64)
         self.metadata = read_metadata(self.session, self.path)
         check_weights(self.path, self.metadata)
         self.threshold = self.metadata["threshold"]["value"]
@@ -62,7 +64,7 @@ class Classifier:
         shape = (self.size, self.size, 3) if self.input == "uint8" else (3, self.size, self.size)
         self.shape, self.dtype = shape, np.uint8 if self.input == "uint8" else np.float32
         if warm_up:  # the first run allocates, and on a GPU chooses its kernels for the shape
-            for n in (1,) if self.device == "cpu" else (1, batch_size):
+            for n in (1,) if self.device == "cpu" else (1, self.batch_size):
                 self(np.zeros((n, *shape), self.dtype))
 
     def __call__(self, patches, output="probability"):
@@ -459,7 +461,8 @@ def main():
     parser.add_argument("--mpp", type=float, metavar="M", help="µm/px of the slide (default: what its file says)")
     parser.add_argument("--device", default="auto", metavar="D",
                         help="auto, cuda, cuda:1 or cpu; cuda that is not obtained is an error (default: auto)")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="patches per run (default: 64)")
+    parser.add_argument("--batch-size", type=int, metavar="N",
+                        help="patches per run (default: 64 on a GPU, on the CPU 8 per thread, up to 64)")
     parser.add_argument("--workers", type=int, default=4, metavar="N", help="threads that read (default: 4)")
     parser.add_argument("--threads", type=int, default=0, metavar="N",
                         help="threads of the CPU that the model may use (default: all)")
@@ -472,7 +475,7 @@ def main():
     if any(given) and not all(given):
         raise UserError("--slide, --candidates and --out belong together; without them the model is described")
     for name in ("batch_size", "workers"):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
     if args.mpp is not None and not 0.01 < args.mpp < 100:
         raise UserError(f"--mpp {args.mpp:g}: not a plausible number of µm per px")
@@ -508,7 +511,8 @@ def main():
     probability = np.full(len(found), np.nan, np.float32)
     start_time = time.perf_counter()
     with cli.progress(total=len(jobs), desc="candidates", unit="candidates") as bar:
-        probability[rows] = score(classifier, jobs, args.workers, args.batch_size, bar, failed if args.skip else None)
+        probability[rows] = score(classifier, jobs, args.workers, args.batch_size or 64, bar,
+                                  failed if args.skip else None)
     seconds = time.perf_counter() - start_time
     for text in failures[:5]:
         say(f"left out: {text}")

@@ -80,7 +80,7 @@ def main():
         patches, probability, labels = patches[:2], probability[:2], labels[:2]
     rows = []
     for device in ("cpu",) if args.quick else ("cpu", "auto"):
-        classifier = classify.Classifier(args.model, device, warm_up=False)
+        classifier = classify.Classifier(args.model, device, batch_size=max(BATCHES), warm_up=False)
         if rows and classifier.device == "cpu":
             continue
         rows += measure(classifier, patches, probability, labels, classifier.threshold)

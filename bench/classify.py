@@ -1,6 +1,6 @@
 """10,000 candidates on a slide, end to end, against the model alone and against the loop that one writes first.
 
-    model alone    the classifier on patches that are in memory already, batches of 64
+    model alone    the classifier on patches that are in memory already, 64 per call
     classify.py    the command as it stands: candidates from a MIDOG JSON, the slide read, probabilities written
     plain loop     OpenSlide's read_region, Pillow's convert, ONNX Runtime on batches of 64, one after the other
 

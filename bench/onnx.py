@@ -93,12 +93,14 @@ def runtime(path, device, threads):
     return session
 
 
-def torch_variant(model, onednn=False):
+def torch_variant(model, onednn=False, compiled=False):
     """onednn: float32 products as models.linear makes them on CPUs, which others who run torch do not."""
+    network = torch.compile(model, dynamic=False) if compiled else model
+
     @torch.no_grad()  # inference_mode does not go with torch.compile: "Cannot set version_counter"
     def run(patches):
         models.ONEDNN = onednn
-        return torch.sigmoid(model(patches))
+        return torch.sigmoid(network(patches))
     return run
 
 
@@ -112,10 +114,8 @@ def variants(model, seen, device, threads, folder, compiled):
                                          "torch fp32 by oneDNN": torch_variant(float32, models.ONEDNN)}
     found["torch bf16"] = torch_variant(half)
     if compiled:
-        for label, function in list(found.items()):
-            if "oneDNN" in label:
-                continue  # compiled it is the same
-            found[f"{label}, compiled"] = torch.compile(function, dynamic=False)
+        found |= {f"{label}, compiled": torch_variant(network, compiled=True)
+                  for label, network in (("torch fp32", float32), ("torch bf16", half)) if label in found}
     for precision in ("fp16",) if device == "cuda" else ("fp32", "fp16", "int8"):
         path = folder / f"{precision}.onnx"
         write_model(path, float32, precision, inline=False, peaks=dict(peaks))
