@@ -237,6 +237,8 @@ def main():
     annotations = data.from_arguments(args)
     data.need_images(annotations)
     patches = crops.Patches(annotations, fit=args.fit, mpp=args.mpp, source_mpp=args.source_mpp)
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed}: a number from 0 is needed")
     gallery(annotations, patches, args.gallery, args.seed, stain=args.stain_jitter)
     print(f"{args.gallery}: written")
 

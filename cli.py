@@ -12,6 +12,9 @@ class UserError(Exception):
 
 def command(main):
     """Run `main()` as a command line program: users' mistakes end with one line on stderr, never a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without µ or ± shows a question mark
     try:
         status = main()
         sys.stdout.flush()
@@ -27,13 +30,20 @@ def command(main):
         sys.exit(0)
     except MemoryError:
         fail("out of memory: use a smaller --batch-size or fewer --workers")
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which need not be there
+            raise
+        fail("out of GPU memory: use a smaller --batch-size")
     except OSError as error:
         # Only what the user can mend is shortened to a line; any other OSError is a bug and keeps its traceback.
         advice = {errno.ENOSPC: "the disk is full: make room, then run the same command again",
                   errno.EDQUOT: "the disk quota is used up: make room, then run the same command again",
                   errno.EACCES: "no permission", errno.EPERM: "no permission", errno.EROFS: "read-only file system",
                   errno.ENOENT: "no such file or folder", errno.EISDIR: "this is a folder, a file is needed",
-                  errno.ENOTDIR: "this is a file, a folder is needed"}.get(error.errno)
+                  errno.ENOTDIR: "this is a file, a folder is needed",
+                  errno.EEXIST: "is there already, and is no folder", errno.EBUSY: "in use by the system",
+                  errno.ENAMETOOLONG: "too long a name", errno.EIO: "the disk cannot be read or written",
+                  errno.ESTALE: "the network drive has lost this file: try again"}.get(error.errno)
         if advice is None:
             raise
         fail(f"{error.filename}: {advice}" if error.filename else advice)

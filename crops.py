@@ -325,7 +325,10 @@ def _fill_in_processes(patches, path, shape, fingerprint, tasks, workers, bar):
         while running:
             for pipe in wait(list(running), timeout=0.5):
                 try:
-                    broken += pipe.recv()
+                    found = pipe.recv()
+                    if isinstance(found, OSError):
+                        raise found
+                    broken += found
                 except EOFError:
                     killed.append(running[pipe])
                 del running[pipe]
@@ -347,7 +350,10 @@ def _fill_in_processes(patches, path, shape, fingerprint, tasks, workers, bar):
 
 def _work(pipe, parent, *task):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its children
-    pipe.send(_fill(*task, parent=parent))
+    try:
+        pipe.send(_fill(*task, parent=parent))
+    except OSError as error:  # a full disk, say
+        pipe.send(OSError(error.errno, error.strerror, error.filename))
 
 
 def _fill(patches, path, shape, fingerprint, tasks, parent=None, bar=None):

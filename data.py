@@ -10,6 +10,7 @@ The door to annotations.py (known datasets, the table), splits.py and sampler.py
 """
 
 import argparse
+import itertools
 import math
 import os
 import textwrap
@@ -22,7 +23,7 @@ import readers
 from annotations import (DOWNLOADABLE, KNOWN, NEAR, Annotations, by_image, load_dataset,  # noqa: F401
                          near_pairs, root_folder, shared_cases)
 from cli import UserError
-from sampler import Sampler, pool_size, random_pool  # noqa: F401
+from sampler import PATCH, Sampler, pool_size, random_pool  # noqa: F401
 from splits import check_settings, load_split, make_split, overlap, resolve_domain
 
 
@@ -75,24 +76,55 @@ def add_split_arguments(parser, several=True):
                        "is used (default: 1)")
 
 
-def from_arguments(args, data=None, quiet=False):
+def from_arguments(args, data=None, images=None, quiet=False):
     """The Annotations that the flags of add_arguments ask for; says loudly when it is the demo, and prints notes.
 
-    data: another dataset with the same flags (for --test). UserError where the images are not there.
+    data, images: another dataset (of --test), of which the flags say how its labels and columns are read, but neither
+    where its images lie nor their µm/px. UserError where the images are not there.
     """
     where = data or args.data or os.environ.get("MITOSIS_DATA") or "demo"
     if where == "demo" and not quiet:
         print("DATA: the synthetic demo (no tissue of anybody); --data or $MITOSIS_DATA names real data" if not data and
               not args.data else "DATA: the synthetic demo", flush=True)
+    if not 0 <= getattr(args, "seed", 0) < 2 ** 47:
+        raise UserError(f"--seed {args.seed}: a number from 0 to 2^47 is needed")
     for flag, value in (("--mpp", args.mpp), ("--source-mpp", args.source_mpp)):
         if value is not None and not (math.isfinite(value) and 0.01 <= value <= 100):
             raise UserError(f"{flag} {value}: µm/px between 0.01 and 100 are needed")
-    annotations = load_dataset(where, args.images, _classes(args), args.profile,
-                               readers.parse_columns(args.columns) if args.columns else None, mpp=args.source_mpp)
+    annotations = load_dataset(where, images if data else args.images, _classes(args), args.profile,
+                               readers.parse_columns(args.columns) if args.columns else None,
+                               mpp=None if data else args.source_mpp)
     if not quiet:
         for note in annotations.notes:
             print(f"{annotations.name}: {note}", flush=True)
     return annotations
+
+
+def add_test_arguments(group):
+    group.add_argument("--test", nargs="+", default=[], metavar="D2", help="whole datasets as further test sets, also "
+                       "of a finished run; their labels and columns are read as the first one's")
+    group.add_argument("--test-images", nargs="+", default=[], metavar="DIR", help="folders of their images, in the "
+                       "same order (default: beside their annotations)")
+
+
+def further(args):
+    """The datasets of --test."""
+    if args.test_images and len(args.test_images) != len(args.test):
+        raise UserError(f"--test-images: {len(args.test_images)} folders for {len(args.test)} datasets of --test")
+    found = [from_arguments(args, name, images) for name, images in
+             itertools.zip_longest(args.test, args.test_images)]
+    for other in found:
+        need_images(other)
+    names = [other.name for other in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--test: two datasets are called {name}; rename one of the files")
+    return found
+
+
+def own_names(annotations, split):
+    """Names that results on further datasets cannot have: those of the run's sets, and of its dataset."""
+    return {"train", "val", "test", annotations.name, *split.others}
 
 
 SOURCE = ("data", "images", "classes", "profile", "positive", "negative", "columns", "fit", "mpp", "source_mpp")
@@ -108,15 +140,22 @@ def source(args):
     return kept
 
 
-def facts(annotations):
-    """What a model trained on this data must be told: {"mpp": µm/px of its images, "patch": px of ready-made patches}.
+def facts(annotations, fit="resize"):
+    """What a model trained on this data must be told: {"mpp": µm/px of its images, "patch": px that
+    are read around a cell where patches are ready-made, in which `fit` decides what of them is seen}.
 
-    None where it is not known, or differs by more than 2% between the first image and the others that tell.
+    None where it is not known, or differs by more than 2% between the images that tell.
     """
     import slides
     first = annotations.image_path(annotations.image[0])
-    patch = max(slides.dimensions(first)) if annotations.kind == "patches" else None
-    values = list((annotations.mpp or {}).values()) or [slides.microns_per_pixel(first)]
+    patch = None
+    if annotations.kind == "patches":  # as crops.Patches cuts them
+        patch = min(PATCH, (min if fit == "resize" else max)(slides.dimensions(first)))
+    values = list((annotations.mpp or {}).values())
+    if not values:
+        present = [first] if patch else [annotations.image_path(name) for name in np.unique(annotations.image).tolist()
+                                         if name not in annotations.missing]
+        values = [slides.microns_per_pixel(path) for path in present]
     known = [value for value in values if value]
     same = known and max(known) <= 1.02 * min(known)
     return {"mpp": round(sum(known) / len(known), 6) if same else None, "patch": patch}
@@ -274,6 +313,11 @@ def _problems(annotations, sizes):
                      "were not looked for")
     if len(twice):
         found.append(f"{len(twice):,} annotations repeat the position of another: {places(twice)}")
+    cases = np.unique(np.stack([annotations.codes("image")[1], annotations.codes("case")[1]]), axis=1)
+    shared = int((np.bincount(cases[0]) > 1).sum())
+    if shared:
+        found.append(f"{shared:,} images hold several cases: random patches keep away from the annotations of cases "
+                     "that are not trained on, not from other tissue of theirs (--random-share 0 draws none)")
     if near:
         found.append(f"{near:,} pairs of opposite class lie within {NEAR:g} px: each is in the other's patch")
     return found

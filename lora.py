@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import cli
+import models
 import runs
 from cli import UserError
 from models import Linear, linear
@@ -317,11 +318,11 @@ def main():
     parser.add_argument("--out", required=True, metavar="DIR", help=f"folder for {CONFIG} and {TENSORS}")
     parser.add_argument("--weights", metavar="PATH", help="the encoder's weights, where the run does not find them")
     args = parser.parse_args()
-    import models  # only for this command: the layers above know nothing of the encoders
     model, config = models.load_run(args.run, args.weights)
     save_peft(model.encoder, args.out, model.encoder.spec.repo or model.encoder.spec.name)
     print(f"{args.out}: adapter of {len(adapted(model.encoder))} layers; the head is in {args.run}/model.safetensors")
 
 
 if __name__ == "__main__":
-    cli.command(main)
+    import lora  # not this copy of it, whose classes models.load_run does not know
+    cli.command(lora.main)

@@ -599,6 +599,11 @@ def name_of(dtype):
 
 # ---------------------------------------------------------------- a finished run
 
+def absolute(weights):
+    """A path given to --weights as a run keeps it, so that it is found from anywhere; names and "random" as they are."""
+    return str(Path(weights).resolve()) if weights and Path(weights).exists() else weights
+
+
 def load_run(path, weights=None, device="cpu", merge=False):
     """The classifier of a run folder (probe, lora or full) → (PatchClassifier in evaluation mode, its config).
 
@@ -608,6 +613,9 @@ def load_run(path, weights=None, device="cpu", merge=False):
     path = Path(path)
     config = runs.read_json(path / "config.json")
     model_file = path / "model.safetensors"
+    if isinstance(config, dict) and config.get("flags", {}).get("probe") == "knn":
+        raise UserError(f"{path}: a knn probe is its training set, there is no model to load or export; uni and l2 "
+                        "have one")
     if not model_file.exists():
         raise UserError(f"{path}: no model.safetensors: not a finished run (continue it with --resume)")
     try:
@@ -623,7 +631,8 @@ def load_run(path, weights=None, device="cpu", merge=False):
         encoder.to_empty(device="cpu")
         encoder.licence, encoder.weights_hash = encoder.spec.licence, base.get("weights_hash")
     else:
-        encoder = load_encoder(name, weights or flags.get("weights"), "cpu", **choices)
+        encoder = load_encoder(name, weights or flags.get("weights"), "cpu", **choices,
+                               revision=config.get("source", {}).get("revision"))
         expected = base.get("weights_hash")
         if expected and expected != encoder.weights_hash:
             raise UserError(f"{path}: was trained on other weights of {name} (hash {expected[:12]}…, these have "
@@ -676,7 +685,7 @@ def verify(args):
     model = PatchClassifier(encoder).eval()
     image = fixed_image().to(device)
     with torch.inference_mode():
-        embedding = model.embed(image)[0].double().cpu()
+        embedding = model.embed(image)[0].cpu().double()
         if not embedding.isfinite().all():
             raise UserError(f"{spec.name}: the embedding of the test image is not finite in {name_of(dtype)}")
         for count in (2, 8):  # warm up, then time

@@ -10,6 +10,7 @@ them from there. Each probe gets a run folder of its own, which evaluate.py and 
 
 import argparse
 import contextlib
+import math
 import os
 import time
 from pathlib import Path
@@ -155,17 +156,17 @@ def knn_logits(features, X, labels, train, rows, k):
 
 # ---------------------------------------------------------------- runs
 
-def configuration(args, probe, annotations, encoder, frac, fold, domain):
-    flags = {"data": annotations.name, "model": args.model, "method": "probe", "probe": probe, "frac": frac,
-             "fold": fold, "domain": domain, "seed": args.seed, "by": args.split, "val_frac": args.val_frac,
-             "pool": encoder.pool, "layer": args.layer, "dtype": args.dtype, "tta": args.tta, "fit": args.fit,
-             "mpp": args.mpp, "weights": args.weights}
+def configuration(args, probe, annotations, encoder, dtype, split):
+    flags = {"data": annotations.name, "model": args.model, "method": "probe", "probe": probe,
+             **{name: split.settings[name] for name in ("frac", "fold", "domain", "seed", "by", "val_frac")},
+             "pool": encoder.pool, "layer": args.layer, "dtype": models.name_of(dtype), "tta": args.tta,
+             "fit": args.fit, "mpp": args.mpp, "weights": models.absolute(args.weights)}
     own = {"uni": (), "l2": ("C", "standardize"), "knn": ("k",), "prototype": ("shots",)}[probe]
     flags |= {name: getattr(args, name) for name in own}
     return {"flags": flags,
-            "data": {"name": annotations.name, "fingerprint": annotations.fingerprint(), **data.facts(annotations)},
+            "data": {"name": annotations.name, "fingerprint": annotations.fingerprint(), **data.facts(annotations, args.fit)},
             "encoder": {"name": args.model, "licence": encoder.licence, "weights_hash": encoder.weights_hash},
-            "source": data.source(args), "environment": runs.environment()}
+            "source": data.source(args) | {"revision": args.revision}, "environment": runs.environment()}
 
 
 def suffixes(args, probe, encoder):
@@ -222,8 +223,8 @@ def finish(job, annotations, X, args):
 def further_tests(job, annotations, X, tests, args):
     """Predictions of a finished run on the whole datasets of --test, where they are missing; rows of the table."""
     path = job["path"]
-    done = set(np.unique(runs.read_predictions(path / "predictions.csv")["set"]).tolist())
-    missing = [(other, features) for other, features in tests if other.name not in done]
+    pending = runs.pending_tests(path, [other for other, _ in tests], data.own_names(annotations, job["split"]))
+    missing = [(other, features) for other, features in tests if other in pending]
     if not missing:
         return []
     if job["probe"] != "knn" and "weight" not in job:  # fitted by an earlier command
@@ -232,8 +233,8 @@ def further_tests(job, annotations, X, tests, args):
     columns = runs.add_predictions(path / "predictions.csv", runs.predictions([
         (other.name, other, rows, logits_of(job, features, rows, X, annotations.label, args.k))
         for other, features in missing for rows in [np.arange(len(other))]]))
-    metrics = {**runs.read_json(path / "metrics.json"), **evaluate.of_predictions(columns)}
-    runs.write_json(path / "metrics.json", metrics)
+    metrics = evaluate.of_predictions(columns)
+    runs.finish_tests(path, metrics, pending)
     return runs.metric_rows(path, metrics, {other.name for other, _ in missing})
 
 
@@ -255,9 +256,10 @@ def arguments():
     group.add_argument("--batch-size", type=int, default=64, help="patches per forward pass (default: 64)")
     group = parser.add_argument_group("runs")
     group.add_argument("--runs", default="runs", metavar="DIR", help="folder of all runs (default: runs)")
-    group.add_argument("--test", nargs="+", default=[], metavar="D2", help="whole datasets as further test sets")
+    data.add_test_arguments(group)
     group.add_argument("--resume", action="store_true", help="continue runs that were begun (does no harm otherwise)")
-    group.add_argument("--force", action="store_true", help="repeat runs that are there")
+    group.add_argument("--force", action="store_true", help="repeat runs that are there; a model that was "
+                       "exported into one goes too")
     return parser.parse_args()
 
 
@@ -266,9 +268,9 @@ def main():
     for name, least in (("k", 1), ("shots", 1), ("batch_size", 1)):
         if getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least}")
-    if args.C is not None and not args.C > 0:
-        raise UserError(f"--C {args.C}: a number above 0")
-    annotations = data.from_arguments(args)
+    if args.C is not None and not 0 < args.C < math.inf:
+        raise UserError(f"--C {args.C}: a finite number above 0")
+    annotations, others = data.from_arguments(args), data.further(args)
     data.need_images(annotations)
     rank = int(os.environ.get("RANK", 0))
     device = models.resolve_device(args.device)
@@ -284,10 +286,10 @@ def main():
         for domain in dict.fromkeys(args.domain or [None]):
             for frac in dict.fromkeys(args.frac):
                 for fold in dict.fromkeys(args.fold):
-                    path = runs.run_path(args.runs, annotations.name, args.model, "probe", frac, fold, domain,
-                                         suffixes(args, probe, encoder))
-                    config = configuration(args, probe, annotations, encoder, frac, fold, domain)
                     split = data.make_split(annotations, fold, frac, domain, args.seed, args.split, args.val_frac)
+                    path = runs.run_path(args.runs, annotations.name, args.model, "probe", frac, fold,
+                                         split.settings["domain"], suffixes(args, probe, encoder))
+                    config = configuration(args, probe, annotations, encoder, dtype, split)
                     jobs.append({"probe": probe, "path": path, "config": config, "split": split, "frac": frac,
                                  "fold": fold, "train": np.sort(annotations.rows(split.train)),
                                  "val": annotations.rows(split.val)})
@@ -296,8 +298,7 @@ def main():
 
     # Further test sets too, before the other processes leave: each holds a share of the rows.
     X, tests = all_embeddings(model, annotations, args, dtype), []
-    for name in args.test:
-        other = data.from_arguments(args, data=name)
+    for other in others:
         shared = data.shared_cases(annotations, other)
         if shared and rank == 0:
             print(f"note: {other.name} shares {len(shared)} cases with {annotations.name}, for example "

@@ -7,6 +7,7 @@ all, so a sweep is a shell loop that can be killed and restarted anywhere.
 """
 
 import contextlib
+import errno
 import csv
 import fcntl
 import json
@@ -32,6 +33,8 @@ def atomic(path):
     """Yield a temporary path beside `path`; on success it replaces `path` in one step, on an error it is removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
@@ -214,7 +217,8 @@ def open_run(path, config, resume=False, force=False):
         raise UserError(f"{path}: another process works on this run; wait for it or stop it") from None
     try:
         for rest in path.glob(".*.tmp"):  # of a process killed while it wrote
-            rest.unlink(missing_ok=True)
+            if rest.is_file():  # export.py works in a folder, and may be alive
+                rest.unlink(missing_ok=True)
         if force:
             _clear(path)
         if (path / "config.json").exists():
@@ -230,6 +234,7 @@ def open_run(path, config, resume=False, force=False):
                 raise UserError(f"{path}: this run was begun and is not finished; continue it with --resume, or "
                                 "start it over with --force")
             return Run(path, old, False, lock)
+        _clear(path)  # a folder without a configuration holds remains at most
         # Through JSON once, so that a new and a reopened run hold equal values.
         config = json.loads(json.dumps(config, default=_plain))
         write_json(path / "config.json", config)
@@ -240,6 +245,7 @@ def open_run(path, config, resume=False, force=False):
 
 
 def _clear(path):
+    (path / "metrics.json").unlink(missing_ok=True)  # first: killed after it, the folder is unfinished
     for old in path.iterdir():
         if old.name != "lock" and old.is_file():
             old.unlink()
@@ -284,6 +290,31 @@ def add_predictions(path, columns):
     return both
 
 
+def pending_tests(path, tests, own):
+    """Those of `tests` (Annotations of --test) on which the finished run at `path` has no results yet.
+
+    own: names of the run's own sets. UserError where a name is taken: by one of them, or by another dataset's results.
+    """
+    metrics, pending = read_json(Path(path) / "metrics.json"), []
+    for other in tests:
+        if other.name in own:
+            raise UserError(f"--test: {other.name} is the name of one of the run's own sets or datasets; rename the "
+                            "file")
+        if other.name not in metrics["sets"]:
+            pending.append(other)
+        elif metrics.get("tests", {}).get(other.name, other.fingerprint()) != other.fingerprint():
+            raise UserError(f"{path}: has results on another dataset called {other.name}, or on these annotations "
+                            "before they were changed; rename the file, or repeat the run with --force")
+    return pending
+
+
+def finish_tests(path, metrics, tests):
+    """Write metrics.json of a run with further test sets. Whoever dies before it computes them again."""
+    old = read_json(Path(path) / "metrics.json")
+    known = old.get("tests", {}) | {other.name: other.fingerprint() for other in tests}
+    write_json(Path(path) / "metrics.json", {**old, **metrics, "tests": known})
+
+
 def metric_rows(path, metrics, only=None):
     """Rows (run, set, patches, balanced accuracy, weighted F1, AUROC) of the table that train.py and probe.py print."""
     def text(value):
@@ -303,6 +334,8 @@ def read_predictions(path):
             for number, row in enumerate(reader, start=2):
                 try:
                     name, id, case, domain, label, logit, probability = row
+                    if label not in ("0", "1"):
+                        raise ValueError
                     rows.append((name, id, case, domain, int(label), float(logit), float(probability)))
                 except ValueError:
                     raise UserError(f"{path}, line {number}: not a row of predictions; the file is damaged") from None

@@ -46,18 +46,21 @@ class Sampler:
                   "hard negatives", flush=True)
         # The centre of a mitotic figure within the half diagonal may lie in the window, whatever the rotation.
         self.reach = self.window / 2 * math.sqrt(2)
-        mitotic = np.flatnonzero(annotations.label == 1)
-        self.mitotic = by_image(annotations, mitotic)
+        self.mitotic = by_image(annotations, np.flatnonzero(annotations.label == 1))
+        # Where an image holds several cases: windows that would touch the patch of one that is not trained on.
+        foreign = ~np.isin(annotations.case, np.unique(annotations.case[rows]))
+        self.foreign = by_image(annotations, np.flatnonzero(foreign & np.isin(annotations.image, self.images)))
         self._allowed, self._order = None, (None, None)
 
     def _pool(self):
         """(image, number within its pool, x, y) of the positions that may be drawn: on the training images, without
-        a mitotic figure in the window."""
+        a mitotic figure in the window, and without tissue around the annotations of cases that are not trained on."""
         if self._allowed is None:
             number, parts = pool_size(self.annotations), []
             for name in self.images.tolist():
                 x, y = random_pool(self.annotations, name, number, self.window)
-                free = np.flatnonzero(~self._holds_mitosis(name, x, y))
+                free = np.flatnonzero(~self._near(self.mitotic, name, x, y, self.reach)
+                                      & ~self._near(self.foreign, name, x, y, 2 * self.reach))
                 parts.append((np.full(len(free), np.searchsorted(self.names, name)), free, x[free], y[free]))
             self._allowed = [np.concatenate(column) for column in zip(*parts)]
         if not len(self._allowed[0]):
@@ -65,11 +68,12 @@ class Sampler:
                             "mitotic figure; use --random-share 0")
         return self._allowed
 
-    def _holds_mitosis(self, image, x, y):
-        rows = self.mitotic.get(image)
+    def _near(self, rows, image, x, y, reach):
+        """Which positions are within `reach` px of the annotations `rows` (by image)."""
+        rows = rows.get(image)
         if rows is None:
             return np.zeros(len(x), bool)
-        i, _ = near_pairs(x, y, self.annotations.x[rows], self.annotations.y[rows], self.reach)
+        i, _ = near_pairs(x, y, self.annotations.x[rows], self.annotations.y[rows], reach)
         return np.isin(np.arange(len(x)), i)
 
     def epoch(self, epoch):

@@ -143,10 +143,9 @@ class WholeSlide:
                 _open.pop(self.path, None)  # OpenSlide answers nothing more on a handle that failed once
             raise UserError(f"{self.path}: broken at ({left}, {top}) ({str(error).splitlines()[0]})") from None
         window = rgba[..., :3].copy()
-        # Pixels that do not exist come transparent, premultiplied with black.
-        alpha = rgba[..., 3:]
-        if alpha.min() < 255:
-            window = (window + (255 - alpha)).astype(np.uint8)
+        alpha = rgba[..., 3:].astype(np.uint32)
+        if alpha.min() < 255:  # pixels that do not exist, or that are partly covered by a tile: on white
+            window = ((window * alpha + WHITE * (255 - alpha) + 127) // 255).astype(np.uint8)
         x0, y0, x1, y1 = -left, -top, self.width - left, self.height - top
         if x0 > 0 or y0 > 0 or x1 < size or y1 < size:  # some formats pad their last tiles with other colours
             inside = np.zeros((size, size), bool)

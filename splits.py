@@ -81,6 +81,8 @@ def _choose_cases(annotations, rows, share, rng, leave=1):
             if score[:2] == (0, 0) and score[2] <= 0.005 * total:
                 break
         chosen[best[1]] = True
+    if not chosen.any() and len(names) > leave:  # few large cases: half of the annotations is more than no set at all
+        chosen[np.argmin(size)] = True
     return chosen[case]
 
 
@@ -101,6 +103,10 @@ def make_split(annotations, fold=0, frac=1.0, domain=None, seed=0, by="case", va
         for other in np.unique(annotations.domain):
             if other != domain:
                 others[str(other)] = annotations.id[rows[annotations.domain[rows] == other]]
+        taken = {"train", "val", "test"} & set(others)
+        if taken:
+            raise UserError(f"{annotations.name}: a domain is called {taken.pop()}, like a part of the split; give it "
+                            "another name")
         if not others:
             raise UserError(f"--domain {domain}: {annotations.name} has no other domain to test on")
         rows = rows[inside]

@@ -252,7 +252,7 @@ class Engine:
                                         refresh=False)
                     watched = len(losses)
                 bar.update(len(own) * world())
-        mean = torch.stack(losses).double().cpu().numpy().sum(keepdims=True)
+        mean = torch.stack(losses).cpu().double().numpy().sum(keepdims=True)
         return float(total_over_processes(mean)[0] / len(sample))
 
     def step(self, step, images, samples, labels, whole):
@@ -357,8 +357,8 @@ def predict_together(model, patches, count, args, dtype, progress=None):
 def configuration(args, annotations, dtype, weights_hash, licence, frac, fold, domain):
     flags = {"data": annotations.name, "model": args.model, "method": "lora" if args.lora else "full", "frac": frac,
              "fold": fold, "domain": domain, "seed": args.seed, "by": args.split, "val_frac": args.val_frac,
-             "weights": args.weights, "pool": args.pool, "layer": args.layer, "fit": args.fit, "mpp": args.mpp,
-             "dtype": models.name_of(dtype), "epochs": args.epochs, "epoch_size": args.epoch_size,
+             "weights": models.absolute(args.weights), "pool": args.pool, "layer": args.layer, "fit": args.fit,
+             "mpp": args.mpp, "dtype": models.name_of(dtype), "epochs": args.epochs, "epoch_size": args.epoch_size,
              "batch_size": args.batch_size, "lr": args.lr, "balance": args.balance,
              "random_share": args.random_share, "jitter": args.jitter, "stain_jitter": args.stain_jitter,
              "tissue": args.tissue}
@@ -366,9 +366,9 @@ def configuration(args, annotations, dtype, weights_hash, licence, frac, fold, d
         flags |= {name: getattr(args, name) for name in ("rank", "alpha", "dropout", "targets", "dora", "rslora")}
     return {"flags": flags,
             "data": {"name": annotations.name, "fingerprint": annotations.fingerprint(),
-                     **data.facts(annotations)},
+                     **data.facts(annotations, args.fit)},
             "encoder": {"name": args.model, "licence": licence, "weights_hash": weights_hash},
-            "source": data.source(args), "environment": runs.environment()}
+            "source": data.source(args) | {"revision": args.revision}, "environment": runs.environment()}
 
 
 def suffixes(args):
@@ -492,33 +492,32 @@ def curves(path):
     plt.close(figure)
 
 
-def further_tests(args, annotations, path, device, dtype):
+def further_tests(args, annotations, tests, split, path, device, dtype):
     """Predictions of a finished run on the whole datasets of --test, by all processes; rows of the table."""
-    done = [set(np.unique(runs.read_predictions(path / "predictions.csv")["set"]).tolist()) if rank() == 0 else None]
+    pending = [None]
+    if rank() == 0:
+        pending = [[other.name for other in runs.pending_tests(path, tests, data.own_names(annotations, split))]]
     if world() > 1:  # the first process has written the file and is going to write it again
-        dist.broadcast_object_list(done, src=0)
-    wanted = [data.from_arguments(args, data=name) for name in args.test]
-    wanted = [other for other in wanted if other.name not in done[0]]
+        dist.broadcast_object_list(pending, src=0)
+    wanted = [other for other in tests if other.name in pending[0]]
     if not wanted:
         return []
     model, config = models.load_run(path, args.weights, device)
     predicted = []
     for other in wanted:
-        data.need_images(other)
         shared = data.shared_cases(annotations, other)
         if shared and rank() == 0:
             print(f"note: {other.name} shares {len(shared)} cases with {annotations.name}, for example "
                   f"{sorted(map(str, shared))[0]}: its figures are not those of unseen cases", flush=True)
-        reader = crops.Patches(other, fit=args.fit, mpp=args.mpp, source_mpp=args.source_mpp)
+        reader = crops.Patches(other, fit=args.fit, mpp=args.mpp)
         wide = dtype if dtype != torch.float32 else None
         predicted.append((other.name, other, np.arange(len(other)), predict_together(
             model, reader, len(other), args, wide, progress=other.name if rank() == 0 else None)))
     if rank():
         return []
     columns = runs.add_predictions(path / "predictions.csv", runs.predictions(predicted))
-    old = runs.read_json(path / "metrics.json")
-    metrics = {**old, **evaluate.of_predictions(columns)}
-    runs.write_json(path / "metrics.json", metrics)
+    metrics = evaluate.of_predictions(columns)
+    runs.finish_tests(path, metrics, wanted)
     return runs.metric_rows(path, metrics, {other.name for other in wanted})
 
 
@@ -559,10 +558,10 @@ def arguments():
     group.add_argument("--deterministic", action="store_true", help="deterministic algorithms on the GPU too (slower)")
     group = parser.add_argument_group("runs")
     group.add_argument("--runs", default="runs", metavar="DIR", help="folder of all runs (default: runs)")
-    group.add_argument("--test", nargs="+", default=[], metavar="D2", help="whole datasets as further test sets, also "
-                       "of a finished run")
+    data.add_test_arguments(group)
     group.add_argument("--resume", action="store_true", help="continue runs that were begun (does no harm otherwise)")
-    group.add_argument("--force", action="store_true", help="repeat runs that are there")
+    group.add_argument("--force", action="store_true", help="repeat runs that are there; a model that was "
+                       "exported into one goes too")
     return parser.parse_args()
 
 
@@ -575,9 +574,18 @@ def check(args):
     for name in ("jitter", "stain_jitter"):
         if not 0 <= getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: a number in [0, 1)")
+    if args.epoch_size < 2 or not 0 <= args.random_share <= 0.5:
+        raise UserError(f"--epoch-size {args.epoch_size} --random-share {args.random_share}: 2 patches at least, and a "
+                        "share between 0 and 0.5")
+    if not 0 <= args.dropout < 1 or not 0 < args.alpha < math.inf or len(set(args.targets)) < len(args.targets):
+        raise UserError(f"--dropout {args.dropout} --alpha {args.alpha} --targets {' '.join(args.targets)}: a number "
+                        "in [0, 1), one above 0, and each target once")
     if args.accumulate > args.batch_size:
         raise UserError(f"--accumulate {args.accumulate}: more parts than patches in a batch")
     spec = models.find_encoder(args.model)
+    if args.accumulate > 1 and not spec.depth:
+        raise UserError(f"--accumulate {args.accumulate}: {args.model} normalises over the batch, parts of one would "
+                        "be normalised each for itself; use a smaller --batch-size")
     if args.lora and not spec.depth:
         raise UserError(f"--lora adapts the linear layers of a transformer, {args.model} has none: train it end to "
                         "end, without --lora")
@@ -589,6 +597,7 @@ def main():
     check(args)
     annotations = data.from_arguments(args)
     data.need_images(annotations)
+    tests = data.further(args)
     device = start_processes(args)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -617,8 +626,8 @@ def main():
                         patches = patches or crops.Patches(annotations, fit=args.fit, mpp=args.mpp,
                                                            source_mpp=args.source_mpp, jitter=args.jitter)
                         rows += train(args, annotations, patches, run, split, base, device, dtype)
-                if args.test:
-                    rows += further_tests(args, annotations, path, device, dtype)
+                    if tests:
+                        rows += further_tests(args, annotations, tests, split, path, device, dtype)
     if rows:
         print(cli.table(rows, ("run", "set", "patches", "balanced acc", "weighted F1", "AUROC"), right=(2, 3, 4, 5)))
     if dist.is_initialized():

@@ -2,6 +2,7 @@
 
 import csv
 import multiprocessing
+import errno
 import os
 import subprocess
 import sys
@@ -422,6 +423,35 @@ def test_broken_images_are_all_named_and_the_others_kept(tmp_path, capsys):
         done = np.fromfile(a.root / ".crops/made-320.done", np.uint8)
         assert done.sum() == 3 * (5 + 51)
     assert np.array_equal(crops.Patches(a).read(range(5)), crops.Patches(a, cache=False).read(range(5)))
+
+
+def test_a_full_disk_in_a_process_is_said_as_such(tmp_path, monkeypatch):
+    def full(*rest):
+        raise OSError(errno.ENOSPC, "No space left on device", "rows")
+    a = made(tmp_path)
+    monkeypatch.setattr(os, "pwrite", full)  # the processes are forked
+    with pytest.raises(OSError) as error:
+        crops.build_store(a, 2)
+    assert error.value.errno == errno.ENOSPC
+
+
+@pytest.mark.parametrize("fit, size, expected", [("resize", (256, 256), 224), ("resize", (160, 96), 96),
+                                                 ("pad", (256, 300), 224), ("pad", (100, 128), 128)])
+def test_what_a_model_is_told_of_ready_made_patches_is_what_training_saw(tmp_path, fit, size, expected):
+    Image.fromarray(pixels(0, *size[::-1])).save(tmp_path / "0.png")
+    a = data.Annotations(np.array(["0"]), np.array(["0.png"]), np.array(["c"]), np.array(["d"]), np.full(1, np.nan),
+                         np.full(1, np.nan), np.array([1], np.int8), "p", tmp_path, kind="patches")
+    assert data.facts(a, fit)["patch"] == expected
+
+
+def test_the_mpp_of_a_dataset_is_that_of_all_its_images(tmp_path):
+    a = made(tmp_path, ".tif", n=2)
+    for mpp, wanted in (((0.25, 0.25), 0.25), ((0.25, 0.5), None)):
+        for name, value in zip(np.unique(a.image), mpp):
+            tifffile.imwrite(tmp_path / name, pixels(0), tile=(256, 256), photometric="rgb", compression="zlib",
+                             resolution=(10000 / value, 10000 / value), resolutionunit="CENTIMETER")
+            slides.close(tmp_path / name)
+        assert data.facts(a)["mpp"] == wanted
 
 
 def test_a_process_that_is_killed_is_said(tmp_path, monkeypatch):

@@ -307,7 +307,47 @@ def test_a_further_dataset_of_a_finished_run(tmp_path, table):
         assert metrics["sets"]["elsewhere"]["auroc"] > 0.8
 
 
-@pytest.mark.parametrize("more, words", [(["--k", 0], "--k"), (["--C", -1], "--C"), (["--model", "nope"], "nope"),
+def test_names_of_further_datasets(tmp_path, table, capsys):
+    """One like a set of the run itself, another dataset of a known name, images elsewhere: nothing silently wrong."""
+    out, other = tmp_path / "r", small.dataset(tmp_path / "one", cases=4, seed=9, name="two")
+    assert small.call(probe, *flags(table, out)) == 0
+    for name in ("test", "small"):
+        taken = small.dataset(tmp_path / name, cases=4, seed=9, name=name)
+        assert small.call(probe, *flags(table, out, "--test", taken)) == 2
+        assert f"{name} is the name of one of the run's own" in capsys.readouterr().err
+    assert small.call(probe, *flags(table, out, "--images", table.parent, "--test", other)) == 0
+    metrics = folder(out) / "metrics.json"
+    first = runs.read_json(metrics)["sets"]["two"]
+    assert first["auroc"] > 0.8  # its own images, not those of --images
+    assert small.call(probe, *flags(table, out, "--test", small.dataset(tmp_path / "2", cases=3, name="two"))) == 2
+    assert "another dataset called two" in capsys.readouterr().err
+    assert small.call(probe, *flags(table, out, "--test", other, other)) == 2
+    assert "two datasets are called two" in capsys.readouterr().err
+    moved = tmp_path / "moved.csv"
+    moved.write_bytes(other.read_bytes())
+    for more, status in (((), 2), (("--test-images", other.parent, other.parent), 2), (("--test-images", other.parent), 0)):
+        assert small.call(probe, *flags(table, out, "--test", moved, *more)) == status
+    assert runs.read_json(metrics)["sets"]["moved"] == first
+
+
+def test_killed_between_the_two_files_of_a_further_test(tmp_path, table, monkeypatch):
+    out, other = tmp_path / "r", small.dataset(tmp_path / "one", cases=4, seed=9, name="two")
+    assert small.call(probe, *flags(table, out)) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "finish_tests", lambda *rest: sys.exit(9))
+        assert small.call(probe, *flags(table, out, "--test", other)) == 9
+    assert small.call(probe, *flags(table, out, "--test", other)) == 0
+    assert "two" in runs.read_json(folder(out) / "metrics.json")["sets"]
+    assert (runs.read_predictions(folder(out) / "predictions.csv")["set"] == "two").sum() == 24
+
+
+def test_the_run_says_what_was_done(tmp_path, table):
+    assert small.call(probe, *flags(table, tmp_path, "--domain", "a")) == 0
+    flags_kept = runs.read_json(tmp_path / "small" / "wide-probe" / "domainA-fold0" / "config.json")["flags"]
+    assert flags_kept["domain"] == "A" and flags_kept["dtype"] == "fp32"
+
+
+@pytest.mark.parametrize("more, words", [(["--seed", -1], "--seed"), (["--C", "inf"], "--C"), (["--k", 0], "--k"), (["--C", -1], "--C"), (["--model", "nope"], "nope"),
                                          (["--layer", 9], "--layer"), (["--frac", 0], "--frac")])
 def test_mistakes_are_one_line(tmp_path, table, more, words, capsys):
     assert small.call(probe, *flags(table, tmp_path, *more)) == 2

@@ -58,6 +58,28 @@ def test_second_start_of_a_finished_run_finds_it_finished(tmp_path):
         assert run.finished
 
 
+def test_remains_of_a_killed_force_or_of_an_export_harm_nothing(tmp_path):
+    with runs.open_run(tmp_path / "r", CONFIG) as run:
+        run.finish({"sets": {}})
+    (tmp_path / "r" / ".model.onnx.77.tmp").mkdir()  # an export works there, or was killed
+    with runs.open_run(tmp_path / "r", CONFIG) as run:
+        assert run.finished
+    (tmp_path / "r" / "config.json").unlink()  # killed while --force cleared the folder
+    for _ in range(2):
+        with runs.open_run(tmp_path / "r", CONFIG, resume=True) as run:
+            assert not run.finished
+    (tmp_path / "r" / "metrics.json").write_text("{}")
+    removed, real = [], type(tmp_path).unlink
+
+    def unlink(path, **options):
+        removed.append(path.name)
+        real(path, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(tmp_path), "unlink", unlink)
+        runs.open_run(tmp_path / "r", CONFIG, force=True).close()
+    assert removed[0] == "metrics.json" and "config.json" in removed
+
+
 def test_an_unfinished_run_wants_resume(tmp_path):
     runs.open_run(tmp_path / "r", CONFIG).close()
     with pytest.raises(cli.UserError, match="--resume"):

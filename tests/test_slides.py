@@ -391,3 +391,20 @@ def test_real_plain_images_equal_pillow_and_tifffile():
         first = file.pages[0].asarray()
     first = np.repeat(first[..., None], 3, 2) if first.ndim == 2 else first[..., :3]
     assert np.array_equal(slides.read(REAL / "stack_5.tiff", 64, 64, 128), first)
+
+
+def test_half_covered_pixels_lie_on_white(tmp_path, monkeypatch):
+    """OpenSlide's pixels are not premultiplied any more when openslide-python gives them out."""
+    path = tiled(tmp_path / "a.tif", picture())
+    slide = slides.open_slide(path)
+    seen = np.zeros((4, 4, 4), np.uint8)
+    seen[:2] = 200, 120, 160, 128
+    seen[2] = 10, 20, 30, 255
+
+    class Handle:
+        def read_region(self, *place):
+            return Image.fromarray(seen)
+    monkeypatch.setattr(slide, "handle", Handle())
+    found = slide.window(0, 0, 4)
+    assert np.abs(found[:2].astype(int) - [227, 187, 207]).max() <= 1
+    assert (found[2] == [10, 20, 30]).all() and (found[3] == 255).all()

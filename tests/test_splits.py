@@ -174,6 +174,34 @@ def test_a_case_is_left_for_validation_and_one_for_training():
         assert [len(split.cases[name]) for name in ("train", "val", "test")] == [1, 1, 1], seed
 
 
+def test_few_equal_cases_still_give_three_sets():
+    a = made([40] * 3, positive=0.5)
+    for seed in range(10):
+        split = data.make_split(a, seed % 3, seed=seed)
+        assert [len(split.cases[name]) for name in ("train", "val", "test")] == [1, 1, 1], seed
+
+
+def test_a_domain_like_a_part_of_the_split_is_refused():
+    with pytest.raises(UserError, match="a domain is called test"):
+        data.make_split(made([30] * 12, ["train2", "test"]), domain="train2")
+
+
+def test_random_patches_keep_away_from_other_cases_of_an_image():
+    """Several cases on one image (a microarray): no window touches a patch of a case that is not trained on."""
+    a = made([60] * 12, positive=0.2)
+    a.image[:] = np.array(["one.png", "two.png"])[np.arange(len(a)) % 2]
+    a.sizes = {"one.png": (9000, 9000), "two.png": (9000, 9000)}
+    a.x[:], a.y[:] = np.random.default_rng(0).uniform(200, 8800, (2, len(a)))
+    split = data.make_split(a)
+    sample = data.Sampler(a, split.train).epoch(0)
+    names, trained = np.unique(a.image), set(split.cases["train"])
+    random = sample[sample["row"] < 0]
+    assert len(random) == 320
+    for patch in random:
+        foreign = (a.image == names[patch["image"]]) & ~np.isin(a.case, list(trained))
+        assert foreign.any() and np.maximum(abs(a.x - patch["x"]), abs(a.y - patch["y"]))[foreign].min() > 224
+
+
 def test_the_order_of_the_file_does_not_matter():
     a = made([30] * 12, ["x", "y"])
     b = a.take(np.random.default_rng(5).permutation(len(a)))

@@ -564,3 +564,17 @@ def test_config_tells_everything(tmp_path, table):
     assert config["data"]["patch"] == 48 and config["encoder"]["weights_hash"] == "random"
     annotations, args = data.from_source(config["source"])
     assert annotations.fingerprint() == config["data"]["fingerprint"] and args.fit == "resize"
+
+
+def test_the_command_that_writes_pefts_format(tmp_path, table):
+    """As a script: python makes it the module __main__, which is another one than what models.py imports."""
+    assert small.call(train, *flags(table, tmp_path / "r", epochs=1)) == 0
+    code = f"import runpy, sys; sys.path[:0] = [{str(small.HERE.parent)!r}, {str(small.HERE)!r}]; import small; " \
+           f"runpy.run_path({str(small.HERE.parent / 'lora.py')!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code, str(folder(tmp_path / "r")), "--out", str(tmp_path / "peft")],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    adapter = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    own = weights(folder(tmp_path / "r"))
+    assert len(adapter) == len(own) - 2  # all but the head
+    assert any(torch.equal(value, own["encoder.blocks.1.mlp.fc1.lora_A"]) for value in adapter.values())
