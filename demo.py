@@ -346,9 +346,10 @@ def make_image(job):
     return number, file_name, name, tissue.cells
 
 
-def build(folder, seed=0, images_per_domain=IMAGES_PER_DOMAIN):
+def build(folder, seed=None, images_per_domain=IMAGES_PER_DOMAIN):
     """Write the dataset into `folder`, which appears whole; nothing is done where it is there. Returns its JSON's path.
 
+    seed: None takes the dataset that is there, else paints that of 0; UserError where one of another seed is there.
     The annotations are the same on every machine, the pixels within one grey level. About 20 s on two cores, 90 MB.
     """
     folder = Path(folder)
@@ -356,9 +357,13 @@ def build(folder, seed=0, images_per_domain=IMAGES_PER_DOMAIN):
     folder.parent.mkdir(parents=True, exist_ok=True)
     with runs.exclusive(folder.parent / f".{folder.name}.lock"):
         if annotations_file.exists():
+            if seed is not None and (have := runs.read_json(annotations_file)["info"].get("seed")) != seed:
+                raise UserError(f"{folder}: holds the dataset of seed {have}, not {seed}; remove it or choose another "
+                                "--out")
             return annotations_file
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f"{folder}: is there and holds no MIDOG.json; remove it or choose another --out")
+        seed = seed or 0
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
             # Not 001.tiff: these are the names of MIDOG's images.
@@ -399,8 +404,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=os.path.join(os.environ.get("MITOSIS_ROOT", "data"), "demo"), metavar="DIR",
                         help="folder of the dataset (default: $MITOSIS_ROOT/demo, or data/demo)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed paints other tissue (default: 0)")
+    parser.add_argument("--seed", type=int, help="another seed paints other tissue (default: that of the dataset which "
+                        "is there, else 0)")
     args = parser.parse_args()
+    if args.seed is not None and args.seed < 0:
+        raise UserError(f"--seed {args.seed}: 0 or more")
     path = build(args.out, args.seed)
     content = runs.read_json(path)
     mitotic = sum(a["category_id"] == 1 for a in content["annotations"])

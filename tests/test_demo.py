@@ -117,6 +117,15 @@ def test_colour_does_not_solve_it(folder):
         assert np.mean(aurocs) <= 0.65, (half, aurocs)
 
 
+def test_another_seed_is_not_taken_for_the_one_that_is_there(folder, tmp_path, capsys):
+    assert small.call(demo, "--out", folder, "--seed", 7) == 2
+    assert "holds the dataset of seed 0, not 7; remove it or choose another --out" in capsys.readouterr().err
+    assert small.call(demo, "--out", folder, "--seed", 0) == small.call(demo, "--out", folder) == 0
+    demo.build(tmp_path / "demo", 3, images_per_domain=1)
+    assert small.call(demo, "--out", tmp_path / "demo") == 0  # without the flag, whatever is there
+    assert small.call(demo, "--out", tmp_path / "new", "--seed", -1) == 2 and not (tmp_path / "new").exists()
+
+
 def test_a_half_made_dataset_is_not_taken_for_a_whole_one(tmp_path):
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "A01.tiff").write_bytes(b"")
