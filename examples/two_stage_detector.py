@@ -161,7 +161,7 @@ def annotated_images(args):
     table = data.load_dataset(args.data, images=args.images)
     split_file = Path(args.split) if args.split else Path(args.model).resolve().parent / "split.json"
     parts = [np.unique(table.image)] * 2
-    if split_file.exists():
+    if args.split or split_file.exists():  # one that is named must be there
         split = data.load_split(split_file, table)
         parts = [np.unique(table.image[table.rows(ids)]) for ids in (split.val, split.test)]
     else:
@@ -213,6 +213,16 @@ def draw(path, images, threshold, first, second):
     plt.close(figure)
 
 
+def refuse_twice(images):
+    """UserError where two images would be written to one folder of --out."""
+    seen = {}
+    for image in map(Path, images):
+        if image.stem in seen:
+            raise UserError(f"{seen[image.stem]} and {image} are both called {image.stem}, so one's result would "
+                            "replace the other's; give them one at a time, each with its own --out")
+        seen[image.stem] = image
+
+
 def main():
     parser = argparse.ArgumentParser(description="A complete two-stage detector: blobs of haematoxylin, then MODEL.")
     parser.add_argument("model", metavar="MODEL.onnx", help="made by export.py")
@@ -226,6 +236,9 @@ def main():
     args = parser.parse_args()
     if not args.data and not args.slide:
         raise UserError("--data (annotated images) or --slide is needed")
+    if args.mpp is not None and not 0.01 <= args.mpp <= 100:
+        raise UserError(f"--mpp {args.mpp}: µm/px between 0.01 and 100 are needed")
+    refuse_twice(args.slide)
     classifier = classify.Classifier(args.model, args.device)
     out = Path(args.out)
     print(f"{args.model}: {classifier.note}")
@@ -233,6 +246,7 @@ def main():
     threshold = classifier.threshold
     if args.data:
         tuning, held_out = annotated_images(args)
+        refuse_twice([path for path, _ in held_out] + args.slide)
         measured = []
         for part in (tuning, held_out):
             with cli.progress(part, desc="images", unit="images") as bar:

@@ -166,7 +166,8 @@ def test_the_command_measures_on_held_out_images(tissue, tmp_path):
 
 
 def test_the_command_on_a_slide_and_its_mistakes(tissue, tmp_path):
-    folder, table, _ = tissue
+    folder, table, split = tissue
+    held_out = table.image_path(table.image[table.rows(split.test)[0]])
     model, image = folder / "run" / "model.onnx", table.image_path(table.image[0])
     done = run("two_stage_detector.py", model, "--slide", image, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
@@ -175,7 +176,13 @@ def test_the_command_on_a_slide_and_its_mistakes(tissue, tmp_path):
     assert f"{len(rows)} candidates, {mitotic} mitotic figures" in done.stdout
     for arguments, text in (([model], "--slide is needed"), ([tmp_path / "no.onnx", "--slide", image], "no such file"),
                             ([model, "--slide", tmp_path / "no.svs"], "no such image"),
-                            ([model, "--data", tmp_path / "none"], "none")):
+                            ([model, "--data", tmp_path / "none"], "none"),
+                            ([model, "--data", folder / "demo", "--split", tmp_path / "no.json"], "no such file"),
+                            ([model, "--slide", image, "--mpp", 0], "between 0.01 and 100"),
+                            ([model, "--slide", image, "--mpp", -0.25], "between 0.01 and 100"),
+                            ([model, "--slide", image, "--mpp", "nan"], "between 0.01 and 100"),
+                            ([model, "--slide", image, tmp_path / f"{image.stem}.png"], "would replace the other's"),
+                            ([model, "--data", folder / "demo", "--slide", held_out], "would replace the other's")):
         done = run("two_stage_detector.py", *arguments, "--out", tmp_path / "not")
         assert done.returncode == 2 and text in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert not (tmp_path / "not").exists()
