@@ -14,6 +14,7 @@ import hashlib
 import os
 import shlex
 import subprocess
+import textwrap
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 import cli
+import readers
 import runs
 from cli import UserError
 from metrics import (  # noqa: F401  what other scripts use by the name evaluate.…
@@ -52,7 +54,7 @@ class Finished:
     threshold: float
     sets: dict         # name → summary
     seconds: float = None
-    source: str = None  # where its data lies
+    source: dict = field(default_factory=dict)    # the flags that its data was read with, "data" among them
     hashes: dict = field(default_factory=dict)    # of the split and of the test sets
     settings: dict = field(default_factory=dict)  # what repeats must have in common
 
@@ -184,9 +186,9 @@ def read_run(path):
 
 
 def source_of(config):
-    """What --data said, as an absolute path where it was one."""
+    """The flags that said which data, as data.source() keeps them; {} where the run does not tell."""
     source = config.get("source")
-    return str(source.get("data")) if isinstance(source, dict) else None
+    return source if isinstance(source, dict) else {}
 
 
 def _equal(a, b):
@@ -304,7 +306,7 @@ def results(found):
 
 
 def overview(found):
-    """The compact table of the terminal (at most 100 columns wide) as text, one per dataset."""
+    """The compact table of the terminal (at most 100 columns wide) as text, one per dataset and seed."""
     groups = defaultdict(lambda: ([], set()))
     for run in found:
         for name, values in run.sets.items():
@@ -312,8 +314,9 @@ def overview(found):
                 continue
             # One line in the domain of training and one out of it; the report has each pair of domains.
             side = "in domain" if name == "test" else "elsewhere" if name in run.split["others"] else name
-            key = (run.data, run.by != "case", run.model, run.label.removeprefix(run.model + "-"), run.by,
-                   run.domain is not None, run.frac, side if run.domain else name)
+            key = (run.data, run.flags.get("seed") or 0, run.by != "case", run.model,
+                   run.label.removeprefix(run.model + "-"), run.by, run.domain is not None, run.frac,
+                   side if run.domain else name)
             groups[key][0].append(values)
             groups[key][1].add((run.domain, run.fold))
 
@@ -322,10 +325,11 @@ def overview(found):
         return "-" if not known else f"{np.mean(known):.3f}" + (f"±{np.std(known, ddof=1):.3f}" if len(known) > 1
                                                                 else "")
     rows = defaultdict(list)
-    for (data, _, model, method, by, _, frac, name), (values, repeats) in sorted(groups.items()):
+    for (data, seed, _, model, method, by, _, frac, name), (values, repeats) in sorted(groups.items()):
         said = {"case": "", "annotation": ", leaking"}.get(by, f", {by}")
-        rows[data].append((model[:13], method[:20 - len(said)] + said, f"{frac:g}", name[:10], len(repeats),
-                           *(cell(values, k) for k in ("balanced_accuracy", "weighted_f1", "auroc"))))
+        rows[data + f", seed {seed}" * bool(seed)].append((
+            model[:13], method[:20 - len(said)] + said, f"{frac:g}", name[:10], len(repeats),
+            *(cell(values, k) for k in ("balanced_accuracy", "weighted_f1", "auroc"))))
     leaks = "; leaking: split by annotation" * any(run.by == "annotation" for run in found)
     header = ("model", "method", "frac", "test", "runs", "bal. acc.", "w. F1", "AUROC")
     return "\n\n".join(f"{data}: mean ± standard deviation over the runs{leaks}\n{cli.table(own, header, range(4, 8))}"
@@ -336,7 +340,10 @@ def overview(found):
 
 def grid_commands(text):
     """The commands of a sweep, as lists of words. The sweep is asked to list them, and can start none of them."""
-    words = shlex.split(text)
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"--grid {text}: not a command of a shell ({error})") from None
     script = Path(words[0]) if words else Path()
     if not script.is_file():
         raise UserError(f"--grid {text}: there is no such script")
@@ -364,7 +371,7 @@ def cells(command):
         elif flag:
             given[flag].append(word)
     method = "probe" if script == "probe.py" else "lora" if "lora" in given else "full"
-    folder = (given.get("runs") or ["runs"])[-1]
+    folder = str(Path(__file__).resolve().parent / (given.get("runs") or ["runs"])[-1])  # where the sweeps run
     fixed = {"data": (given.get("data") or ["demo"])[-1], "model": (given.get("model") or ["demo"])[-1],
              "method": method, "by": (given.get("split") or ["case"])[-1]}
     for key in ("seed", "val_frac", "epochs", "epoch_size", "rank", "pool", "layer"):
@@ -391,7 +398,7 @@ def _same(wanted, flags, label, source):
         if key == "data":
             # A name, or a path that is seen from the sweeps' folder: the run keeps both.
             path = Path(__file__).resolve().parent / value
-            value = have if source in (value, os.path.realpath(path)) else path.name
+            value = have if str(source.get("data")) in (value, os.path.realpath(path)) else path.name
         if str(have) != str(value) and not (_number(have) is not None and _number(have) == _number(value)):
             return False
     return True
@@ -404,19 +411,17 @@ def _number(value):
         return None
 
 
-def grid(text, found, problems):
+def grid(text, roots):
     """Text that says of each cell of a sweep whether it is done, running, failed or missing, and the time left.
 
-    found, problems: of collect(). A run that does not count for being damaged has failed, too.
+    roots: folders of runs beside those that the sweep writes to. A run that does not count for being damaged has
+    failed, too.
     """
     wanted = [cell for command in grid_commands(text) for cell in cells(command)]
-    paths = {os.path.realpath(path): path for path, _ in problems}
-    for folder in {cell["runs"] for cell in wanted}:
-        for path in find([folder]) if Path(folder).is_dir() else ():
-            if not (path / "metrics.json").exists():
-                paths.setdefault(os.path.realpath(path), path)
+    roots = [*roots, *sorted({cell["runs"] for cell in wanted})]
+    found, problems = collect([root for root in roots if Path(root).is_dir()])
     unfinished = []
-    for path in paths.values():
+    for path, _ in problems:
         try:
             config = runs.read_json(path / "config.json")
             unfinished.append((path, dict(config["flags"]), source_of(config)))
@@ -470,7 +475,7 @@ def arguments():
     parser.add_argument("--out", default="report", metavar="DIR", help="folder of the report (default: report)")
     parser.add_argument("--paper", action="store_true", help="the paper's published values beside ours")
     parser.add_argument("--grid", metavar="'SWEEP ARGS'", help="say which runs of a sweep are done, failed and "
-                        "missing; nothing is run and no report is written")
+                        "missing in its folder of runs, or in RUNS too; nothing is run and no report is written")
     parser.add_argument("--replicates", type=int, default=2000, metavar="N", help="draws of the bootstrap (default: "
                         "2000)")
     parser.add_argument("--no-gallery", action="store_true", help="no gallery of errors (it reads the images)")
@@ -484,6 +489,13 @@ def arguments():
                        "found by its name)")
     group.add_argument("--images", metavar="DIR", help="folder of its images")
     group.add_argument("--source-mpp", type=float, metavar="MPP", help="µm/px, where the images do not say it")
+    group.add_argument("--classes", metavar="mitotic=2,other=7", help="class ids or names of the two labels, where "
+                       "the file's class names do not say it")
+    group.add_argument("--profile", choices=readers.PROFILES, help="class ids of a known data set (default: none)")
+    group.add_argument("--positive", metavar="VALUE", help="the label (or labels, with commas) that counts as 1")
+    group.add_argument("--negative", metavar="VALUE", help="the label (or labels) that counts as 0 (default: the only "
+                       "other one)")
+    group.add_argument("--columns", metavar="filename=A,label=B", help="columns of a CSV that are called differently")
     return parser.parse_args()
 
 
@@ -492,7 +504,7 @@ def detect(args):
     import detection
     if not args.data:
         raise UserError("--detection needs --data: the dataset whose annotations tell where mitotic figures are")
-    annotations = data.load_dataset(args.data, args.images)
+    annotations, _ = data.from_source(vars(args))
     ids = None
     if args.only:
         ids = data.load_split(Path(args.only) / "split.json", annotations).test
@@ -500,9 +512,14 @@ def detect(args):
     rows = detection.report(args.detection, annotations, threshold, ids, args.source_mpp)
     print(f"detection within {detection.RADIUS} µm, one to one; after: candidates with p >= {threshold:g}; best F1: "
           "over all thresholds, chosen on these very images")
-    print(detection.table(rows, threshold)[0])
-    detection.write(args.out, rows, threshold)
     import figures
+    import report
+    domains = [domain for domain, *_ in rows]
+    short = figures.short_names(domains)
+    print(detection.table([(short[domain], *rest) for domain, *rest in rows], threshold)[0])
+    said = report.legend(annotations.name, domains).strip()
+    print(textwrap.fill(said, 100) + "\n" * bool(said), end="")
+    detection.write(args.out, rows, threshold)
     figures.detection(Path(args.out), rows, threshold)
     print(f"{args.out}/detection.csv, detection_curve.csv, detection.png")
 
@@ -515,10 +532,10 @@ def main():
         raise UserError(f"--out {args.out}: this is a file, a folder is needed")
     if args.detection:
         return detect(args)
-    roots = args.runs or ["runs"]
     if args.grid:
-        print(grid(args.grid, *collect([root for root in roots if Path(root).is_dir()])))
+        print(grid(args.grid, args.runs))
         return
+    roots = args.runs or ["runs"]
     found, problems = collect(roots)
     for path, what in problems:
         print(f"not counted: {path}: {what}")

@@ -272,25 +272,28 @@ def external_table(name, title, found, extra):
     """Tested on whole other datasets (train on CCMCT, test on MIDOG)."""
     rows = []
     for label, own in in_order(found).items():
-        for dataset in extra:
-            have = [run for run in own if dataset in run.sets]
-            if have:
-                rows.append([label, f"{100 * have[0].frac:g}%", dataset, str(len(have)),
-                             *(mean_sd([run.sets[dataset][key] for run in have]) for key in METRICS)])
+        for frac in sorted({run.frac for run in own}):
+            for dataset in extra:
+                have = [run for run in own if run.frac == frac and dataset in run.sets]
+                if have:
+                    rows.append([label, f"{100 * frac:g}%", dataset, str(len(have)),
+                                 *(mean_sd([run.sets[dataset][key] for run in have]) for key in METRICS)])
     return Table(name, title, ["model", "share", "tested on", "repeats", *METRICS.values()], rows,
                  ["Whole datasets that nothing was trained on; mean ± standard deviation over the repeats."])
 
 
 def leak_rows(found):
-    """(label, AUROC by case, AUROC by annotation, repeats of both) of models that have both, at equal fractions."""
+    """(label, AUROC by case, by annotation, repeats of both) of models that have both, at equal fractions and seeds."""
     pairs = defaultdict(lambda: defaultdict(list))
     for run in found:
         if run.domain is None and run.by in ("case", "annotation"):
-            pairs[name_of(run), run.frac][run.by].append(run.sets["test"]["auroc"])
+            key = (name_of(run), run.frac, run.flags.get("seed") or 0)
+            pairs[key][run.by].append(run.sets["test"]["auroc"])
     rows = []
-    for (label, frac), both in sorted(pairs.items()):
+    for (label, frac, seed), both in sorted(pairs.items()):
         if len(both) == 2:
-            rows.append((f"{label}, {100 * frac:g}%", mean(both["case"]), mean(both["annotation"]), both))
+            said = f"{label}, {100 * frac:g}%" + (f", seed {seed}" if seed else "")
+            rows.append((said, mean(both["case"]), mean(both["annotation"]), both))
     return rows
 
 
@@ -361,6 +364,23 @@ def _p(value):
 
 # ---------------------------------------------------------------- gallery
 
+def dataset_of(run, args):
+    """(Annotations, flags) of a run's dataset as the run read it, or as the flags say; UserError where it is not here.
+    """
+    kept = {"data": run.data} | run.source
+    if run.data in datasets.KNOWN and os.path.isabs(str(kept["data"])) and not Path(kept["data"]).exists():
+        kept["data"] = run.data  # trained on another machine: here it is found by its name
+    if args.data:
+        kept["images"] = None  # those of the other place
+    kept |= {name: getattr(args, name) for name in datasets.SOURCE if getattr(args, name, None)}
+    if kept["data"] == "demo" and not (datasets.root_folder() / "demo").is_dir():
+        raise UserError(f"the demo dataset is not in {datasets.root_folder()}")  # it would be made otherwise
+    annotations, flags = datasets.from_source(kept)
+    if annotations.fingerprint() != run.fingerprint:
+        raise UserError(f"{annotations.source} holds other annotations than the runs were made with")
+    return annotations, flags
+
+
 def gallery(path, found, args):
     """An image of the most confident errors of the best model, per domain → (text of its caption, or None; reason)."""
     named = in_order(found)
@@ -370,13 +390,10 @@ def gallery(path, found, args):
     p = np.mean([run.rows("test")[2] for run in own], axis=0)
     name = own[0].data
     try:
-        if name == "demo" and not args.data and not (datasets.root_folder() / "demo").is_dir():
-            raise UserError(f"the demo dataset is not in {datasets.root_folder()}")  # it would be made otherwise
-        annotations = datasets.load_dataset(args.data or name, args.images)
-        if annotations.fingerprint() != own[0].fingerprint:
-            raise UserError(f"{annotations.source} holds other annotations than the runs were made with")
+        annotations, flags = dataset_of(own[0], args)
         rows = annotations.rows(ids)
-        patches = crops.Patches(annotations, fit=own[0].flags.get("fit") or "resize", mpp=own[0].flags.get("mpp"))
+        patches = crops.Patches(annotations, fit=own[0].flags.get("fit") or "resize", mpp=own[0].flags.get("mpp"),
+                                source_mpp=flags.source_mpp)
         image = draw_errors(patches, rows, ids, y, p, domain)
     except (UserError, OSError) as error:
         return None, f"no gallery of errors for {name}: {error}"

@@ -357,6 +357,40 @@ def test_the_command_writes_tables_and_a_figure(dataset, tmp_path, capsys):
     assert np.asarray(Image.open(out / "detection.png").convert("L")).std() > 5
 
 
+def test_the_table_fits_a_terminal_with_midogs_domains(dataset, tmp_path, capsys):
+    content = json.loads(dataset.read_text())
+    names = list(data.KNOWN["midogpp"].domains)
+    for image, name in zip(content["images"], names[3:]):
+        image["domain"] = name
+    dataset.write_text(json.dumps(content))
+    scored = midog(tmp_path / "scored.json")
+    assert call(evaluate, "--detection", scored, "--data", dataset, "--out", tmp_path / "report") == 0
+    lines = capsys.readouterr().out.splitlines()
+    first = next(k for k, line in enumerate(lines) if line.startswith("domain "))
+    assert [line.split()[0] for line in lines[first + 2:first + 6]] == ["all", "CCMCT", "CSTS", "HNT"]
+    assert max(map(len, lines[first:first + 6])) <= 100
+    said = " ".join(lines[first + 6:-1])
+    assert said == "CCMCT: canine cutaneous mast cell tumor, CSTS: canine soft tissue sarcoma, " \
+                   "HNT: human neuroendocrine tumor."
+    with open(tmp_path / "report/detection.csv") as file:  # where there is room, the whole name
+        assert [row["domain"] for row in csv.DictReader(file)] == ["all", names[3], names[5], names[4]]
+
+
+def test_annotations_are_read_as_the_flags_say(tmp_path, capsys):
+    Image.new("RGB", (400, 400), "white").save(tmp_path / "one.tiff", resolution=40000, resolution_unit=3)
+    (tmp_path / "own.csv").write_text("slide,x,y,verdict\none.tiff,100,100,M\none.tiff,300,300,M\none.tiff,5,5,N\n")
+    scored = table(tmp_path / "scored.csv", [("one.tiff", 100, 100, 0.9)])
+    flags = ("--detection", scored, "--data", tmp_path / "own.csv", "--out", tmp_path / "report", "--columns",
+             "filename=slide,label=verdict")
+    assert call(evaluate, *flags, "--positive", "M") == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("all"))
+    assert line.split()[1:4] == ["1", "2", "1"]  # one image, two figures, one candidate
+    assert call(evaluate, *flags, "--positive", "M", "--negative", "N") == 0
+    assert call(evaluate, *flags, "--classes", "mitotic=M,other=N") == 0
+    capsys.readouterr()
+    assert "error: " in failure(capsys, *flags, "--columns", "nonsense")
+
+
 def failure(capsys, *arguments):
     assert call(evaluate, *arguments) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]

@@ -131,7 +131,7 @@ DAMAGES = {
                            "do not agree on the set val"),
     "a label flipped": (rewrite("predictions.csv", flipped), "do not agree on the set test"),
     "a label of 2": (lines(lambda rows: [*rows[:-1], rows[-1].replace(",0,", ",2,").replace(",1,", ",2,")]),
-                     "labels other than 0 and 1"),
+                     "labels other than 0 and 1|not a row of predictions"),
     "a probability of NaN": (lines(lambda rows: [*rows[:-1], rows[-1].rpartition(",")[0] + ",nan\n"]),
                              "set test: 1 of .* are NaN"),
     "logits for probabilities": (lines(lambda rows: [rows[0]] + [row.rpartition(",")[0] + "," + row.split(",")[5] + "\n"
@@ -352,6 +352,18 @@ def test_the_overview_is_mean_and_deviation_and_fits_a_terminal(three_folds, cap
     line = text.splitlines()[-1]
     assert line.split()[:5] == ["uni", "lora", "1", "test", "3"] and line.endswith(f"{mean:.3f}±{deviation:.3f}")
     assert text.startswith("tissue: mean ± standard deviation") and max(map(len, text.splitlines())) <= 100
+
+
+def test_the_overview_keeps_seeds_apart(copied, tissue):
+    for fold in range(2):
+        make(copied.parent / "seed1", tissue, "uni", "lora", 1.0, fold, strength=0.3, seed=1)
+    found, _ = evaluate.collect([copied, copied.parent / "seed1"])
+    first, second = evaluate.overview(found).split("\n\n")
+    assert first.startswith("tissue: mean") and second.startswith("tissue, seed 1: mean")
+    for text, seed, count in ((first, 0, 3), (second, 1, 2)):
+        values = [run.sets["test"]["auroc"] for run in found if run.flags["seed"] == seed]
+        line, = text.splitlines()[3:]
+        assert line.split()[4] == str(count) and line.split()[-1].startswith(f"{np.mean(values):.3f}±")
 
 
 def test_the_overview_of_everything_fits_a_terminal_and_names_what_leaks(tissue, tmp_path):

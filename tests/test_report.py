@@ -249,6 +249,37 @@ def test_whole_other_datasets_have_a_table(study):
     assert rows[2]["AUROC"] == by_hand(values)
 
 
+def test_other_datasets_have_a_row_per_share_and_their_own_mean(tmp_path):
+    tissue, extra = annotations("mine"), annotations("other", domains="T", cases=6, seed=4)
+    for fold in range(2):
+        make(tmp_path / "runs", tissue, "uni", "lora", 0.1, fold, strength=0.2, tests=[extra])
+        make(tmp_path / "runs", tissue, "uni", "lora", 1.0, fold, strength=9.0, tests=[extra])
+    assert call(evaluate, tmp_path / "runs", "--out", tmp_path / "report", "--no-gallery", "--replicates", 100) == 0
+    rows, _ = table(tmp_path / "report/external_mine.md")
+    assert [(row["share"], row["tested on"], row["repeats"]) for row in rows] == [("10%", "other", "2"),
+                                                                                ("100%", "other", "2")]
+    for row, share in zip(rows, ("frac0.1", "frac1")):
+        values = [runs.read_json(path)["sets"]["other"]["auroc"]
+                  for path in (tmp_path / "runs/mine/uni-lora").glob(f"{share}-fold*/metrics.json")]
+        assert row["AUROC"] == by_hand(values)
+    assert rows[0]["AUROC"] < "0.8" and rows[1]["AUROC"].startswith("1.000")
+
+
+def test_the_leak_is_compared_within_a_seed(tmp_path):
+    tissue = annotations("mine")
+    for seed, strength in ((0, 0.5), (1, 2.0)):
+        make(tmp_path / f"runs{seed}", tissue, strength=strength, seed=seed)
+        make(tmp_path / f"runs{seed}", tissue, by="annotation", strength=strength + 0.5, seed=seed)
+    make(tmp_path / "runs2", tissue, seed=2)  # without a counterpart
+    found, problems = evaluate.collect(sorted(tmp_path.iterdir()))
+    rows = report.leak_rows(found)
+    assert not problems and [row[0] for row in rows] == ["uni linear probe, 100%", "uni linear probe, 100%, seed 1"]
+    for seed, row in enumerate(rows):
+        for by, value in zip(("case", "annotation"), row[1:3]):
+            own, = (run for run in found if (run.by, run.flags["seed"]) == (by, seed))
+            assert value == own.sets["test"]["auroc"] and row[3][by] == [value]
+
+
 def test_every_pair_is_tested_and_corrected_for_their_number(study):
     root, out = study
     with open(out / "tests.csv") as file:
@@ -543,6 +574,30 @@ def test_without_the_images_the_reason_is_said(study, tmp_path, monkeypatch):
     call(evaluate, tmp_path / "runs", "--out", tmp_path / "report", "--data", other, "--replicates", 100)
     assert "holds other annotations than the runs were made with" in (tmp_path / "report/index.html").read_text()
     assert not (tmp_path / "report/errors_small.png").exists()
+
+
+def test_the_gallery_reads_a_dataset_of_ones_own_as_the_run_did(tmp_path, monkeypatch):
+    """A CSV with labels, columns and images of its own, which no name finds: the run says how it was read."""
+    path = small.dataset(tmp_path / "data", cases=30)
+    header, *lines = path.read_text().splitlines()
+    lines = [line.replace(",0,", ",no,").replace(",1,", ",yes,") for line in lines]
+    odd = tmp_path / "odd.csv"
+    odd.write_text("\n".join([header.replace("label", "verdict"), *lines]) + "\n")
+    source = dict.fromkeys(data.SOURCE) | {"data": str(odd), "images": str(path.parent), "positive": "yes",
+                                           "columns": "label=verdict", "fit": "resize"}
+    run = make(tmp_path / "runs", data.from_source(source)[0], "uni", "probe", strength=0.0)
+    config = runs.read_json(run / "config.json")
+    runs.write_json(run / "config.json", config | {"source": source})
+    monkeypatch.chdir(tmp_path)
+    assert call(evaluate, "runs", "--replicates", 100) == 0
+    assert "odd: the most confident errors of uni linear probe" in Path("report/index.html").read_text()
+    assert Image.open("report/errors_odd.png").width > 1000
+    # Moved since: the flags name the new place, and the labels are still read as the run read them.
+    odd.rename(path.parent / "odd.csv")
+    assert call(evaluate, "runs", "--out", "gone", "--replicates", 100) == 0
+    assert "no gallery of errors for odd: " in Path("gone/index.html").read_text()
+    assert call(evaluate, "runs", "--out", "moved", "--data", path.parent / "odd.csv", "--replicates", 100) == 0
+    assert Path("moved/errors_odd.png").read_bytes() == Path("report/errors_odd.png").read_bytes()
 
 
 # ---------------------------------------------------------------- the page
