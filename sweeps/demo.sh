@@ -5,6 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 runs=runs out=demo-out
+export MITOSIS_ROOT=data  # wherever the caller's own datasets are: `make clean` looks for the demo's here
 # 3% of the protocol's steps, so larger learning rates than its 1e-4.
 short="--epochs ${EPOCHS:-6} --epoch-size 640 --val-frac 0.5"
 mkdir -p "$out"
@@ -25,7 +26,7 @@ say "3. what they score on cases that none of them has seen"
 python evaluate.py $runs/demo --out "$out/report"
 
 say "4. the LoRA run as an ONNX model, checked against torch"
-python export.py $runs/demo/demo-lora*/frac1-fold0 --out "$out/model.onnx"
+python export.py $runs/demo/demo-lora/frac1-fold0 --out "$out/model.onnx"
 
 say "5. the model behind a detector: candidates of one image scored"
 image=$(python - <<'PY'

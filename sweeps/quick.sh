@@ -3,10 +3,11 @@
 # fractions, of probe and LoRA across domains and with the split by annotation. A quarter of an hour on 2 cores. The
 # trainings are far too short to be worth anything (10 steps): this shows that the machinery works.
 #
-#     sweeps/quick.sh [REPORT]       runs into $RUNS (default: runs/), the report into REPORT (default: report/)
+#     sweeps/quick.sh [REPORT]       runs into $RUNS (default: runs-quick/), the report into REPORT (default: report/)
 #
 # grid: --list prints the commands and runs none of them
 set -u
+RUNS=${RUNS:-runs-quick}  # not runs/, where `make demo` has runs of these names with other settings
 . "$(dirname "$0")/grid.sh"
 model=${MODEL:-demo}
 short="--epochs ${EPOCHS:-2} --epoch-size ${EPOCH_SIZE:-80} --val-frac 0.25"

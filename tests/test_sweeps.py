@@ -4,6 +4,7 @@ import csv
 import fcntl
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import small
 from run_folders import annotations, make
 from small import HERE, call
 
+import data
 import evaluate
 import models
 import runs
@@ -79,6 +81,42 @@ def test_cross_domain_is_every_domain_five_times():
               for model, method in (("uni", "probe"), ("uni", "lora"), ("vit-b", "full"))
               for domain in "ABCDE" for fold in range(5)}
     assert set(found) == wanted and set(found.values()) == {1}
+
+
+def test_domains_with_blanks_in_their_names(python):
+    """MIDOG++'s are taken as the dataset names them; others are given with ";", also a single one."""
+    def domains(**environment):
+        return [domain for _, _, domain, _, _ in cells(listed("cross_domain.sh", "midogpp", "uni", METHODS="probe",
+                                                              FOLDS="0", **environment))]
+    assert domains() == list(data.KNOWN["midogpp"].domains)
+    assert domains(DOMAINS="human melanoma; canine lung cancer") == ["human melanoma", "canine lung cancer"]
+    assert domains(DOMAINS="human melanoma;") == ["human melanoma"] and domains(DOMAINS="A B") == ["A", "B"]
+    run("cross_domain.sh", "midogpp", "uni", python=python, METHODS="lora", FOLDS="0", FAIL_ONCE="sarcoma")
+    assert started(python)[-1] == started(python)[5]  # also the second time
+    assert "--domain canine soft tissue sarcoma --fold 0 " in started(python)[5] and len(started(python)) == 8
+
+
+def test_the_demo_and_the_quick_grid_share_no_folder(python, tmp_path):
+    """Both have runs of the demo dataset with other settings under the same names."""
+    assert {parsed(words)[1]["runs"] for words in listed("quick.sh")} == {"runs-quick"}
+    assert {parsed(words)[1]["runs"] for words in listed("quick.sh", RUNS="mine")} == {"mine"}
+    assert "/runs-quick/" in (HERE.parent / ".gitignore").read_text().splitlines()
+
+
+def test_the_demo_keeps_to_its_own_files_wherever_the_callers_data_are(python, tmp_path):
+    """Its steps, with a python that notes them; it runs in a copy, as other runs of LoRA may lie in runs/demo."""
+    (tmp_path / "copy/sweeps").mkdir(parents=True)
+    shutil.copy(SWEEPS / "demo.sh", tmp_path / "copy/sweeps")
+    for name in ("demo-lora", "demo-lora-r8"):
+        (tmp_path / f"copy/runs/demo/{name}/frac1-fold0").mkdir(parents=True)
+    python.write_text(python.read_text().replace('echo "$*"', 'echo "$MITOSIS_ROOT $*"'))
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").symlink_to(python)
+    done = subprocess.run(["bash", tmp_path / "copy/sweeps/demo.sh"], capture_output=True, text=True, timeout=60,
+                          env=clean(PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", MITOSIS_ROOT="/somewhere/else"))
+    assert done.returncode == 0, done.stderr
+    assert len(started(python)) == 8 and all(line.startswith("data ") for line in started(python))
+    assert "data export.py runs/demo/demo-lora/frac1-fold0 --out demo-out/model.onnx" in started(python)
 
 
 def test_the_quick_grid_has_five_repeats_and_everything_that_the_report_shows():
@@ -188,7 +226,7 @@ def test_a_stopped_sweep_takes_its_run_along_and_starts_no_other(python, name):
 def test_the_quick_grid_makes_the_report_also_where_a_run_failed(python, tmp_path):
     done = run("quick.sh", tmp_path / "report", python=python, FAIL="annotation")
     commands = started(python)
-    assert commands[0] == "demo.py" and commands[-1] == f"evaluate.py runs --out {tmp_path / 'report'}"
+    assert commands[0] == "demo.py" and commands[-1] == f"evaluate.py runs-quick --out {tmp_path / 'report'}"
     assert len(commands) == 1 + 7 + 2 + 1 and done.returncode == 1 and done.stderr.count("failed: ") == 2
     (tmp_path / "log").write_text("")
     done = run("quick.sh", python=python, FAIL="demo.py")  # without the dataset nothing can be run
@@ -282,6 +320,19 @@ def test_grid_says_what_is_done_running_failed_and_missing_and_the_time_left(beg
     assert not (begun.parent / "report").exists()
 
 
+def test_grid_looks_where_the_sweep_writes(begun, capsys, monkeypatch):
+    """Without a folder, from a place where nothing is; and what lies in another folder counts where that is named."""
+    (begun.parent / "empty").mkdir()
+    monkeypatch.chdir(begun.parent / "empty")
+    assert call(evaluate, "--grid", SWEEP) == 0
+    assert counts(capsys.readouterr().out) == {("tissue", "uni", "probe"): (6, 0, 0, 0),
+                                               ("tissue", "uni", "lora"): (1, 0, 2, 3)}
+    for fold in range(3):
+        make(begun.parent / "more", annotations(), "uni", "lora", 1.0, fold)
+    assert call(evaluate, begun.parent / "more", "--grid", SWEEP) == 0
+    assert counts(capsys.readouterr().out)["tissue", "uni", "lora"] == (4, 0, 2, 0)
+
+
 def test_grid_of_a_finished_sweep_and_of_none(begun, capsys, monkeypatch):
     monkeypatch.setenv("METHODS", "probe")
     assert call(evaluate, begun, "--grid", SWEEP) == 0
@@ -341,7 +392,8 @@ def test_grid_runs_nothing_but_a_sweep_that_can_list(tmp_path, capsys):
     script = tmp_path / "train_everything.sh"
     script.write_text(f"touch {tmp_path}/ran\n")
     for text, said in ((str(script), "not a sweep that can list its commands"), ("no.sh d", "there is no such script"),
-                       ("", "there is no such script"), (f"{SWEEPS / 'scaling.sh'}", "usage: sweeps/scaling.sh")):
+                       ("", "there is no such script"), (f"{SWEEPS / 'scaling.sh'} 'x", "No closing quotation"),
+                       (f"{SWEEPS / 'scaling.sh'}", "usage: sweeps/scaling.sh")):
         with pytest.raises(UserError, match=said):
             evaluate.grid_commands(text)
     assert not (tmp_path / "ran").exists()
