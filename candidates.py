@@ -155,6 +155,7 @@ def read_geojson(path, content):
     rows, pieces = [], []
     for i, feature in enumerate(features):
         geometry, name = feature["geometry"] or {}, feature.get("id", i)
+        check_feature(path, name, geometry, feature.get("properties"))
         coordinates = geometry.get("coordinates")
         if geometry.get("type") == "MultiPoint":  # QuPath's points: each gets a class, so each becomes a feature
             for j, point in enumerate(coordinates or []):
@@ -167,6 +168,19 @@ def read_geojson(path, content):
             rows.append((name, None, *middle(path, name, coordinates), len(pieces)))
             pieces.append(feature)
     return places(path, "geojson", rows, (content, pieces))
+
+
+def check_feature(path, name, geometry, properties):
+    """UserError where a part of a feature that is read or written is of another type than GeoJSON's."""
+    if not isinstance(geometry, dict):
+        raise UserError(f"{path}: the geometry of feature {name} is no object")
+    if geometry.get("type") == "MultiPoint" and not isinstance(geometry.get("coordinates"), list):
+        raise UserError(f"{path}: feature {name} has no coordinates (a MultiPoint has a list of points)")
+    if not isinstance(properties or {}, dict):
+        raise UserError(f"{path}: the properties of feature {name} are no object")
+    for key, types in (("measurements", (dict, list)), ("metadata", dict)):
+        if not isinstance((properties or {}).get(key) or {}, types):
+            raise UserError(f"{path}: the {key} of feature {name} are no object")
 
 
 def middle(path, name, coordinates):
@@ -230,8 +244,11 @@ def read_csv(path):
             continue
         if len(row) != len(header):
             raise UserError(f"{path}, row {i}: {len(row)} columns, the header has {len(header)}")
-        rows.append((f"row {i}", None if name is None else row[name], row[x], row[y], i))
-    return places(path, "csv", rows, (table, delimiter))
+        rows.append((f"row {i}", None if name is None else row[name].strip(), row[x], row[y], i))
+    blank = [row[0] for row in rows if row[1] == ""]
+    if 0 < len(blank) < len(rows):  # a column that is all blank says nothing, one blank would lie on no image
+        raise UserError(f"{path}, {blank[0]}: the {header[name]} is blank")
+    return places(path, "csv", [(row[0], row[1] or None, *row[2:]) for row in rows], (table, delimiter))
 
 
 def write_csv(candidates, path, scores, names, relabel):
@@ -276,6 +293,7 @@ def read_sqlite(path):
                 "SELECT a.uid, s.filename, min(c.coordinateX), max(c.coordinateX), min(c.coordinateY), "
                 "max(c.coordinateY) FROM Annotations a JOIN Annotations_coordinates c ON c.annoId = a.uid "
                 f"JOIN Slides s ON s.uid = a.slide {alive} GROUP BY a.uid ORDER BY a.uid").fetchall()
+            classes = {str(name).lower(): uid for uid, name in database.execute("SELECT uid, name FROM Classes")}
         finally:
             database.close()
     except sqlite3.Error as error:
@@ -284,22 +302,28 @@ def read_sqlite(path):
     for uid, name, left, right, top, bottom in found:
         known = None not in (left, right, top, bottom)
         rows.append((uid, name, (left + right) / 2 if known else None, (top + bottom) / 2 if known else None, uid))
-    return places(path, "sqlite", rows, None)
+    return places(path, "sqlite", rows, classes)
+
+
+def class_numbers(candidates, names, relabel):
+    """The database's numbers of the classes names[0 | 1], None where it has none: with `relabel` a UserError."""
+    classes = candidates.content
+    wanted = [classes.get(name.lower()) for name in names]
+    wanted[0] = wanted[0] or classes.get("not mitotic figure") or classes.get("nonmitosis")
+    wanted[1] = wanted[1] or classes.get("mitosis") or classes.get("mitose")
+    if relabel and None in wanted:
+        raise UserError(f"{candidates.path}: its classes ({', '.join(classes)}) do not name both {names[1]} and "
+                        f"{names[0]}, so --relabel cannot tell their numbers")
+    return wanted
 
 
 def write_sqlite(candidates, path, scores, names, relabel):
+    wanted = class_numbers(candidates, names, relabel)
     with runs.atomic(path) as temporary:
         source = connect(candidates.path)
         copy = sqlite3.connect(temporary)
         try:
             source.backup(copy)
-            classes = {str(name).lower(): uid for uid, name in copy.execute("SELECT uid, name FROM Classes")}
-            wanted = [classes.get(name.lower()) for name in names]
-            wanted[0] = wanted[0] or classes.get("not mitotic figure") or classes.get("nonmitosis")
-            wanted[1] = wanted[1] or classes.get("mitosis") or classes.get("mitose")
-            if relabel and None in wanted:
-                raise UserError(f"{candidates.path}: its classes ({', '.join(classes)}) do not name both "
-                                f"{names[1]} and {names[0]}, so --relabel cannot tell their numbers")
             # A table of its own: SlideRunner reads its tables by name, and looks at no other.
             copy.execute("DROP TABLE IF EXISTS Predictions")
             copy.execute("CREATE TABLE Predictions (annoId INTEGER PRIMARY KEY, probability REAL, class TEXT, "

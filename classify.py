@@ -10,6 +10,8 @@ In a program of one's own:
     probability = classifier(patches)                 # uint8 [N, 224, 224, 3], RGB, at classifier.mpp µm/px
     mitotic = probability >= classifier.threshold
 
+A model whose classifier.patch is not 224 was trained on patches of that many px: read those (read_patch does it all).
+
 Needs numpy, onnxruntime, openslide and Pillow (requirements-classify.txt); no torch.
 """
 
@@ -47,8 +49,10 @@ class Classifier:
     batch_size  most patches per run; None: 64 on a GPU, on the CPU 8 per thread, whose activations stay in its cache
     threads of the CPU that a run may use; 0: all
 
-    Attributes: .metadata (dict, as exported) .threshold .mpp (µm/px of the patches, None: unknown) .size (px)
-    .labels (names of class 0 and 1) .device ("cpu", "cuda:0") .note (which device was taken, and why).
+    Attributes: .metadata (dict, as exported) .threshold .mpp (µm/px of the patches, None: unknown) .size (px of the
+    input) .patch (px to read at .mpp around a candidate; where it is not .size, a model trained on 128 px, say, the
+    patch is brought to .size as `read_patch` does) .labels (names of class 0 and 1) .device ("cpu", "cuda:0") .note
+    (which device was taken, and why).
     Threads may share one: it has no state that a call changes.
     """
 
@@ -59,7 +63,7 @@ class Classifier:
         self.metadata = read_metadata(self.session, self.path)
         check_weights(self.path, self.metadata)
         self.threshold = self.metadata["threshold"]["value"]
-        self.mpp, self.size, self.labels = (self.metadata[key] for key in ("mpp", "size", "labels"))
+        self.mpp, self.patch, self.size, self.labels = (self.metadata[k] for k in ("mpp", "patch", "size", "labels"))
         self.input, self.outputs = self.metadata["input"], [output.name for output in self.session.get_outputs()]
         shape = (self.size, self.size, 3) if self.input == "uint8" else (3, self.size, self.size)
         self.shape, self.dtype = shape, np.uint8 if self.input == "uint8" else np.float32
@@ -117,7 +121,7 @@ class Classifier:
                 ("licence", f"{m['licence']}; redistribution: {m['redistribution']}"),
                 ("input", f"patches {self.input} [N, {', '.join(map(str, self.shape))}]"
                           + (" RGB" if self.input == "uint8" else " normalised RGB")
-                          + f", {self.mpp:g} µm/px" * (self.mpp is not None) + ", µm/px unknown" * (self.mpp is None)
+                          + (", µm/px unknown" if self.mpp is None else f", {self.mpp:g} µm/px")
                           + f"; trained on patches of {m['patch']} px, fit {m['fit']}"),
                 ("outputs", ", ".join(self.outputs)),
                 ("classes", f"0 {self.labels[0]}, 1 {self.labels[1]}"),
@@ -154,7 +158,7 @@ def open_session(path, device="auto", threads=0):
     if kind != "cpu":
         if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
             reason = "this onnxruntime has no CUDA (pip install onnxruntime-gpu[cuda,cudnn])"
-        elif kind == "cuda" or Path("/dev/nvidia0").exists() or os.name == "nt":
+        elif kind == "cuda" or nvidia_device() or os.name == "nt":
             # Loaded by path out of the nvidia packages: the provider's own search finds them only by luck.
             with muted():
                 if hasattr(onnxruntime, "preload_dlls"):
@@ -176,6 +180,11 @@ def open_session(path, device="auto", threads=0):
         raise UserError(f"--device {device}: {reason}")
     session = start(path, ["CPUExecutionProvider"], threads)
     return session, "cpu", f"CPU (onnxruntime {onnxruntime.__version__})" + (f"; not CUDA: {reason}" if reason else "")
+
+
+def nvidia_device(folder=Path("/dev")):
+    """Whether the system shows an NVIDIA GPU; in a container the first may be nvidia3, in WSL all are behind dxg."""
+    return (folder / "dxg").exists() or any(folder.glob("nvidia[0-9]*"))
 
 
 def start(path, providers, threads):
@@ -257,11 +266,17 @@ def resolution(metadata, found, name, given=None):
 
 
 def read_patch(image, x, y, metadata, mpp=None, source_mpp=None):
-    """The patch around (x, y), level 0, as the model wants it: uint8 [size, size, 3]."""
+    """The patch around (x, y), level 0, as the model wants it: uint8 [size, size, 3].
+
+    metadata  of the model: "patch" px are read and brought to "size" px as "fit" says
+    """
     patch, size = metadata["patch"], metadata["size"]
     pixels = slides.read(image, x, y, patch, mpp=mpp, source_mpp=source_mpp)
     if patch == size:
         return pixels
+    if metadata["fit"] == "pad" and patch > size:  # padded patches keep their scale, so larger ones are cut
+        start = (patch - size) // 2
+        return pixels[start:start + size, start:start + size]
     if metadata["fit"] == "pad":
         border = (size - patch) // 2
         return np.pad(pixels, ((border, size - patch - border),) * 2 + ((0, 0),), constant_values=slides.WHITE)
@@ -402,9 +417,12 @@ def plan(found, images, missing, metadata, given, skip, say):
 
 
 def overlay(path, jobs, probability, threshold, labels, longest=2000):
-    """Draw the scored candidates of the first slide of `jobs` on a view of it that holds them all."""
-    image = jobs[0][0]
-    points = [(x, y, p) for (file, x, y, *_), p in zip(jobs, probability) if file == image and not np.isnan(p)]
+    """Draw the scored candidates of the first slide that has any on a view of it that holds them all."""
+    scored = [(file, x, y, p) for (file, x, y, *_), p in zip(jobs, probability) if not np.isnan(p)]
+    if not scored:
+        return
+    image = scored[0][0]
+    points = [(x, y, p) for file, x, y, p in scored if file == image]
     width, height = slides.dimensions(image)
     x, y = np.array([[a, b] for a, b, _ in points]).T
     margin = 200
@@ -444,6 +462,14 @@ def region(image, left, top, width, height, longest):
     return view.resize((max(1, round(width * scale)), max(1, round(height * scale)))), scale
 
 
+def check_output(flag, path):
+    """UserError for a file that could not be written: found before the scoring, not after."""
+    if path.is_dir():
+        raise UserError(f"{flag} {path}: is a folder; name a file in it")
+    if not path.resolve().parent.is_dir():
+        raise UserError(f"{flag} {path}: its folder does not exist")
+
+
 def main():
     parser = argparse.ArgumentParser(description="Score a detector's candidates with an exported model; with the "
                                                  "model alone: say what it is.")
@@ -479,6 +505,8 @@ def main():
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
     if args.mpp is not None and not 0.01 < args.mpp < 100:
         raise UserError(f"--mpp {args.mpp:g}: not a plausible number of µm per px")
+    if args.threshold is not None and not 0 < args.threshold < 1:
+        raise UserError(f"--threshold {args.threshold:g}: must be a probability between 0 and 1")
 
     if not args.candidates:
         print(Classifier(args.model, args.device, warm_up=False).describe())
@@ -491,14 +519,17 @@ def main():
     out = Path(args.out)
     if out.exists() and out.samefile(args.candidates):
         raise UserError(f"--out {out}: is the file of the candidates itself; it is never written to, choose another")
-    if not out.resolve().parent.is_dir():
-        raise UserError(f"--out {out}: its folder does not exist")
+    check_output("--out", out)
+    if args.overlay:
+        check_output("--overlay", Path(args.overlay))
     images, missing = find_images(found, args.slide)
     elsewhere = sum(path is None for path in images)
     classifier = Classifier(args.model, args.device, args.batch_size, args.threads)
     if classifier.input != "uint8":
         raise UserError(f"{args.model}: was exported with --input float, for hosts that normalise; this command needs "
                         "one with --input uint8")
+    if args.relabel and found.kind == "sqlite":
+        formats.class_numbers(found, classifier.labels, relabel=True)  # its error must not come after the scoring
     say(f"{args.model}: {classifier.note}")
     threshold = classifier.threshold if args.threshold is None else args.threshold
     jobs, rows = plan(found, images, missing, classifier.metadata, args.mpp, args.skip, say)

@@ -69,6 +69,13 @@ def test_csv_scored_again_replaces_its_columns(tmp_path):
     assert candidates.read(given).images == [None, None]
 
 
+def test_csv_names_of_images_lose_their_blanks(tmp_path):
+    given = saved(tmp_path / "in.csv", "filename,x,y\n im.png,1,2\nim.png ,3,4\n")
+    assert candidates.read(given).images == ["im.png", "im.png"]
+    blank = saved(tmp_path / "blank.csv", "filename,x,y\n,1,2\n ,3,4\n")  # all of them: the format names no image
+    assert candidates.read(blank).images == [None, None]
+
+
 # ---------------------------------------------------------------- GeoJSON
 
 @pytest.mark.parametrize("wrap", [lambda f: {"type": "FeatureCollection", "features": f, "kept": 1}, lambda f: f,
@@ -160,6 +167,15 @@ def test_relabel_needs_both_classes_in_the_database(tmp_path):
     assert sqlite3.connect(out).execute("SELECT agreedClass FROM Annotations ORDER BY uid").fetchall() == [(5,), (6,)]
 
 
+def test_a_database_without_classes_is_refused_when_it_is_read(tmp_path):
+    connection = database(tmp_path / "in.sqlite")
+    connection.execute("DROP TABLE Classes")
+    connection.commit()
+    connection.close()
+    with pytest.raises(UserError, match="no such table: Classes"):
+        candidates.read(tmp_path / "in.sqlite")
+
+
 # ---------------------------------------------------------------- the challenge's JSON
 
 def test_challenge_is_in_millimetres(tmp_path):
@@ -184,6 +200,12 @@ IMAGE = {"id": 1, "file_name": "a"}
     ("a.json", {"images": [{"id": 1}], "annotations": [BOX]}, "not MIDOG's JSON"),
     ("a.json", {"images": [IMAGE], "annotations": [{**BOX, "bbox": [1, 2, 3, math.inf]}]}, "has no place"),
     ("a.json", {"type": "Multiple points", "points": [{"where": [1, 2]}]}, "MIDOG challenge"),
+    ("a.geojson", [feature([])], "no coordinates"), ("a.geojson", [feature([1, 2])], "geometry of feature 0"),
+    ("a.geojson", [feature({"type": "MultiPoint", "coordinates": 5})], "no coordinates"),
+    ("a.geojson", [feature(point(1, 2), properties="wrong")], "properties of feature 0"),
+    ("a.geojson", [feature(point(1, 2), properties={"measurements": "wrong"})], "measurements of feature 0"),
+    ("a.geojson", [feature(point(1, 2), properties={"metadata": "wrong"})], "metadata of feature 0"),
+    ("a.csv", "filename,x,y\na.png,1,2\n ,3,4\n", "row 2: the filename is blank"),
     ("a.geojson", [feature(None)], "no coordinates"), ("a.geojson", [feature(point("1", 2))], "no coordinates"),
     ("a.csv", "a,b\n1,2\n", "columns x and y"), ("a.csv", "x,y\n1\n", "row 1"), ("a.csv", "x,y\n1,\n", "has no place"),
     ("a.csv", "x,y\nnan,1\n", "has no place"), ("a.csv", "", "columns x and y"),

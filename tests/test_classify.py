@@ -219,6 +219,8 @@ def test_mistakes_are_one_line(tiny, tmp_path):
     assert "folder does not exist" in failure(model, *usual[:-1], tmp_path / "no" / "out.json")
     assert "--batch-size" in failure(model, *usual, "--batch-size", 0)
     assert "plausible" in failure(model, *usual, "--mpp", 0)
+    for threshold in (0, 1, 50, "nan"):
+        assert "between 0 and 1" in failure(model, *usual, "--threshold", threshold)
     assert "there are auto" in failure(model, *usual, "--device", "tpu")
     for text, message in (("{", "not a readable JSON"), ("[1]", "neither MIDOG"),
                           ('{"type": "Multiple points"}', "points"),
@@ -233,6 +235,30 @@ def test_mistakes_are_one_line(tiny, tmp_path):
     (tmp_path / "bad.sqlite").write_bytes(sqlite(tmp_path / "good.sqlite").read_bytes()[:5000])
     assert "SlideRunner" in failure(model, "--slide", image, "--candidates", tmp_path / "bad.sqlite", "--out", "o.db")
     assert not (tmp_path / "out.json").exists() and not Path("o.json").exists()
+
+
+def test_output_that_cannot_be_written_is_found_before_the_model_is_loaded(tmp_path):
+    """There is no model here: a message about it would say that its loading came first."""
+    (tmp_path / "a.png").write_bytes(b"")
+    usual = ("--slide", tmp_path / "a.png", "--candidates", midog(tmp_path / "in.json"), "--out")
+    assert "--out" in (said := failure("none.onnx", *usual, tmp_path)) and "is a folder" in said
+    usual = (*usual, tmp_path / "out.json", "--overlay")
+    assert "--overlay" in (said := failure("none.onnx", *usual, tmp_path)) and "is a folder" in said
+    assert "its folder does not exist" in failure("none.onnx", *usual, tmp_path / "no" / "o.png")
+
+
+def test_relabel_that_cannot_be_is_found_before_the_scoring(tiny, tmp_path, monkeypatch):
+    folder, _ = tiny
+    database = sqlite3.connect(sqlite(tmp_path / "in.sqlite"))
+    database.execute("UPDATE Classes SET name = 'cell' WHERE uid = 2")
+    database.commit()
+    database.close()
+    monkeypatch.setattr(classify, "score", lambda *_: pytest.fail("scored"))
+    monkeypatch.setattr(sys, "argv", ["classify.py", *map(str, (
+        folder / "model.onnx", "--slide", folder / "a.tiff", "--candidates", tmp_path / "in.sqlite", "--out",
+        tmp_path / "out.sqlite", "--relabel", "--device", "cpu"))])
+    with pytest.raises(cli.UserError, match="--relabel cannot tell"):
+        classify.main()
 
 
 def test_candidates_outside_and_unreadable_slides(tiny, tmp_path):
@@ -335,6 +361,10 @@ def test_patches_of_another_size(tiny):
         assert patch.shape == (224, 224, 3)
         plain = classify.read_patch(folder / "a.tiff", 300, 300, {"patch": 224, "size": 224, "fit": fit})
         assert np.array_equal(patch[48:176, 48:176], plain[48:176, 48:176]) == (fit == "pad")
+        larger = classify.read_patch(folder / "a.tiff", 300, 300, {"patch": 257, "size": 224, "fit": fit})
+        assert larger.shape == (224, 224, 3)
+        exact = classify.read_patch(folder / "a.tiff", 300, 300, {"patch": 256, "size": 224, "fit": fit})
+        assert np.array_equal(exact, plain) == (fit == "pad")
 
 
 # ---------------------------------------------------------------- the class
@@ -359,6 +389,24 @@ def test_classifier_takes_arrays_tensors_and_threads(tiny):
             classifier(wrong)
     with pytest.raises(cli.UserError, match="no output"):
         classifier(images, output="logits")
+
+
+def test_a_classifier_says_how_many_px_to_read(tiny, tmp_path):
+    folder, _ = tiny
+    write_model(tmp_path / "m.onnx", classifier("gelu"), metadata={"patch": 128})
+    model = Classifier(tmp_path / "m.onnx", device="cpu")
+    assert (model.patch, model.size) == (128, 224)
+    assert model(classify.read_patch(folder / "a.tiff", 300, 300, model.metadata)[None]).shape == (1,)
+
+
+def test_gpus_by_any_name_of_their_device(tmp_path):
+    for name in ("nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    assert not classify.nvidia_device(tmp_path)
+    for name in ("nvidia3", "dxg"):
+        (tmp_path / name).touch()
+        assert classify.nvidia_device(tmp_path)
+        (tmp_path / name).unlink()
 
 
 def test_cuda_that_is_not_obtained_is_an_error(tiny):
@@ -388,6 +436,11 @@ def test_model_alone_is_described(tiny):
     assert done.returncode == 0
     for text in ("licence", "redistribution: yes", "0.25 µm/px", "threshold", "against torch"):
         assert text in done.stdout
+
+
+def test_a_model_that_does_not_know_its_resolution_is_described(tmp_path):
+    write_model(tmp_path / "m.onnx", classifier("gelu"), metadata={"mpp": None})
+    assert "µm/px unknown" in Classifier(tmp_path / "m.onnx", device="cpu", warm_up=False).describe()
 
 
 def test_foreign_and_damaged_models(tiny, tmp_path):
@@ -420,6 +473,15 @@ def test_overlay(tiny, tmp_path):
     assert drawn.shape == (500, 640, 3)
     colours = [tuple(c) for c in formats.COLOURS.values()]
     assert any((drawn == c).all(axis=-1).any() for c in colours)
+
+
+def test_overlay_where_the_first_slide_failed(tiny, tmp_path):
+    folder, _ = tiny
+    jobs = [("gone.tiff", 1.0, 2.0, None, None), (folder / "a.tiff", 150.0, 160.0, None, None)]
+    classify.overlay(tmp_path / "none.png", jobs, np.array([np.nan, np.nan]), 0.5, ["no", "yes"])
+    assert not (tmp_path / "none.png").exists()
+    classify.overlay(tmp_path / "o.png", jobs, np.array([np.nan, 0.7]), 0.5, ["no", "yes"])
+    assert Image.open(tmp_path / "o.png").size == (350, 360)
 
 
 # ---------------------------------------------------------------- without torch
