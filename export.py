@@ -113,20 +113,25 @@ def validation_patches(run, config, args, count):
 
     The demo's, where the run's data is not here.
     """
-    kept, rows = dict(config.get("source", {})), []
+    kept = dict(config.get("source", {}))
     kept |= {name: getattr(args, name) for name in ("data", "images") if getattr(args, name)}
     try:
         annotations, choices = data.from_source(kept, quiet=False)
         wanted = data.load_split(run / "split.json", annotations).val
-        rows, source = annotations.rows(wanted), f"validation patches of {annotations.name}"
+        rows = annotations.rows(wanted)
+        if len(rows):  # read here: the annotations may be here without their images
+            return read_patches(annotations, choices, rows, count, f"validation patches of {annotations.name}")
     except (UserError, OSError) as error:
         if args.data:
             raise
         print(f"note: the run's data cannot be used here ({error}); comparing on demo patches (--data D names it)",
               file=sys.stderr)
-    if len(rows) == 0:
-        annotations, choices = data.from_source({"data": "demo", "fit": "resize"}, quiet=False)
-        rows, source = np.arange(len(annotations)), "demo patches"
+    annotations, choices = data.from_source({"data": "demo", "fit": "resize"}, quiet=False)
+    return read_patches(annotations, choices, np.arange(len(annotations)), count, "demo patches")
+
+
+def read_patches(annotations, choices, rows, count, source):
+    """`count` of the rows, both classes among them, and others of the dataset where they are too few."""
     own = source != "demo patches"
     rows = pick(rows, annotations.label, count)
     if len(rows) < min(count, FEWEST, len(annotations)):  # a batch of 64 needs so many

@@ -1,8 +1,10 @@
 """From a finished run to a verified model, and what happens when it does not come to that."""
 
+import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -132,7 +134,22 @@ def test_options(made, tmp_path, monkeypatch):
     assert "Attention" not in {node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node}
 
 
-# ---------------------------------------------------------------- the gate
+def test_annotations_whose_images_are_gone_fall_back_to_the_demo(made, tmp_path, monkeypatch, capsys):
+    run, _, _ = made()
+    config, from_source = json.loads((run / "config.json").read_text()), export.data.from_source
+    here = dict(config["source"])
+    shutil.copy(here["data"], tmp_path / "MIDOG.json")
+    config["source"] |= {"data": str(tmp_path / "MIDOG.json"), "images": str(tmp_path)}
+    monkeypatch.setattr(export.data, "from_source",  # the run's own data stands in for the demo's
+                        lambda kept, **options: from_source(here if kept["data"] == "demo" else kept, **options))
+    args = argparse.Namespace(data=None, images=None)
+    found, labels, ids, source = export.validation_patches(run, config, args, 8)
+    assert source.startswith("demo patches") and len(found) == len(labels) == 8 and len(ids) == 0
+    assert "the run's data cannot be used here" in capsys.readouterr().err
+    args.data = str(tmp_path / "MIDOG.json")
+    with pytest.raises(cli.UserError):  # named by the user: no other is taken
+        export.validation_patches(run, config, args, 8)
+
 
 @pytest.mark.parametrize("break_it", ["normalisation", "lora", "head", "block"])
 def test_a_wrong_graph_does_not_come_out(break_it, made, tmp_path, monkeypatch, capsys):
