@@ -304,13 +304,23 @@ class _Solver:
             ridge = torch.where(norm > 0, self.strength / norm.clamp(min=1e-12), self.strength)
         # Relative ridge in steps of a factor of 4: a preconditioner need not be exact, and a factorisation costs d^3/3.
         level = torch.round(torch.log(ridge / curvature) / math.log(4)).long()
-        eye = G.diagonal().mean().clamp(min=1e-30)
-        factors = {}
-        for value in level.unique().tolist():
+        return {value: self._cholesky(G, 4.0 ** value) for value in level.unique().tolist()}, level, curvature
+
+    def _cholesky(self, G, ridge):
+        """Cholesky factor of G + ridge, with as little more on the diagonal as it takes.
+
+        Of collinear features G is singular but for float32's rounding, which grows with their scale, may make it
+        indefinite, and is far above a small ridge.
+        """
+        jitter = 1e-9 * float(G.diagonal().mean().clamp(min=1e-30))
+        for _ in range(10):
             A = G.clone()
-            A.diagonal().add_(4.0 ** value + 1e-9 * float(eye))
-            factors[value] = torch.linalg.cholesky(A)
-        return factors, level, curvature
+            A.diagonal().add_(ridge + jitter)
+            factor, failed = torch.linalg.cholesky_ex(A)
+            if not failed:
+                break
+            jitter *= 10
+        return torch.linalg.cholesky(A) if failed else factor  # its error: not even the diagonal's size was enough
 
     def _factor_own(self, factors, W, b, columns):
         """Replace the preconditioner of some columns by the Cholesky factor of their Hessian where they stand."""

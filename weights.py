@@ -16,6 +16,7 @@ import os
 import pickle
 import re
 import socket
+import struct
 import sys
 import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
@@ -130,8 +131,11 @@ def listing(missing=(), unexpected=(), shapes=()):
 def read_tensors(file):
     """Tensors of a weights file by name, memory-mapped: nothing is read before it is used."""
     try:
-        with open(file, "rb"):  # safetensors says "no such file" of one that may not be read
-            pass
+        with open(file, "rb") as handle:  # safetensors says "no such file" of one that may not be read
+            start = handle.read(64)
+        # Text is no weights file of any kind (those have zeros or a pickle's 0x80 here), whatever torch says of it.
+        if re.match(rb"\s*(version https://git-lfs|[<{\[])", start.removeprefix(b"\xef\xbb\xbf")) and 0 not in start:
+            raise UserError(f"{file}: not a weights file (a Git LFS pointer or a web page?); download it again")
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as handle:
                 return {name: handle.get_tensor(name) for name in handle.keys()}
@@ -148,7 +152,8 @@ def read_tensors(file):
             raise UserError(f"{file}: holds more than tensors (Python objects or code), which is never loaded; ask for "
                             "the weights as safetensors") from None
         raise UserError(f"{file}: truncated or not a weights file; download it again") from None
-    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except (SafetensorError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, OverflowError,
+            AssertionError, struct.error, OSError) as error:  # damaged pickles raise any of these
         raise UserError(f"{file}: truncated or not a weights file ({first_line(error)}); download it again") from None
     for wrapper in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):

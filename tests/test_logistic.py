@@ -136,6 +136,20 @@ def test_float16_memory_maps_and_repeated_rows(tmp_path):
     np.testing.assert_allclose(ours.weight, reference.coef_[0], atol=1e-4)
 
 
+@pytest.mark.parametrize("sd", [20, 100])
+@pytest.mark.parametrize("penalty", ["l2", "uni"])
+def test_collinear_features_of_large_scale(penalty, sd):
+    """Rank 60 of 256, and every row four times: float32's rounding makes the Gram matrix indefinite."""
+    rng = np.random.default_rng(0)
+    low_rank = rng.normal(size=(800, 60)) @ rng.normal(size=(60, 256))
+    repeated = np.repeat(rng.normal(size=(200, 384)), 4, axis=0)
+    y = np.repeat(rng.random(200) < 0.4, 4).astype(int)
+    for X in (low_rank / low_rank.std(), repeated):
+        for C in (100.0, 1e6):
+            result = logistic.fit((X * sd).astype(np.float32), y, [(np.arange(800), C)], penalty)[0]
+            assert result.excess < 1e-8 and np.isfinite(result.weight).all()
+
+
 def test_constant_columns_do_no_harm():
     X, y = problem(300, 12, 2, 0.5)
     X = np.concatenate([X, np.full((300, 3), 7.0, np.float32)], 1)

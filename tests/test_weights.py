@@ -411,12 +411,13 @@ def test_truncated_files(small, tmp_path):
 
 
 def test_not_weights_at_all(tmp_path):
-    file = tmp_path / "model.safetensors"
-    file.write_text("<html>Sign in to continue</html>" * 100)
-    refused(file, "truncated or not a weights file")
+    for name in ("model.safetensors", "pytorch_model.bin", "x.pth"):
+        file = tmp_path / name
+        for text in ("<html>Sign in to continue</html>" * 100, '\n{"error": "Not found"}',
+                     "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4539168745\n"):
+            file.write_text(text)
+            refused(file, str(file), "not a weights file (a Git LFS pointer or a web page?)")
     file = tmp_path / "pytorch_model.bin"
-    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4539168745\n")
-    refused(file, str(file))
     torch.save([1, 2], file)
     refused(file, "holds no state dict")
 
