@@ -28,4 +28,4 @@ $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf data/demo runs/demo demo-out
+	rm -rf data/demo runs/demo runs-quick demo-out

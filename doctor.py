@@ -121,8 +121,8 @@ def report():
     rows.append(("onnx", version("onnx")))
     import openslide
     rows.append(("openslide", f"{openslide.__library_version__}, python {version('openslide-python')}"))
-    if not devices and Path("/dev/nvidia0").exists():
-        devices = ["/dev/nvidia0, but no driver that answers"]
+    if not devices and classify.nvidia_device():
+        devices = ["a device in /dev, but no driver that answers"]
     rows.append(("GPU", "; ".join(devices) or "none that nvidia-smi sees"))
     found = libraries()
     rows += [(name, place or "MISSING") for name, place in found.items()]

@@ -16,7 +16,7 @@ import cli
 import doctor
 
 HERE = Path(__file__).resolve().parent.parent
-NO_GPU = pytest.mark.skipif(torch.cuda.is_available() or Path("/dev/nvidia0").exists(), reason="a GPU is here")
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available() or classify.nvidia_device(), reason="a GPU is here")
 
 
 def nvidia_smi(folder, script):
