@@ -122,9 +122,13 @@ def further(args):
     return found
 
 
-def own_names(annotations, split):
-    """Names that results on further datasets cannot have: those of the run's sets, and of its dataset."""
-    return {"train", "val", "test", annotations.name, *split.others}
+def check_further(tests, annotations, split):
+    """UserError where a dataset of --test is called like one of the run's own sets, or its dataset: its results would
+    be taken for theirs."""
+    for other in tests:
+        if other.name in {"train", "val", "test", annotations.name, *split.others}:
+            raise UserError(f"--test: {other.name} is the name of one of the run's own sets or datasets; rename the "
+                            "file")
 
 
 SOURCE = ("data", "images", "classes", "profile", "positive", "negative", "columns", "fit", "mpp", "source_mpp")

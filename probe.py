@@ -223,7 +223,7 @@ def finish(job, annotations, X, args):
 def further_tests(job, annotations, X, tests, args):
     """Predictions of a finished run on the whole datasets of --test, where they are missing; rows of the table."""
     path = job["path"]
-    pending = runs.pending_tests(path, [other for other, _ in tests], data.own_names(annotations, job["split"]))
+    pending = runs.pending_tests(path, [other for other, _ in tests])
     missing = [(other, features) for other, features in tests if other in pending]
     if not missing:
         return []
@@ -287,6 +287,7 @@ def main():
             for frac in dict.fromkeys(args.frac):
                 for fold in dict.fromkeys(args.fold):
                     split = data.make_split(annotations, fold, frac, domain, args.seed, args.split, args.val_frac)
+                    data.check_further(others, annotations, split)
                     path = runs.run_path(args.runs, annotations.name, args.model, "probe", frac, fold,
                                          split.settings["domain"], suffixes(args, probe, encoder))
                     config = configuration(args, probe, annotations, encoder, dtype, split)

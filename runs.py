@@ -290,16 +290,13 @@ def add_predictions(path, columns):
     return both
 
 
-def pending_tests(path, tests, own):
+def pending_tests(path, tests):
     """Those of `tests` (Annotations of --test) on which the finished run at `path` has no results yet.
 
-    own: names of the run's own sets. UserError where a name is taken: by one of them, or by another dataset's results.
+    UserError where it has some on another dataset of the same name.
     """
     metrics, pending = read_json(Path(path) / "metrics.json"), []
     for other in tests:
-        if other.name in own:
-            raise UserError(f"--test: {other.name} is the name of one of the run's own sets or datasets; rename the "
-                            "file")
         if other.name not in metrics["sets"]:
             pending.append(other)
         elif metrics.get("tests", {}).get(other.name, other.fingerprint()) != other.fingerprint():

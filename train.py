@@ -492,11 +492,11 @@ def curves(path):
     plt.close(figure)
 
 
-def further_tests(args, annotations, tests, split, path, device, dtype):
+def further_tests(args, annotations, tests, path, device, dtype):
     """Predictions of a finished run on the whole datasets of --test, by all processes; rows of the table."""
     pending = [None]
     if rank() == 0:
-        pending = [[other.name for other in runs.pending_tests(path, tests, data.own_names(annotations, split))]]
+        pending = [[other.name for other in runs.pending_tests(path, tests)]]
     if world() > 1:  # the first process has written the file and is going to write it again
         dist.broadcast_object_list(pending, src=0)
     wanted = [other for other in tests if other.name in pending[0]]
@@ -612,6 +612,7 @@ def main():
         for frac in dict.fromkeys(args.frac):
             for fold in dict.fromkeys(args.fold):
                 split = data.make_split(annotations, fold, frac, domain, args.seed, args.split, args.val_frac)
+                data.check_further(tests, annotations, split)  # before the training, not after it
                 config = configuration(args, annotations, dtype, base.weights_hash, base.licence, frac, fold,
                                        split.settings["domain"])
                 path = runs.run_path(args.runs, annotations.name, args.model, config["flags"]["method"], frac, fold,
@@ -627,7 +628,7 @@ def main():
                                                            source_mpp=args.source_mpp, jitter=args.jitter)
                         rows += train(args, annotations, patches, run, split, base, device, dtype)
                     if tests:
-                        rows += further_tests(args, annotations, tests, split, path, device, dtype)
+                        rows += further_tests(args, annotations, tests, path, device, dtype)
     if rows:
         print(cli.table(rows, ("run", "set", "patches", "balanced acc", "weighted F1", "AUROC"), right=(2, 3, 4, 5)))
     if dist.is_initialized():
