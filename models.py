@@ -600,8 +600,9 @@ def name_of(dtype):
 # ---------------------------------------------------------------- a finished run
 
 def absolute(weights):
-    """A path given to --weights as a run keeps it, so that it is found from anywhere; names and "random" as they are."""
-    return str(Path(weights).resolve()) if weights and Path(weights).exists() else weights
+    """A path given to --weights as a run keeps it, found from anywhere; names and "random" as they are."""
+    there = weights and weights != "random" and Path(weights).exists()
+    return str(Path(weights).resolve()) if there else weights
 
 
 def load_run(path, weights=None, device="cpu", merge=False):

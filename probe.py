@@ -164,7 +164,8 @@ def configuration(args, probe, annotations, encoder, dtype, split):
     own = {"uni": (), "l2": ("C", "standardize"), "knn": ("k",), "prototype": ("shots",)}[probe]
     flags |= {name: getattr(args, name) for name in own}
     return {"flags": flags,
-            "data": {"name": annotations.name, "fingerprint": annotations.fingerprint(), **data.facts(annotations, args.fit)},
+            "data": {"name": annotations.name, "fingerprint": annotations.fingerprint(),
+                     **data.facts(annotations, args.fit)},
             "encoder": {"name": args.model, "licence": encoder.licence, "weights_hash": encoder.weights_hash},
             "source": data.source(args) | {"revision": args.revision}, "environment": runs.environment()}
 

@@ -86,7 +86,8 @@ def command(model, slide, points, device, threads, folder):
     write_candidates(folder / "in.json", slide, points)
     start = time.perf_counter()
     done = subprocess.run([sys.executable, str(ROOT / "classify.py"), str(model), "--slide", str(slide), "--candidates",
-                           str(folder / "in.json"), "--out", str(folder / "out.json"), "--device", device, "--threads", str(threads)],
+                           str(folder / "in.json"), "--out", str(folder / "out.json"), "--device", device,
+                           "--threads", str(threads)],
                           check=True, capture_output=True, text=True)
     seconds = time.perf_counter() - start
     written = json.loads((folder / "out.json").read_text())["annotations"]

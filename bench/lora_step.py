@@ -162,8 +162,8 @@ def count(name, batch):
             logits = model(images).view(-1)
             torch.nn.functional.binary_cross_entropy_with_logits(logits.float(), labels).backward()
             optimizer.step()
-    print(f"{name}, LoRA in bf16, batch {batch}: network and adapters {network / 2 ** 30:.2f} GiB, the most at any time "
-          f"of a step {counter.peak / 2 ** 30:.2f} GiB")
+    print(f"{name}, LoRA in bf16, batch {batch}: network and adapters {network / 2 ** 30:.2f} GiB, the most at any "
+          f"time of a step {counter.peak / 2 ** 30:.2f} GiB")
 
 
 def together(name, device, batch, count, rounds):

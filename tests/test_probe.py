@@ -325,7 +325,8 @@ def test_names_of_further_datasets(tmp_path, table, capsys):
     assert "two datasets are called two" in capsys.readouterr().err
     moved = tmp_path / "moved.csv"
     moved.write_bytes(other.read_bytes())
-    for more, status in (((), 2), (("--test-images", other.parent, other.parent), 2), (("--test-images", other.parent), 0)):
+    for folders, status in (((), 2), ((other.parent, other.parent), 2), ((other.parent,), 0)):
+        more = ["--test-images", *folders] if folders else []
         assert small.call(probe, *flags(table, out, "--test", moved, *more)) == status
     assert runs.read_json(metrics)["sets"]["moved"] == first
 
@@ -347,7 +348,8 @@ def test_the_run_says_what_was_done(tmp_path, table):
     assert flags_kept["domain"] == "A" and flags_kept["dtype"] == "fp32"
 
 
-@pytest.mark.parametrize("more, words", [(["--seed", -1], "--seed"), (["--C", "inf"], "--C"), (["--k", 0], "--k"), (["--C", -1], "--C"), (["--model", "nope"], "nope"),
+@pytest.mark.parametrize("more, words", [(["--seed", -1], "--seed"), (["--C", "inf"], "--C"), (["--k", 0], "--k"),
+                                         (["--C", -1], "--C"), (["--model", "nope"], "nope"),
                                          (["--layer", 9], "--layer"), (["--frac", 0], "--frac")])
 def test_mistakes_are_one_line(tmp_path, table, more, words, capsys):
     assert small.call(probe, *flags(table, tmp_path, *more)) == 2
