@@ -145,9 +145,9 @@ def test_collinear_features_of_large_scale(penalty, sd):
     repeated = np.repeat(rng.normal(size=(200, 384)), 4, axis=0)
     y = np.repeat(rng.random(200) < 0.4, 4).astype(int)
     for X in (low_rank / low_rank.std(), repeated):
-        for C in (100.0, 1e6):
+        for C in (100.0, 1e6) if penalty == "l2" else (None, 100.0):  # uni's is a few, l2's the user's
             result = logistic.fit((X * sd).astype(np.float32), y, [(np.arange(800), C)], penalty)[0]
-            assert result.excess < 1e-8 and np.isfinite(result.weight).all()
+            assert result.converged and result.excess < 1e-8 and np.isfinite(result.weight).all()
 
 
 def test_constant_columns_do_no_harm():
