@@ -40,6 +40,16 @@ def add_arguments(parser, positional=False):
         group.add_argument("--data", metavar="D", help=what)
     group.add_argument("--images", metavar="DIR", help="folder of the images, searched with its subfolders (default: "
                        "the annotation file's)")
+    add_reading_arguments(group)
+    group.add_argument("--fit", choices=("resize", "pad"), default="resize", help="patches smaller than 224 px are "
+                       "resized, or padded with white (default: resize)")
+    group.add_argument("--mpp", type=float, metavar="0.25", help="resample to this many µm/px (default: as scanned)")
+    group.add_argument("--source-mpp", type=float, metavar="MPP", help="µm/px of the images, where their files do not "
+                       "say it")
+
+
+def add_reading_arguments(group):
+    """The flags that say how labels and columns of an annotation file are read."""
     group.add_argument("--classes", metavar="mitotic=2,other=7", help="class ids or names of the two labels, where "
                        "the file's class names do not say it")
     group.add_argument("--profile", choices=readers.PROFILES, help="class ids of a known data set (default: none)")
@@ -48,11 +58,6 @@ def add_arguments(parser, positional=False):
                        "other one)")
     group.add_argument("--columns", metavar="path=A,case=B,label=C", help="columns of a CSV that are called "
                        f"differently ({', '.join(readers.COLUMNS)})")
-    group.add_argument("--fit", choices=("resize", "pad"), default="resize", help="patches smaller than 224 px are "
-                       "resized, or padded with white (default: resize)")
-    group.add_argument("--mpp", type=float, metavar="0.25", help="resample to this many µm/px (default: as scanned)")
-    group.add_argument("--source-mpp", type=float, metavar="MPP", help="µm/px of the images, where their files do not "
-                       "say it")
 
 
 def add_split_arguments(parser, several=True):

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 import cli
-import readers
+import data as datasets
 import runs
 from cli import UserError
 from metrics import (  # noqa: F401  what other scripts use by the name evaluate.…
@@ -489,25 +489,18 @@ def arguments():
                        "found by its name)")
     group.add_argument("--images", metavar="DIR", help="folder of its images")
     group.add_argument("--source-mpp", type=float, metavar="MPP", help="µm/px, where the images do not say it")
-    group.add_argument("--classes", metavar="mitotic=2,other=7", help="class ids or names of the two labels, where "
-                       "the file's class names do not say it")
-    group.add_argument("--profile", choices=readers.PROFILES, help="class ids of a known data set (default: none)")
-    group.add_argument("--positive", metavar="VALUE", help="the label (or labels, with commas) that counts as 1")
-    group.add_argument("--negative", metavar="VALUE", help="the label (or labels) that counts as 0 (default: the only "
-                       "other one)")
-    group.add_argument("--columns", metavar="filename=A,label=B", help="columns of a CSV that are called differently")
+    datasets.add_reading_arguments(group)
     return parser.parse_args()
 
 
 def detect(args):
-    import data
     import detection
     if not args.data:
         raise UserError("--detection needs --data: the dataset whose annotations tell where mitotic figures are")
-    annotations, _ = data.from_source(vars(args))
+    annotations, _ = datasets.from_source(vars(args))
     ids = None
     if args.only:
-        ids = data.load_split(Path(args.only) / "split.json", annotations).test
+        ids = datasets.load_split(Path(args.only) / "split.json", annotations).test
     threshold = 0.5 if args.threshold is None else args.threshold
     rows = detection.report(args.detection, annotations, threshold, ids, args.source_mpp)
     print(f"detection within {detection.RADIUS} µm, one to one; after: candidates with p >= {threshold:g}; best F1: "

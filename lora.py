@@ -122,7 +122,7 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         p = self.p if self.training else 0.0
         if self.folded:
-            return (F.linear if torch.is_grad_enabled() else linear)(x, self.adapted_weight().to(x.dtype), self.bias)
+            return linear(x, self.adapted_weight().to(x.dtype), self.bias)
         # A layer that set_step() was not called for, or for another batch: masks by the place in this batch.
         key = self.key if len(self.key) == len(x) or p == 0 else self.key[:1] + torch.arange(
             len(x), device=x.device) * WEYL

@@ -191,9 +191,9 @@ ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_li
 
 
 def linear(x, weight, bias=None):
-    """x weightᵀ + bias, without a gradient. In float32 on CPUs by oneDNN, which torch takes in bf16 anyway: MKL, its
-    choice in float32, needs twice the time on AMD's processors."""
-    if (ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    """x weightᵀ + bias. Where no gradient is wanted, in float32 on CPUs, by oneDNN, which torch takes in bf16 anyway:
+    MKL, its choice in float32, needs twice the time on AMD's processors."""
+    if (ONEDNN and not torch.is_grad_enabled() and x.dtype == torch.float32 and x.device.type == "cpu" and not torch.compiler.is_compiling()
             and not torch.is_autocast_enabled("cpu")):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
@@ -201,7 +201,7 @@ def linear(x, weight, bias=None):
 
 class Linear(nn.Linear):
     def forward(self, x):
-        return (F.linear if torch.is_grad_enabled() else linear)(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
 class Attention(nn.Module):

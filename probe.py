@@ -156,7 +156,7 @@ def knn_logits(features, X, labels, train, rows, k):
 
 # ---------------------------------------------------------------- runs
 
-def configuration(args, probe, annotations, encoder, dtype, split):
+def configuration(args, probe, annotations, facts, encoder, dtype, split):
     flags = {"data": annotations.name, "model": args.model, "method": "probe", "probe": probe,
              **{name: split.settings[name] for name in ("frac", "fold", "domain", "seed", "by", "val_frac")},
              "pool": encoder.pool, "layer": args.layer, "dtype": models.name_of(dtype), "tta": args.tta,
@@ -164,8 +164,7 @@ def configuration(args, probe, annotations, encoder, dtype, split):
     own = {"uni": (), "l2": ("C", "standardize"), "knn": ("k",), "prototype": ("shots",)}[probe]
     flags |= {name: getattr(args, name) for name in own}
     return {"flags": flags,
-            "data": {"name": annotations.name, "fingerprint": annotations.fingerprint(),
-                     **data.facts(annotations, args.fit)},
+            "data": {"name": annotations.name, "fingerprint": annotations.fingerprint(), **facts},
             "encoder": {"name": args.model, "licence": encoder.licence, "weights_hash": encoder.weights_hash},
             "source": data.source(args) | {"revision": args.revision}, "environment": runs.environment()}
 
@@ -282,7 +281,7 @@ def main():
     model = models.PatchClassifier(encoder, tta=args.tta).to(device)
 
     # The runs that are to be done; the finished ones are named and left alone.
-    jobs = []
+    jobs, facts = [], data.facts(annotations, args.fit)
     for probe in dict.fromkeys(args.probe) if rank == 0 else ():
         for domain in dict.fromkeys(args.domain or [None]):
             for frac in dict.fromkeys(args.frac):
@@ -291,7 +290,7 @@ def main():
                     data.check_further(others, annotations, split)
                     path = runs.run_path(args.runs, annotations.name, args.model, "probe", frac, fold,
                                          split.settings["domain"], suffixes(args, probe, encoder))
-                    config = configuration(args, probe, annotations, encoder, dtype, split)
+                    config = configuration(args, probe, annotations, facts, encoder, dtype, split)
                     jobs.append({"probe": probe, "path": path, "config": config, "split": split, "frac": frac,
                                  "fold": fold, "train": np.sort(annotations.rows(split.train)),
                                  "val": annotations.rows(split.val)})

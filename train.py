@@ -354,7 +354,7 @@ def predict_together(model, patches, count, args, dtype, progress=None):
 
 # ---------------------------------------------------------------- a run
 
-def configuration(args, annotations, dtype, weights_hash, licence, frac, fold, domain):
+def configuration(args, annotations, facts, dtype, weights_hash, licence, frac, fold, domain):
     flags = {"data": annotations.name, "model": args.model, "method": "lora" if args.lora else "full", "frac": frac,
              "fold": fold, "domain": domain, "seed": args.seed, "by": args.split, "val_frac": args.val_frac,
              "weights": models.absolute(args.weights), "pool": args.pool, "layer": args.layer, "fit": args.fit,
@@ -365,8 +365,7 @@ def configuration(args, annotations, dtype, weights_hash, licence, frac, fold, d
     if args.lora:
         flags |= {name: getattr(args, name) for name in ("rank", "alpha", "dropout", "targets", "dora", "rslora")}
     return {"flags": flags,
-            "data": {"name": annotations.name, "fingerprint": annotations.fingerprint(),
-                     **data.facts(annotations, args.fit)},
+            "data": {"name": annotations.name, "fingerprint": annotations.fingerprint(), **facts},
             "encoder": {"name": args.model, "licence": licence, "weights_hash": weights_hash},
             "source": data.source(args) | {"revision": args.revision}, "environment": runs.environment()}
 
@@ -607,13 +606,13 @@ def main():
         print("WEIGHTS: random numbers, for dry runs and benchmarks: the results mean nothing", flush=True)
     # Before anything is written: what is wrong with the weights is said first.
     base = load_base(args, dtype, device)
-    patches, rows = None, []
+    patches, rows, facts = None, [], data.facts(annotations, args.fit)
     for domain in dict.fromkeys(args.domain or [None]):
         for frac in dict.fromkeys(args.frac):
             for fold in dict.fromkeys(args.fold):
                 split = data.make_split(annotations, fold, frac, domain, args.seed, args.split, args.val_frac)
                 data.check_further(tests, annotations, split)  # before the training, not after it
-                config = configuration(args, annotations, dtype, base.weights_hash, base.licence, frac, fold,
+                config = configuration(args, annotations, facts, dtype, base.weights_hash, base.licence, frac, fold,
                                        split.settings["domain"])
                 path = runs.run_path(args.runs, annotations.name, args.model, config["flags"]["method"], frac, fold,
                                      split.settings["domain"], suffixes(args))
