@@ -15,11 +15,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import cli
-import crops
-import data
-import runs
-from cli import UserError
+import common
+import flags
+from common import UserError
+from dataset.patches import Patches
 
 # Share of the samples that each operation changes, in the order of the random numbers that decide on it.
 PROBABILITY = {"rotate": 0.5, "hflip": 0.5, "vflip": 0.5, "jitter": 0.5, "blur": 0.1, "stain": 0.5}
@@ -220,13 +219,13 @@ def gallery(annotations, patches, path, seed=0, columns=8, stain=0.0):
         for column, view in enumerate(views):
             sheet.paste(Image.fromarray(view).resize((side, side), Image.Resampling.BOX),
                         (left + column * (side + 4), top))
-    with runs.atomic(path) as temporary:
+    with common.atomic(path) as temporary:
         sheet.save(temporary, format="PNG")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    data.add_arguments(parser)
+    flags.add_arguments(parser)
     parser.add_argument("--gallery", required=True, metavar="PNG", help="picture to write")
     parser.add_argument("--stain-jitter", type=float, default=0.0, metavar="S", help="stain jitter, e.g. 0.05 "
                         "(default: 0, none)")
@@ -234,9 +233,9 @@ def main():
     args = parser.parse_args()
     if not 0 <= args.stain_jitter < 1:
         raise UserError(f"--stain-jitter {args.stain_jitter}: a number in [0, 1)")
-    annotations = data.from_arguments(args)
-    data.need_images(annotations)
-    patches = crops.Patches(annotations, fit=args.fit, mpp=args.mpp, source_mpp=args.source_mpp)
+    annotations = flags.from_arguments(args)
+    flags.need_images(annotations)
+    patches = Patches(annotations, fit=args.fit, mpp=args.mpp, source_mpp=args.source_mpp)
     if args.seed < 0:
         raise UserError(f"--seed {args.seed}: a number from 0 is needed")
     gallery(annotations, patches, args.gallery, args.seed, stain=args.stain_jitter)
@@ -244,4 +243,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.command(main)
+    common.command(main)

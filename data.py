@@ -10,195 +10,28 @@ The door to annotations.py (known datasets, the table), splits.py and sampler.py
 """
 
 import argparse
-import itertools
-import math
 import os
 import textwrap
 from pathlib import Path
 
 import numpy as np
 
-import cli
-import readers
-from annotations import (DOWNLOADABLE, KNOWN, NEAR, Annotations, by_image, load_dataset,  # noqa: F401
-                         near_pairs, root_folder, shared_cases)
-from cli import UserError
-from sampler import PATCH, Sampler, pool_size, random_pool  # noqa: F401
-from splits import check_settings, load_split, make_split, overlap, resolve_domain
-
-
-# ---------------------------------------------------------------- flags
-
-def add_arguments(parser, positional=False):
-    """The flags that say which dataset: --data, --images, … (`positional`: the dataset without its flag)."""
-    group = parser.add_argument_group("data")
-    what = ("ccmct, midog2022, midogpp, midog2021, cmc or demo (looked up under $MITOSIS_ROOT, default data/), a "
-            "folder, or an annotation file (default: $MITOSIS_DATA, else the synthetic demo)")
-    if positional:
-        group.add_argument("data", nargs="?", metavar="D", help=what)
-    else:
-        group.add_argument("--data", metavar="D", help=what)
-    group.add_argument("--images", metavar="DIR", help="folder of the images, searched with its subfolders (default: "
-                       "the annotation file's)")
-    add_reading_arguments(group)
-    group.add_argument("--fit", choices=("resize", "pad"), default="resize", help="patches smaller than 224 px are "
-                       "resized, or padded with white (default: resize)")
-    group.add_argument("--mpp", type=float, metavar="0.25", help="resample to this many µm/px (default: as scanned)")
-    group.add_argument("--source-mpp", type=float, metavar="MPP", help="µm/px of the images, where their files do not "
-                       "say it")
-
-
-def add_reading_arguments(group):
-    """The flags that say how labels and columns of an annotation file are read."""
-    group.add_argument("--classes", metavar="mitotic=2,other=7", help="class ids or names of the two labels, where "
-                       "the file's class names do not say it")
-    group.add_argument("--profile", choices=readers.PROFILES, help="class ids of a known data set (default: none)")
-    group.add_argument("--positive", metavar="VALUE", help="the label (or labels, with commas) that counts as 1")
-    group.add_argument("--negative", metavar="VALUE", help="the label (or labels) that counts as 0 (default: the only "
-                       "other one)")
-    group.add_argument("--columns", metavar="path=A,case=B,label=C", help="columns of a CSV that are called "
-                       f"differently ({', '.join(readers.COLUMNS)})")
-
-
-def add_split_arguments(parser, several=True):
-    """The flags that say which split: --fold, --frac, --domain, --seed, --split, --val-frac.
-
-    several: --fold, --frac and --domain take several values and are lists (--domain may be None).
-    """
-    group = parser.add_argument_group("split")
-    n = {"nargs": "+"} if several else {}
-    group.add_argument("--frac", type=float, default=[1.0] if several else 1.0, metavar="F", help="fraction of the "
-                       "training pool, 0.1 is 10%% (default: 1)", **n)
-    group.add_argument("--fold", type=int, default=[0] if several else 0, metavar="K", help="repeat: another "
-                       "validation set and seed, the same test set (default: 0)", **n)
-    group.add_argument("--domain", metavar="X", help="train on this domain alone, test on each (default: all "
-                       "domains)", **n)
-    group.add_argument("--seed", type=int, default=0, help="of the split and the run (default: 0)")
-    group.add_argument("--split", choices=("case", "annotation", "official"), default="case", help="draw the test set "
-                       "by case; by annotation, as the published code does (leaks); or take the published test slides "
-                       "of ccmct (default: case)")
-    group.add_argument("--val-frac", type=float, default=1.0, metavar="F", help="fraction of the validation set that "
-                       "is used (default: 1)")
-
-
-def from_arguments(args, data=None, images=None, quiet=False):
-    """The Annotations that the flags of add_arguments ask for; says loudly when it is the demo, and prints notes.
-
-    data, images: another dataset (of --test), of which the flags say how its labels and columns are read, but neither
-    where its images lie nor their µm/px. UserError where the images are not there.
-    """
-    where = data or args.data or os.environ.get("MITOSIS_DATA") or "demo"
-    if where == "demo" and not quiet:
-        print("DATA: the synthetic demo (no tissue of anybody); --data or $MITOSIS_DATA names real data" if not data and
-              not args.data else "DATA: the synthetic demo", flush=True)
-    if not 0 <= getattr(args, "seed", 0) < 2 ** 47:
-        raise UserError(f"--seed {args.seed}: a number from 0 to 2^47 is needed")
-    for flag, value in (("--mpp", args.mpp), ("--source-mpp", args.source_mpp)):
-        if value is not None and not (math.isfinite(value) and 0.01 <= value <= 100):
-            raise UserError(f"{flag} {value}: µm/px between 0.01 and 100 are needed")
-    annotations = load_dataset(where, images if data else args.images, _classes(args), args.profile,
-                               readers.parse_columns(args.columns) if args.columns else None,
-                               mpp=None if data else args.source_mpp)
-    if not quiet:
-        for note in annotations.notes:
-            print(f"{annotations.name}: {note}", flush=True)
-    return annotations
-
-
-def add_test_arguments(group):
-    group.add_argument("--test", nargs="+", default=[], metavar="D2", help="whole datasets as further test sets, also "
-                       "of a finished run; their labels and columns are read as the first one's")
-    group.add_argument("--test-images", nargs="+", default=[], metavar="DIR", help="folders of their images, in the "
-                       "same order (default: beside their annotations)")
-
-
-def further(args):
-    """The datasets of --test."""
-    if args.test_images and len(args.test_images) != len(args.test):
-        raise UserError(f"--test-images: {len(args.test_images)} folders for {len(args.test)} datasets of --test")
-    found = [from_arguments(args, name, images) for name, images in
-             itertools.zip_longest(args.test, args.test_images)]
-    for other in found:
-        need_images(other)
-    names = [other.name for other in found]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"--test: two datasets are called {name}; rename one of the files")
-    return found
-
-
-def check_further(tests, annotations, split):
-    """UserError where a dataset of --test is called like one of the run's own sets, or its dataset: its results would
-    be taken for theirs."""
-    for other in tests:
-        if other.name in {"train", "val", "test", annotations.name, *split.others}:
-            raise UserError(f"--test: {other.name} is the name of one of the run's own sets or datasets; rename the "
-                            "file")
-
-
-SOURCE = ("data", "images", "classes", "profile", "positive", "negative", "columns", "fit", "mpp", "source_mpp")
-
-
-def source(args):
-    """The flags of add_arguments as a run keeps them; absolute paths, so that its data is found from anywhere."""
-    kept = {name: getattr(args, name) for name in SOURCE}
-    kept["data"] = args.data or os.environ.get("MITOSIS_DATA") or "demo"
-    for name in ("data", "images"):
-        if kept[name] and Path(kept[name]).exists():
-            kept[name] = str(Path(kept[name]).resolve())
-    return kept
-
-
-def facts(annotations, fit="resize"):
-    """What a model trained on this data must be told: {"mpp": µm/px of its images, "patch": px that
-    are read around a cell where patches are ready-made, in which `fit` decides what of them is seen}.
-
-    None where it is not known, or differs by more than 2% between the images that tell.
-    """
-    import slides
-    first = annotations.image_path(annotations.image[0])
-    patch = None
-    if annotations.kind == "patches":  # as crops.Patches cuts them
-        patch = min(PATCH, (min if fit == "resize" else max)(slides.dimensions(first)))
-    values = list((annotations.mpp or {}).values())
-    if not values:
-        present = [first] if patch else [annotations.image_path(name) for name in np.unique(annotations.image).tolist()
-                                         if name not in annotations.missing]
-        values = [slides.microns_per_pixel(path) for path in present]
-    known = [value for value in values if value]
-    same = known and max(known) <= 1.02 * min(known)
-    return {"mpp": round(sum(known) / len(known), 6) if same else None, "patch": patch}
-
-
-def from_source(kept, quiet=True):
-    """(Annotations, the flags as a namespace) of a run's config["source"]; UserError where the data is not here."""
-    args = argparse.Namespace(**{name: kept.get(name) for name in SOURCE})
-    return from_arguments(args, quiet=quiet), args
-
-
-def _classes(args):
-    if args.classes and (args.positive or args.negative):
-        raise UserError("--classes and --positive/--negative say the same thing: give one of them")
-    if args.negative and not args.positive:
-        raise UserError("--negative needs --positive")
-    if args.classes:
-        return readers.parse_classes(args.classes)
-    if args.positive:
-        def values(text):
-            found = [value.strip() for value in text.split(",") if value.strip()]
-            if not found:
-                raise UserError("--positive and --negative take a label")
-            return found
-        return {"mitotic": values(args.positive), "other": values(args.negative) if args.negative else None}
-    return None
-
-
-def need_images(annotations):
-    """UserError unless images are there: for whoever reads pixels."""
-    if set(annotations.image.tolist()) <= set(annotations.missing):
-        raise UserError(f"{annotations.name}: none of its {len(annotations.all_images):,} images is under "
-                        f"{annotations.root}; give their folder with --images")
-
+import common
+import flags
+from common import UserError
+from dataset.annotations import (  # noqa: F401
+    DOWNLOADABLE,
+    KNOWN,
+    NEAR,
+    Annotations,
+    by_image,
+    near_pairs,
+    root_folder,
+    shared_cases,
+)
+from dataset.sampler import PATCH, Sampler, pool_size, random_pool  # noqa: F401
+from dataset.splits import check_settings, load_split, make_split, overlap, resolve_domain
+from flags import load_dataset  # noqa: F401
 
 # ---------------------------------------------------------------- the report
 
@@ -235,8 +68,8 @@ def _image_facts(annotations, notes):
     there = [image for image in np.unique(annotations.image).tolist() if image not in set(annotations.missing)]
     if not there or annotations.kind == "patches":
         return sizes, mpp
-    import slides
-    for image in cli.progress(there, desc="images", unit="images"):
+    from dataset import slides
+    for image in common.progress(there, desc="images", unit="images"):
         try:
             size, own = slides.dimensions(annotations.image_path(image)), slides.microns_per_pixel(
                 annotations.image_path(image))
@@ -279,7 +112,7 @@ def report(annotations, args):
         rows.append([(f"{domain} {text}".strip() if domain is not None else "total"),
                      f"{len(np.unique(annotations.image[here])):,}", f"{len(np.unique(annotations.case[here])):,}",
                      f"{(label[here] == 1).sum():,}", f"{(label[here] == 0).sum():,}"])
-    print(cli.table(rows if len(rows) > 2 else rows[1:], ["domain", "labelled images", "cases", "mitotic figures",
+    print(common.table(rows if len(rows) > 2 else rows[1:], ["domain", "labelled images", "cases", "mitotic figures",
                                                           "hard negatives"], right=(1, 2, 3, 4)))
     counts = np.bincount(annotations.codes("case")[1])
     labelled = len(np.unique(annotations.image))
@@ -382,7 +215,7 @@ def planned_splits(annotations, args):
                     "figures + hard negatives (cases)"
         lines = [title]
         if rows:
-            lines.append(cli.table(rows, ["fold", "frac", "train", "val", "test", "% of all"], right=range(6)))
+            lines.append(common.table(rows, ["fold", "frac", "train", "val", "test", "% of all"], right=range(6)))
             lines.append(_leaks(annotations, leaks))
         parts.append("\n".join(lines + [f"  {error}" for error in sorted(set(errors))]))
     return "\n\n".join(parts)
@@ -406,8 +239,8 @@ def _leaks(annotations, leaks):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, positional=True)
-    add_split_arguments(parser)
+    flags.add_arguments(parser, positional=True)
+    flags.add_split_arguments(parser)
     parser.set_defaults(fold=None)  # the report plans all five, a file takes the first
     group = parser.add_argument_group("what to do beside the report")
     group.add_argument("--save-split", metavar="FILE", help="write the split (one --fold, --frac and --domain) to FILE")
@@ -424,7 +257,7 @@ def main():
     if args.workers < 1:
         raise UserError(f"--workers {args.workers}: at least 1")
     if args.download:
-        import download
+        from dataset import download
         folder = root_folder() / args.download
         download.fetch(args.download, folder, workers=args.workers, only=args.only)
         print(f"{args.download} is in {folder}; python data.py {args.download} tells what it holds")
@@ -432,12 +265,12 @@ def main():
     for fold in args.fold or (0,):
         for frac in args.frac:
             check_settings(fold, frac, args.split, args.val_frac)
-    annotations = from_arguments(args, quiet=True)
+    annotations = flags.from_arguments(args, quiet=True)
     if args.cache is not None:
-        need_images(annotations)
-        import crops
-        patches = crops.Patches(annotations, mpp=args.mpp, source_mpp=args.source_mpp, cache=args.cache or None)
-        path = crops.build_store(patches, args.workers)
+        flags.need_images(annotations)
+        from dataset.patches import Patches, build_store
+        patches = Patches(annotations, mpp=args.mpp, source_mpp=args.source_mpp, cache=args.cache or None)
+        path = build_store(patches, args.workers)
         elsewhere = args.cache and Path(args.cache).resolve() != (annotations.root / ".crops").resolve()
         print(f"training reads {path}.npy" + (f" where MITOSIS_CACHE={args.cache} is set" if elsewhere else ""))
         return
@@ -461,4 +294,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.command(main)
+    common.command(main)

@@ -28,16 +28,16 @@ import numpy as np
 import onnx
 import torch
 
-import classify
-import cli
-import data
-import emit
+import checkpoint
+import common
+import flags
 import lora
 import models
-import parity
 import runs
-from cli import UserError
-from crops import Patches
+from common import UserError
+from dataset import splits
+from dataset.patches import Patches
+from onnx_model import graph, parity, session
 
 LIMIT = 2 ** 31 - 2 ** 24        # bytes of one protobuf, less room for the graph
 FEWEST = 64                      # patches to compare on, where the dataset has as many
@@ -116,8 +116,8 @@ def validation_patches(run, config, args, count):
     kept = dict(config.get("source", {}))
     kept |= {name: getattr(args, name) for name in ("data", "images") if getattr(args, name)}
     try:
-        annotations, choices = data.from_source(kept, quiet=False)
-        wanted = data.load_split(run / "split.json", annotations).val
+        annotations, choices = flags.from_source(kept, quiet=False)
+        wanted = splits.load_split(run / "split.json", annotations).val
         rows = annotations.rows(wanted)
         if len(rows):  # read here: the annotations may be here without their images
             return read_patches(annotations, choices, rows, count, f"validation patches of {annotations.name}")
@@ -126,7 +126,7 @@ def validation_patches(run, config, args, count):
             raise
         print(f"note: the run's data cannot be used here ({error}); comparing on demo patches (--data D names it)",
               file=sys.stderr)
-    annotations, choices = data.from_source({"data": "demo", "fit": "resize"}, quiet=False)
+    annotations, choices = flags.from_source({"data": "demo", "fit": "resize"}, quiet=False)
     return read_patches(annotations, choices, np.arange(len(annotations)), count, "demo patches")
 
 
@@ -185,7 +185,7 @@ def put_in_place(folder, out):
     for name in names:
         path = folder / name
         if path.exists():
-            path.chmod(0o666 & ~runs._umask())
+            path.chmod(0o666 & ~common._umask())
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
     out.unlink(missing_ok=True)  # an old .onnx must not stand beside new weights, not even for a moment
@@ -211,9 +211,9 @@ def save_array(path, array):
 
 
 def check_process(model, folder, *flags):
-    """Run parity.py on a file in a process of its own → its report; UserError where it fails."""
-    done = subprocess.run([sys.executable, str(HERE / "parity.py"), str(model), str(folder), *flags],
-                          capture_output=True, text=True, check=False)
+    """Run onnx_model/parity.py on a file in a process of its own → its report; UserError where it fails."""
+    done = subprocess.run([sys.executable, "-m", "onnx_model.parity", str(Path(model).resolve()), str(Path(folder).resolve()), *flags],
+                          cwd=HERE, capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message; killed for memory?"])[-1]
         raise UserError(f"the exported model does not run ({last.removeprefix('error: ')}); nothing was written")
@@ -222,9 +222,9 @@ def check_process(model, folder, *flags):
 
 def set_metadata(proto, metadata):
     del proto.metadata_props[:]
-    proto.metadata_props.add(key="format", value=classify.FORMAT)
+    proto.metadata_props.add(key="format", value=session.FORMAT)
     for key, value in metadata.items():
-        proto.metadata_props.add(key=key, value=json.dumps(value, default=runs._plain))
+        proto.metadata_props.add(key=key, value=json.dumps(value, default=common._plain))
 
 
 def free_memory():
@@ -238,7 +238,7 @@ def free_memory():
 def describe(run, config, model, args, threshold, rule, temperature):
     """The metadata of the model, without what is known only when it is written."""
     flags, spec = config["flags"], model.encoder.spec
-    metrics = runs.read_json(run / "metrics.json") if (run / "metrics.json").exists() else {}
+    metrics = common.read_json(run / "metrics.json") if (run / "metrics.json").exists() else {}
     licence = getattr(model.encoder, "licence", spec.licence)
     redistribution = "yes"
     if not spec.derivatives:
@@ -302,7 +302,7 @@ def export(run, out, args):
     threshold, rule = best_threshold(labels, sigmoid(logits / temperature), args.threshold)
 
     with workshop(out) as folder:
-        model, config = models.load_run(run, weights=args.weights)
+        model, config = checkpoint.load_run(run, weights=args.weights)
         metadata = describe(run, config, model, args, threshold, rule, temperature)
         print(f"{run}: {metadata['method']} on {metadata['encoder']}, {metadata['dataset']}; threshold {threshold:.4g} "
               + f"({rule})" + (f", temperature {temperature:.4g}" if args.calibrate else ""))
@@ -316,7 +316,7 @@ def export(run, out, args):
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         device = models.resolve_device(args.device)
         peaks = None
-        with emit.activation_peaks(model.encoder) if args.precision != "fp32" else contextlib.nullcontext() as seen:
+        with graph.activation_peaks(model.encoder) if args.precision != "fp32" else contextlib.nullcontext() as seen:
             reference = models.predict(model, patches, batch_size=8, device=device, progress="torch")
             peaks = dict(seen) if seen else None
         model.to("cpu")
@@ -330,13 +330,13 @@ def export(run, out, args):
         room(folder, int(size * (1 if external else 2) * 1.05) + (1 << 20))
         weights = folder / f"{out.name}.data"
         with open(weights, "wb") as file:
-            proto = emit.emit(model, file, args.precision, args.opset, args.input, args.embedding, temperature, peaks)
-            metadata["export_id"] = os.urandom(classify.TRAILER).hex()
+            proto = graph.emit(model, file, args.precision, args.opset, args.input, args.embedding, temperature, peaks)
+            metadata["export_id"] = os.urandom(session.TRAILER).hex()
             file.write(bytes.fromhex(metadata["export_id"]))
             metadata["data_bytes"] = file.tell() if external else 0
         metadata["data_name"] = weights.name
         float32 = sorted({i for (i, part), peak in (peaks or {}).items()
-                          if part in ("attn", "mlp") and peak * emit.HEADROOM >= emit.HALF_MAX})
+                          if part in ("attn", "mlp") and peak * graph.HEADROOM >= graph.HALF_MAX})
         if float32 and args.precision == "fp16":
             print(f"activations near the end of float16: parts of the blocks {float32} stay in float32")
         del model
@@ -346,11 +346,11 @@ def export(run, out, args):
                   "predictions.csv": against_predictions(predictions, ids, reference)}
         set_metadata(proto, {**metadata, "parity": report})
         model_file = folder / out.name
-        emit.save(proto, weights, model_file, inline=not external)
+        graph.save(proto, weights, model_file, inline=not external)
         onnx.checker.check_model(str(model_file))
         report["measured"] = check_process(model_file, folder)
         report["problems"] = parity.problems(report["measured"], args.precision)
-        print(classify.describe_parity(report))
+        print(session.describe_parity(report))
         if report["predictions.csv"]:
             print("torch fp32 against predictions.csv ({patches} patches): largest |Δp| {largest:.2e}, "
                   "mean {mean:.2e}".format(**report["predictions.csv"]))
@@ -358,12 +358,12 @@ def export(run, out, args):
             raise UserError(f"not exported, {args.precision} is not within its tolerance: {report['problems'][0]}")
 
         set_metadata(proto, {**metadata, "parity": report})
-        emit.save(proto, weights, model_file, inline=not external)  # the same, now with its report inside
+        graph.save(proto, weights, model_file, inline=not external)  # the same, now with its report inside
         onnx.checker.check_model(str(model_file))
         if not external:
             check_process(model_file, folder, "--quick")
             weights.unlink()
-        runs.write_json(folder / out.with_suffix(".parity.json").name, {**metadata, "parity": report})
+        common.write_json(folder / out.with_suffix(".parity.json").name, {**metadata, "parity": report})
         put_in_place(folder, out)
     total = sum(path.stat().st_size for path in (out, Path(f"{out}.data")) if path.exists())
     print(f"{out}: {total / 1e6:.1f} MB" + (f" with {out.name}.data (keep them together)" if external else ""))
@@ -378,9 +378,9 @@ def main():
                         help="fp16: half the size, for GPUs; int8: a quarter, for CPUs (default: fp32)")
     parser.add_argument("--weights", metavar="PATH",
                         help="the encoder's published weights (default: as the run had them)")
-    parser.add_argument("--opset", type=int, default=emit.FUSED, metavar="N",
-                        help=f"ONNX opset, {emit.OLDEST} to {emit.NEWEST}; below {emit.FUSED} attention is written as "
-                             f"products and softmax, for older runtimes (default: {emit.FUSED})")
+    parser.add_argument("--opset", type=int, default=graph.FUSED, metavar="N",
+                        help=f"ONNX opset, {graph.OLDEST} to {graph.NEWEST}; below {graph.FUSED} attention is written as "
+                             f"products and softmax, for older runtimes (default: {graph.FUSED})")
     parser.add_argument("--input", choices=("uint8", "float"), default="uint8",
                         help="uint8: RGB [N, 224, 224, 3], normalisation inside; float: normalised [N, 3, 224, 224], "
                              "for hosts that bring it so (default: uint8)")
@@ -401,12 +401,12 @@ def main():
                         help="check the installation instead; status 1: a GPU is not used")
     args = parser.parse_args()
     if args.doctor:
-        import doctor
+        from onnx_model import doctor
         return doctor.report()
     if not args.run:
         raise UserError("which run? python export.py runs/…/frac1-fold0 (or --doctor)")
-    if not emit.OLDEST <= args.opset <= emit.NEWEST:
-        raise UserError(f"--opset {args.opset}: {emit.OLDEST} to {emit.NEWEST} can be written")
+    if not graph.OLDEST <= args.opset <= graph.NEWEST:
+        raise UserError(f"--opset {args.opset}: {graph.OLDEST} to {graph.NEWEST} can be written")
     if args.patches is not None and args.patches < 2:
         raise UserError("--patches must be at least 2")
     if not Path(args.run).is_dir():
@@ -419,4 +419,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.command(main)
+    common.command(main)

@@ -9,7 +9,6 @@ The dropout mask is a hash of (seed, step, layer, sample, element): it needs no 
 run draws the same one, and so does any number of processes.
 """
 
-import argparse
 import contextlib
 import math
 import re
@@ -21,10 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import cli
-import models
-import runs
-from cli import UserError
+import common
+from common import UserError
 from models import Linear, linear
 
 TARGETS = ("qkv", "proj", "fc1", "fc2")
@@ -269,9 +266,9 @@ def save_peft(encoder, folder, base=""):
         layer, _, part = name.rpartition(".")
         tensors[f"{PREFIX}{layer}.{PARTS[part]}"] = value.to("cpu", copy=True).contiguous()
     folder = Path(folder)
-    with runs.atomic(folder / TENSORS) as temporary:
+    with common.atomic(folder / TENSORS) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
-    runs.write_json(folder / CONFIG, config)
+    common.write_json(folder / CONFIG, config)
 
 
 def load_peft(encoder, folder):
@@ -280,7 +277,7 @@ def load_peft(encoder, folder):
     UserError where it holds what this LoRA has not (biases, ranks that differ by layer, other modules, …).
     """
     folder = Path(folder)
-    config = runs.read_json(folder / CONFIG)
+    config = common.read_json(folder / CONFIG)
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise UserError(f"{folder / CONFIG}: not the configuration of a LoRA adapter")
     for name, plain in (("bias", "none"), ("fan_in_fan_out", False), ("modules_to_save", None), ("rank_pattern", {}),
@@ -310,19 +307,3 @@ def load_peft(encoder, folder):
                      bool(config.get("use_rslora")))
     load_lora(encoder, state)
     return count
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Write the adapter of a LoRA run in peft's format.")
-    parser.add_argument("run", metavar="RUN", help="folder of a finished LoRA run")
-    parser.add_argument("--out", required=True, metavar="DIR", help=f"folder for {CONFIG} and {TENSORS}")
-    parser.add_argument("--weights", metavar="PATH", help="the encoder's weights, where the run does not find them")
-    args = parser.parse_args()
-    model, config = models.load_run(args.run, args.weights)
-    save_peft(model.encoder, args.out, model.encoder.spec.repo or model.encoder.spec.name)
-    print(f"{args.out}: adapter of {len(adapted(model.encoder))} layers; the head is in {args.run}/model.safetensors")
-
-
-if __name__ == "__main__":
-    import lora  # not this copy of it, whose classes models.load_run does not know
-    cli.command(lora.main)

@@ -23,10 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import cli
-import runs
+import common
 import weights as published
-from cli import UserError
+from common import UserError
 
 SIZE = 224  # px, of every patch
 
@@ -99,9 +98,9 @@ DINOV2 = dict(patch=14, layerscale=True, stored=518, keys="transformers")
 NC, NC_ND = "non-commercial", "CC-BY-NC-ND-4.0"
 
 ROWS = [
-    # the demo's: made by demo_encoder.py on synthetic tissue; says nothing about real tissue
+    # the demo's: made by demo/pretrain.py on synthetic tissue; says nothing about real tissue
     Encoder("demo", "", "MIT", 2_857_536, dim=192, depth=6, heads=3, hidden=768, layerscale=True,
-            files=("demo_encoder.safetensors",)),
+            files=("demo/encoder.safetensors",)),
     # the paper's nine
     Encoder("phikon", "owkin/phikon", f"Owkin {NC}", 85_798_656, **BASE, keys="transformers",
             revision="057cc0295895c2df3dd7681a89680da6015cbefe"),
@@ -482,7 +481,7 @@ def predict(model, patches, rows=None, batch_size=64, device=None, dtype=None, o
             keep=None):
     """Run a PatchClassifier over `patches` → float32 [n] ("logits") or [n, D] ("embedding"), in the order of `rows`.
 
-    patches   anything with .read(rows) → uint8 [n, 224, 224, 3] (crops.Patches), or such an array
+    patches   anything with .read(rows) → uint8 [n, 224, 224, 3] (dataset.patches.Patches), or such an array
     rows      row numbers; None: all
     device    moved there first; None: where the model is
     dtype     bf16 or fp16 with float32 parameters: autocast; otherwise the model runs in the precision it is in
@@ -506,7 +505,7 @@ def predict(model, patches, rows=None, batch_size=64, device=None, dtype=None, o
     width = (model.encoder.embed_dim,) if output == "embedding" else ()
     result = np.empty((len(rows), *width), np.float32) if keep is None else None
     starts = range(0, len(rows), batch_size)
-    bar = cli.progress(total=len(rows), desc=progress, unit="patches") if progress else contextlib.nullcontext()
+    bar = common.progress(total=len(rows), desc=progress, unit="patches") if progress else contextlib.nullcontext()
     training = model.training
     model.eval()
 
@@ -543,7 +542,7 @@ def predict(model, patches, rows=None, batch_size=64, device=None, dtype=None, o
 
 
 class ArrayPatches:
-    """An array in the place of crops.Patches."""
+    """An array in the place of dataset.patches.Patches."""
 
     def __init__(self, array):
         self.array = array
@@ -599,65 +598,6 @@ def name_of(dtype):
 
 # ---------------------------------------------------------------- a finished run
 
-def absolute(weights):
-    """A path given to --weights as a run keeps it, found from anywhere; names and "random" as they are."""
-    there = weights and weights != "random" and Path(weights).exists()
-    return str(Path(weights).resolve()) if there else weights
-
-
-def load_run(path, weights=None, device="cpu", merge=False):
-    """The classifier of a run folder (probe, lora or full) → (PatchClassifier in evaluation mode, its config).
-
-    weights  the encoder's, as for load_encoder; None: as the run was given them. They must be those of the run.
-    merge    LoRA adapters are merged into plain layers
-    """
-    path = Path(path)
-    config = runs.read_json(path / "config.json")
-    model_file = path / "model.safetensors"
-    if isinstance(config, dict) and config.get("flags", {}).get("probe") == "knn":
-        raise UserError(f"{path}: a knn probe is its training set, there is no model to load or export; uni and l2 "
-                        "have one")
-    if not model_file.exists():
-        raise UserError(f"{path}: no model.safetensors: not a finished run (continue it with --resume)")
-    try:
-        flags, base = config["flags"], config.get("encoder", {})
-        name, method = flags["model"], flags["method"]
-    except (KeyError, TypeError):
-        raise UserError(f"{path}/config.json: not the configuration of a run (model or method is missing)") from None
-    state = published.read_own(model_file)
-    choices = dict(pool=flags.get("pool"), layer=flags.get("layer"))
-    if method == "full":
-        with torch.device("meta"):
-            encoder = build(find_encoder(name), **choices)
-        encoder.to_empty(device="cpu")
-        encoder.licence, encoder.weights_hash = encoder.spec.licence, base.get("weights_hash")
-    else:
-        encoder = load_encoder(name, weights or flags.get("weights"), "cpu", **choices,
-                               revision=config.get("source", {}).get("revision"))
-        expected = base.get("weights_hash")
-        if expected and expected != encoder.weights_hash:
-            raise UserError(f"{path}: was trained on other weights of {name} (hash {expected[:12]}…, these have "
-                            f"{encoder.weights_hash[:12]}…); give the same with --weights PATH")
-    if method == "lora":
-        import lora
-        lora.add_lora(encoder, rank=flags["rank"], alpha=flags["alpha"], dropout=flags.get("dropout", 0.0),
-                      targets=tuple(flags["targets"]), dora=bool(flags.get("dora")),
-                      rslora=bool(flags.get("rslora")))
-        prefix = "encoder."
-        lora.load_lora(encoder, {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)})
-        state = {k: v for k, v in state.items() if not k.startswith(prefix)}
-        if merge:
-            lora.merge_lora(encoder)
-    model = PatchClassifier(encoder, tta=bool(flags.get("tta")))
-    wanted = {k: v for k, v in model.state_dict().items() if method == "full" or k.startswith("head.")}
-    shapes = [f"{k} {list(state[k].shape)} instead of {list(v.shape)}" for k, v in wanted.items()
-              if k in state and state[k].shape != v.shape]
-    if shapes or wanted.keys() != state.keys():
-        raise UserError(f"{model_file}: not the model of this run: "
-                        f"{published.listing(wanted.keys() - state.keys(), state.keys() - wanted.keys(), shapes)}")
-    model.load_state_dict(state, strict=False)
-    return model.to(device).eval(), config
-
 
 # ---------------------------------------------------------------- the command
 
@@ -666,7 +606,7 @@ def table():
     rows = [(s.name, f"{s.params / 1e6:,.1f} M", s.embed_dim, s.depth or "–", s.patch or "–", f"{s.stored} px",
              s.licence, "yes" if s.gated else "no", published.availability(s, here=Path(__file__).parent))
             for s in ENCODERS.values()]
-    return cli.table(rows, header, right=(1, 2, 3, 4, 5))
+    return common.table(rows, header, right=(1, 2, 3, 4, 5))
 
 
 def fixed_image():
@@ -724,4 +664,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.command(main)
+    common.command(main)

@@ -19,15 +19,18 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-import cli
-import crops
-import data
-import evaluate
+import checkpoint
+import common
+import flags
 import logistic
 import models
 import runs
-import store
-from cli import UserError
+from common import UserError
+from dataset import memmap
+from dataset.annotations import shared_cases
+from dataset.patches import Patches
+from dataset.splits import make_split
+from reporting import metrics
 
 PROBES = {
     "uni": "logistic regression of UNI's evaluation: 1/C * |W| / 2, the norm not squared (the paper's)",
@@ -55,15 +58,15 @@ def embeddings(model, patches, annotations, path, dtype, batch_size):
         "tta": model.tta, "normalisation": [model.mean.flatten().tolist(), model.std.flatten().tolist()],
         "dtype": models.name_of(dtype), "annotations": annotations.fingerprint(), "pixels": patches.fingerprint()}
     try:
-        return store.open_store(path, fingerprint)
-    except store.Missing:
+        return memmap.open_store(path, fingerprint)
+    except memmap.Missing:
         pass
-    except store.Stale as stale:
+    except memmap.Stale as stale:
         if rank == 0:
             print(f"{stale}; computing the embeddings anew", flush=True)
     shape = (len(annotations), encoder.embed_dim)
     kind = np.float16 if dtype == torch.float16 and not model.tta else np.float32
-    with store.Writer(path, shape, kind, fingerprint, shared=world > 1) as writer:
+    with memmap.Writer(path, shape, kind, fingerprint, shared=world > 1) as writer:
         todo = writer.todo
         own = todo[todo % world == rank]
         if rank == 0 and 0 < len(todo) < shape[0]:
@@ -91,7 +94,7 @@ def embeddings(model, patches, annotations, path, dtype, batch_size):
         while world > 1 and len(writer.todo):  # the other processes' shares; torchrun ends all when one of them fails
             time.sleep(0.2)
         writer.finish()
-    return store.open_store(path, fingerprint)
+    return memmap.open_store(path, fingerprint)
 
 
 # ---------------------------------------------------------------- probes
@@ -106,7 +109,7 @@ def fit_logistic(X, labels, jobs, penalty, standardize, fixed_C, device):
     """Fit all jobs ({"train": rows, "val": rows, …}) side by side; adds "weight", "bias" and "fit" to each."""
     grid = (None,) if penalty == "uni" else C_GRID if fixed_C is None else (fixed_C,)
     problems = [(job["train"], C) for job in jobs for C in grid]
-    with cli.progress(total=len(problems), desc=f"{penalty} probes", unit="fits") as bar:
+    with common.progress(total=len(problems), desc=f"{penalty} probes", unit="fits") as bar:
         fits = logistic.fit(X, labels, problems, penalty, standardize, device=device, progress=bar)
     for number, job in enumerate(jobs):
         own = fits[number * len(grid):(number + 1) * len(grid)]
@@ -157,16 +160,16 @@ def knn_logits(features, X, labels, train, rows, k):
 # ---------------------------------------------------------------- runs
 
 def configuration(args, probe, annotations, facts, encoder, dtype, split):
-    flags = {"data": annotations.name, "model": args.model, "method": "probe", "probe": probe,
+    settings = {"data": annotations.name, "model": args.model, "method": "probe", "probe": probe,
              **{name: split.settings[name] for name in ("frac", "fold", "domain", "seed", "by", "val_frac")},
              "pool": encoder.pool, "layer": args.layer, "dtype": models.name_of(dtype), "tta": args.tta,
-             "fit": args.fit, "mpp": args.mpp, "weights": models.absolute(args.weights)}
+             "fit": args.fit, "mpp": args.mpp, "weights": checkpoint.absolute(args.weights)}
     own = {"uni": (), "l2": ("C", "standardize"), "knn": ("k",), "prototype": ("shots",)}[probe]
-    flags |= {name: getattr(args, name) for name in own}
-    return {"flags": flags,
+    settings |= {name: getattr(args, name) for name in own}
+    return {"flags": settings,
             "data": {"name": annotations.name, "fingerprint": annotations.fingerprint(), **facts},
             "encoder": {"name": args.model, "licence": encoder.licence, "weights_hash": encoder.weights_hash},
-            "source": data.source(args) | {"revision": args.revision}, "environment": runs.environment()}
+            "source": flags.source(args) | {"revision": args.revision}, "environment": runs.environment()}
 
 
 def suffixes(args, probe, encoder):
@@ -187,9 +190,9 @@ def suffixes(args, probe, encoder):
 
 def all_embeddings(model, annotations, args, dtype):
     """Embeddings of one dataset, from their place below the runs' folder."""
-    data.need_images(annotations)
+    flags.need_images(annotations)
     encoder = model.encoder
-    patches = crops.Patches(annotations, fit=args.fit, mpp=args.mpp, source_mpp=args.source_mpp)
+    patches = Patches(annotations, fit=args.fit, mpp=args.mpp, source_mpp=args.source_mpp)
     name = "-".join([encoder.spec.name, encoder.pool] + [f"layer{args.layer}"] * bool(args.layer) + ["tta"] * args.tta)
     path = Path(args.runs) / "embeddings" / annotations.name / name
     return embeddings(model, patches, annotations, path, dtype, args.batch_size)
@@ -212,12 +215,12 @@ def finish(job, annotations, X, args):
     if job["probe"] != "knn":
         head = {"head.weight": torch.tensor(job["weight"], dtype=torch.float32)[None],
                 "head.bias": torch.tensor([job["bias"]], dtype=torch.float32)}
-        with runs.atomic(run.path / "model.safetensors") as temporary:
+        with common.atomic(run.path / "model.safetensors") as temporary:
             save_file(head, temporary, metadata={"format": "mitosis-run", "method": "probe", "encoder": args.model})
     runs.write_predictions(run.path / "predictions.csv", columns)
-    metrics = evaluate.of_predictions(columns)
-    run.finish(metrics | {"training": {"train_annotations": len(split.train), **job.get("fit", {})}})
-    return runs.metric_rows(run.path, metrics)
+    summary = metrics.of_predictions(columns)
+    run.finish(summary | {"training": {"train_annotations": len(split.train), **job.get("fit", {})}})
+    return runs.metric_rows(run.path, summary)
 
 
 def further_tests(job, annotations, X, tests, args):
@@ -233,17 +236,17 @@ def further_tests(job, annotations, X, tests, args):
     columns = runs.add_predictions(path / "predictions.csv", runs.predictions([
         (other.name, other, rows, logits_of(job, features, rows, X, annotations.label, args.k))
         for other, features in missing for rows in [np.arange(len(other))]]))
-    metrics = evaluate.of_predictions(columns)
-    runs.finish_tests(path, metrics, pending)
-    return runs.metric_rows(path, metrics, {other.name for other, _ in missing})
+    summary = metrics.of_predictions(columns)
+    runs.finish_tests(path, summary, pending)
+    return runs.metric_rows(path, summary, {other.name for other, _ in missing})
 
 
 # ---------------------------------------------------------------- the command
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    data.add_arguments(parser)
-    data.add_split_arguments(parser)
+    flags.add_arguments(parser)
+    flags.add_split_arguments(parser)
     models.add_arguments(parser)
     group = parser.add_argument_group("probe")
     group.add_argument("--probe", nargs="+", choices=PROBES, default=["uni"], metavar="P",
@@ -256,7 +259,7 @@ def arguments():
     group.add_argument("--batch-size", type=int, default=64, help="patches per forward pass (default: 64)")
     group = parser.add_argument_group("runs")
     group.add_argument("--runs", default="runs", metavar="DIR", help="folder of all runs (default: runs)")
-    data.add_test_arguments(group)
+    flags.add_test_arguments(group)
     group.add_argument("--resume", action="store_true", help="continue runs that were begun (does no harm otherwise)")
     group.add_argument("--force", action="store_true", help="repeat runs that are there; a model that was "
                        "exported into one goes too")
@@ -270,8 +273,8 @@ def main():
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least}")
     if args.C is not None and not 0 < args.C < math.inf:
         raise UserError(f"--C {args.C}: a finite number above 0")
-    annotations, others = data.from_arguments(args), data.further(args)
-    data.need_images(annotations)
+    annotations, others = flags.from_arguments(args), flags.further(args)
+    flags.need_images(annotations)
     rank = int(os.environ.get("RANK", 0))
     device = models.resolve_device(args.device)
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
@@ -281,13 +284,13 @@ def main():
     model = models.PatchClassifier(encoder, tta=args.tta).to(device)
 
     # The runs that are to be done; the finished ones are named and left alone.
-    jobs, facts = [], data.facts(annotations, args.fit)
+    jobs, facts = [], flags.facts(annotations, args.fit)
     for probe in dict.fromkeys(args.probe) if rank == 0 else ():
         for domain in dict.fromkeys(args.domain or [None]):
             for frac in dict.fromkeys(args.frac):
                 for fold in dict.fromkeys(args.fold):
-                    split = data.make_split(annotations, fold, frac, domain, args.seed, args.split, args.val_frac)
-                    data.check_further(others, annotations, split)
+                    split = make_split(annotations, fold, frac, domain, args.seed, args.split, args.val_frac)
+                    flags.check_further(others, annotations, split)
                     path = runs.run_path(args.runs, annotations.name, args.model, "probe", frac, fold,
                                          split.settings["domain"], suffixes(args, probe, encoder))
                     config = configuration(args, probe, annotations, facts, encoder, dtype, split)
@@ -300,7 +303,7 @@ def main():
     # Further test sets too, before the other processes leave: each holds a share of the rows.
     X, tests = all_embeddings(model, annotations, args, dtype), []
     for other in others:
-        shared = data.shared_cases(annotations, other)
+        shared = shared_cases(annotations, other)
         if shared and rank == 0:
             print(f"note: {other.name} shares {len(shared)} cases with {annotations.name}, for example "
                   f"{sorted(map(str, shared))[0]}: its figures are not those of unseen cases", flush=True)
@@ -323,8 +326,8 @@ def main():
         rows = [row for job in todo for row in finish(job, annotations, X, args)]
         rows += [row for job in jobs for row in further_tests(job, annotations, X, tests, args)]
     if rows:
-        print(cli.table(rows, ("run", "set", "patches", "balanced acc", "weighted F1", "AUROC"), right=(2, 3, 4, 5)))
+        print(common.table(rows, ("run", "set", "patches", "balanced acc", "weighted F1", "AUROC"), right=(2, 3, 4, 5)))
 
 
 if __name__ == "__main__":
-    cli.command(main)
+    common.command(main)

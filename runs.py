@@ -1,4 +1,4 @@
-"""A run's folder: its name, configuration, lock, log, predictions, and atomic writes. No torch.
+"""A run's folder: its name, configuration, lock, log, predictions. No torch.
 
     runs/<data>/<model>-<probe|lora|full>[-choices]/<frac0.1-fold0 | domainA-fold0>/
 
@@ -6,97 +6,21 @@ A run is finished when `metrics.json` stands in it: that file is written last. E
 all, so a sweep is a shell loop that can be killed and restarted anywhere.
 """
 
-import contextlib
-import errno
 import csv
 import fcntl
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
 
-from cli import UserError
+import common
+from common import UserError
 
 PREDICTION_COLUMNS = ("set", "id", "case", "domain", "label", "logit", "probability")
-
-
-# ---------------------------------------------------------------- atomic files
-
-@contextlib.contextmanager
-def atomic(path):
-    """Yield a temporary path beside `path`; on success it replaces `path` in one step, on an error it is removed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        # mkstemp makes private files; a result is as readable as any other file of the user's.
-        temporary.chmod(0o666 & ~_umask())
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        code = re.search(r"\(os error (\d+)\)$", str(error))
-        if code:  # a library in Rust (safetensors) wrote the file: what the system said stands in the text alone
-            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
-        raise
-
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-@contextlib.contextmanager
-def exclusive(path):
-    """Hold the lock file `path`, waiting for it; it is let go by any end of the process."""
-    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
-
-
-def write_text(path, text):
-    with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_json(path, value):
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, default=_plain) + "\n")
-
-
-def _plain(value):
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    if isinstance(value, Path):
-        return str(value)
-    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
-
-
-def read_json(path):
-    """The content of a JSON file; UserError where it is missing or broken."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a readable JSON file ({error}); delete it or restore it") from None
 
 
 # ---------------------------------------------------------------- the folder
@@ -109,13 +33,8 @@ def run_path(root, data, model, method, frac, fold, domain=None, suffixes=()):
         share += f"-frac{frac:g}"
     path = Path(root)
     for part in (data, name, f"{share}-fold{fold}"):
-        path = path / file_name(part)
+        path = path / common.file_name(part)
     return path
-
-
-def file_name(text):
-    """`text` as the name of a file or folder: nothing in it leads elsewhere."""
-    return "".join(c if c.isalnum() or c in "-_.+" else "_" for c in str(text)).lstrip(".")
 
 
 def environment():
@@ -144,7 +63,7 @@ def differing(old, new):
             if (part, key) == ("flags", "weights"):
                 continue  # what the weights are is compared by their hash, not where they lie
             # Through JSON, so that tuples equal lists and numpy's numbers equal Python's.
-            was, now = (json.dumps(d.get(key), default=_plain, sort_keys=True) for d in (before, after))
+            was, now = (json.dumps(d.get(key), default=common._plain, sort_keys=True) for d in (before, after))
             if was != now:
                 flag = f"--{key.replace('_', '-')}" if part == "flags" else f"{part} {key}"
                 found.append(f"{flag} (was {was}, now {now})")
@@ -181,11 +100,11 @@ class Run:
         path = self.path / "log.csv"
         if path.exists():
             lines = path.read_text().splitlines(keepends=True)
-            write_text(path, "".join(lines[:rows + 1]) if rows else "")
+            common.write_text(path, "".join(lines[:rows + 1]) if rows else "")
 
     def finish(self, metrics):
         """Write metrics.json, which makes the run finished, then drop the checkpoint."""
-        write_json(self.path / "metrics.json", metrics)
+        common.write_json(self.path / "metrics.json", metrics)
         for path in self.path.glob("checkpoint.*"):
             path.unlink(missing_ok=True)
         self.finished = True
@@ -222,7 +141,7 @@ def open_run(path, config, resume=False, force=False):
         if force:
             _clear(path)
         if (path / "config.json").exists():
-            old = read_json(path / "config.json")
+            old = common.read_json(path / "config.json")
             differences = differing(old, config)
             finished = (path / "metrics.json").exists()
             if differences:
@@ -236,8 +155,8 @@ def open_run(path, config, resume=False, force=False):
             return Run(path, old, False, lock)
         _clear(path)  # a folder without a configuration holds remains at most
         # Through JSON once, so that a new and a reopened run hold equal values.
-        config = json.loads(json.dumps(config, default=_plain))
-        write_json(path / "config.json", config)
+        config = json.loads(json.dumps(config, default=common._plain))
+        common.write_json(path / "config.json", config)
         return Run(path, config, False, lock)
     except BaseException:
         os.close(lock)
@@ -258,7 +177,7 @@ def write_predictions(path, rows):
     columns = [rows[name] for name in PREDICTION_COLUMNS]
     if len({len(column) for column in columns}) != 1:
         raise ValueError("the columns differ in length")
-    with atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    with common.atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(PREDICTION_COLUMNS)
         for name, id, case, domain, label, logit, probability in zip(*columns):
@@ -295,7 +214,7 @@ def pending_tests(path, tests):
 
     UserError where it has some on another dataset of the same name.
     """
-    metrics, pending = read_json(Path(path) / "metrics.json"), []
+    metrics, pending = common.read_json(Path(path) / "metrics.json"), []
     for other in tests:
         if other.name not in metrics["sets"]:
             pending.append(other)
@@ -307,9 +226,9 @@ def pending_tests(path, tests):
 
 def finish_tests(path, metrics, tests):
     """Write metrics.json of a run with further test sets. Whoever dies before it computes them again."""
-    old = read_json(Path(path) / "metrics.json")
+    old = common.read_json(Path(path) / "metrics.json")
     known = old.get("tests", {}) | {other.name: other.fingerprint() for other in tests}
-    write_json(Path(path) / "metrics.json", {**old, **metrics, "tests": known})
+    common.write_json(Path(path) / "metrics.json", {**old, **metrics, "tests": known})
 
 
 def metric_rows(path, metrics, only=None):

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
-from cli import UserError
+from common import UserError
 
 # ---------------------------------------------------------------- names
 
@@ -229,7 +229,7 @@ def find_files(spec, weights=None, revision=None, here=Path(".")):
             raise UserError(f"{error.filename}: no permission to read it") from None
     if not spec.repo:
         if not (here / spec.files[0]).is_file():
-            raise UserError(f"{here / spec.files[0]}: no such file; make it with python demo_encoder.py, or use "
+            raise UserError(f"{here / spec.files[0]}: no such file; make it with python -m demo.pretrain, or use "
                             "--weights PATH or --weights random")
         return [here / spec.files[0]]
     if spec.repo.startswith("torchvision/"):
@@ -497,7 +497,7 @@ def download_torchvision(spec):
 def availability(spec, here=Path(".")):
     """Where the weights of `spec` can be had, here and now, in a few words."""
     if not spec.repo:
-        return "local" if (here / spec.files[0]).is_file() else "missing (demo_encoder.py)"
+        return "local" if (here / spec.files[0]).is_file() else "missing (python -m demo.pretrain)"
     if spec.repo.startswith("torchvision/"):
         if torchvision_cache(spec).is_file():
             return "cached"

@@ -27,19 +27,21 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:1] = [str(ROOT), str(ROOT / "tests")]  # not this folder: its onnx.py and classify.py would hide the real ones
 
+import jpeg_tiff  # noqa: E402
 import onnxruntime  # noqa: E402
 import openslide  # noqa: E402
 import torch  # noqa: E402
+from onnx_models import write_model  # noqa: E402
 from PIL import Image  # noqa: E402
 
-import classify  # noqa: E402
-import cli  # noqa: E402
-import data  # noqa: E402
-import emit  # noqa: E402
-import jpeg_tiff  # noqa: E402
+import common  # noqa: E402
+import flags
 import models  # noqa: E402
-import slides  # noqa: E402
-from onnx_models import write_model  # noqa: E402
+from dataset import slides  # noqa: E402
+from onnx_model import (
+    graph,  # noqa: E402
+    session,
+)
 
 SIDE = 16  # images along a side of the slide
 WANTED = 0.9
@@ -127,7 +129,7 @@ def main():
     precision = args.precision or ("fp16" if device == "cuda" else "int8")
     count, side = (min(500, args.candidates), 6) if args.quick else (args.candidates, SIDE)
     weights = None if name == "demo" else args.weights
-    demo = data.from_source({"data": "demo", "fit": "resize"})[0]
+    demo = flags.from_source({"data": "demo", "fit": "resize"})[0]
 
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
         folder = Path(folder)
@@ -137,10 +139,10 @@ def main():
         some = points[:min(args.plain, count)]
         patches = np.stack([slides.read(slide, x, y, 224) for x, y in points[:64]])
         network = models.PatchClassifier(models.load_encoder(name, weights)).eval()
-        with emit.activation_peaks(network.encoder) as peaks:  # as export.py does
+        with graph.activation_peaks(network.encoder) as peaks:  # as export.py does
             models.predict(network, patches[:16], progress=None)
         write_model(model, network, precision, inline=False, peaks=dict(peaks))
-        classifier = classify.Classifier(model, device, threads=args.threads)
+        classifier = session.Classifier(model, device, threads=args.threads)
         batches = max(2, min(40, count // 256))
 
         rates = [alone(classifier, patches, batches)]
@@ -171,4 +173,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.command(main)
+    common.command(main)

@@ -22,12 +22,13 @@ from safetensors.torch import save_file
 HERE = Path(__file__).resolve().parent.parent
 sys.path[:1] = [str(HERE), str(HERE / "tests")]  # not this folder: its onnx.py and classify.py would hide the real ones
 
-import classify  # noqa: E402
-import data      # noqa: E402
-import lora      # noqa: E402
-import models    # noqa: E402
-import runs      # noqa: E402
 from onnx_models import dataset  # noqa: E402
+
+import common
+import data  # noqa: E402
+import lora  # noqa: E402
+import models  # noqa: E402
+from onnx_model import session
 
 LIMIT = 1.6  # times the float32 size
 
@@ -49,10 +50,10 @@ def make_run(path, name, images):
     data.make_split(table).save(path / "split.json")
     flags = {"data": "blobs", "model": name, "method": "lora", "weights": "random", "frac": 1.0, "fold": 0,
              "fit": "resize", "rank": 16, "alpha": 16, "dropout": 0.1, "targets": list(lora.TARGETS)}
-    runs.write_json(path / "config.json", {"flags": flags, "data": {"name": "blobs"},
+    common.write_json(path / "config.json", {"flags": flags, "data": {"name": "blobs"},
                                            "encoder": {"name": name, "weights_hash": "random"},
                                            "source": {"data": str(images), "fit": "resize"}})
-    runs.write_json(path / "metrics.json", {})
+    common.write_json(path / "metrics.json", {})
     return size
 
 
@@ -98,7 +99,7 @@ def main():
             return 1
         report = json.loads((folder / "giant.parity.json").read_text())["parity"]
         files = sum(p.stat().st_size for p in folder.glob("giant.onnx*"))
-        loaded = classify.open_session(out, "cpu")[2]
+        loaded = session.open_session(out, "cpu")[2]
         print("| model | precision | float32 size | files | seconds | peak memory | of the float32 size | largest "
               "process | largest Δp |\n|---|---|---|---|---|---|---|---|---|")
         print(f"| {args.model} | {args.precision} | {size / 1e9:.2f} GB | {files / 1e9:.2f} GB | {seconds:.0f} | "

@@ -35,14 +35,15 @@ from torchvision.transforms import v2
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests"), str(HERE)]
 
-import cli  # noqa: E402
-import crops  # noqa: E402
-import data  # noqa: E402
-import lora  # noqa: E402
 import lora_step  # noqa: E402
-import models  # noqa: E402
 import patches  # noqa: E402
 from encode import flops, times  # noqa: E402
+
+import common  # noqa: E402
+import data  # noqa: E402
+import lora  # noqa: E402
+import models  # noqa: E402
+from dataset import patches  # noqa: E402
 
 LORA = ("phikon", "uni", "virchow", "virchow2", "prov-gigapath", "h-optimus-0")
 FULL = ("resnet50", "vit-b", "vit-h")
@@ -102,8 +103,8 @@ def reading(device, rounds):
     cores = torch.get_num_threads()
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
         annotations = patches.synthetic(Path(folder), 1, 3000)
-        store = crops.Patches(annotations, cache=Path(folder) / "store", workers=cores)
-        crops.build_store(store, cores)
+        store = patches.Patches(annotations, cache=Path(folder) / "store", workers=cores)
+        patches.build_store(store, cores)
         sample = data.Sampler(annotations, annotations.id, epoch_size=128).epoch(0)
         paths = [str(annotations.image_path(image)) for image in np.unique(annotations.image)]
         plain = Unaugmented(paths, sample[["image", "x", "y"]].tolist())
@@ -172,9 +173,9 @@ def main():
         sums += numbers
         rows.append([row[0], f"{row[1]:.1f}", *(f"{h:,.0f}" for h in numbers), f"{numbers[5] / numbers[2]:.1f}"])
     rows.append(["whole grid", "", *(f"{h:,.0f}" for h in sums), f"{sums[5] / sums[2]:.1f}"])
-    print(cli.table(rows, ("model", "GFLOP", "ours: train", "validate", "hours", "ordinary: train", "validate", "hours",
+    print(common.table(rows, ("model", "GFLOP", "ours: train", "validate", "hours", "ordinary: train", "validate", "hours",
                            "ratio"), right=range(1, 9)))
 
 
 if __name__ == "__main__":
-    cli.command(main)
+    common.command(main)

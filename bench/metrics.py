@@ -12,8 +12,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import metrics  # noqa: E402
-import resample  # noqa: E402
+import math
+
+from reporting import (
+    bootstrap,  # noqa: E402
+    metrics,  # noqa: E402
+)
 
 
 def interleaved(ours, theirs, times):
@@ -46,11 +50,11 @@ def compare(args):
         rows = [np.flatnonzero(case == c) for c in range(cases)]
 
         def ours():
-            return resample.auroc_of_draws(resample.draws(cases, 1000), y, p, case)
+            return bootstrap.auroc_of_draws(bootstrap.draws(cases, 1000), y, p, case)
 
         def theirs():
             found = []
-            for counts in resample.draws(cases, 1000)[:replicates]:
+            for counts in bootstrap.draws(cases, 1000)[:replicates]:
                 drawn = np.concatenate([np.tile(rows[c], int(k)) for c, k in enumerate(counts) if k])
                 found.append(roc_auc_score(y[drawn], p[drawn]))
             return found
@@ -66,8 +70,8 @@ def coverage(args):
     print("\n| cases | 95% intervals of AUROC that hold the truth | paired tests of equal models with p < 0.05 | "
           "simulated studies |\n|---|---|---|---|")
     for cases in (4, 5, 6, 8, 10, 12, 15, 20, 30, 50, 100):
-        print(f"| {cases} | {resample.measured_coverage(cases, studies):.3f} | "
-              f"{resample.measured_false_positives(cases, studies):.3f} | {studies} |", flush=True)
+        print(f"| {cases} | {measured_coverage(cases, studies):.3f} | "
+              f"{measured_false_positives(cases, studies):.3f} | {studies} |", flush=True)
 
 
 if __name__ == "__main__":
@@ -76,3 +80,51 @@ if __name__ == "__main__":
     parser.add_argument("--coverage", action="store_true", help="simulate clustered studies instead of timing")
     args = parser.parse_args()
     (coverage if args.coverage else compare)(args)
+
+
+# of simulate() with very many cases: two patches of different cases differ by 1.7 with variance 2 (1 + 0.7²).
+TRUE_AUROC = 0.5 * (1 + math.erf(1.7 / math.sqrt(2 * (1 + 0.49)) / math.sqrt(2)))
+
+
+def simulate(rng, cases, models=1, correlation=0.5):
+    """A clustered test set → (labels, [scores of each model], cases). All models have the same true AUROC (TRUE_AUROC).
+
+    Sizes of cases are skewed (about 5 to 200 patches), and so is their share of mitotic figures; each case shifts the
+    scores of its mitotic figures and of its look-alikes, partly in common for all models.
+    """
+    size = np.clip(np.exp(rng.normal(3.3, 0.8, cases)), 5, 200).astype(int)
+    share = rng.beta(2, 3, cases)
+    case = np.repeat(np.arange(cases), size)
+    y = rng.random(len(case)) < share[case]
+    shared, noise = rng.normal(0, 0.7, (cases, 2)), rng.normal(0, 1, len(case))
+    scores = []
+    for _ in range(models):
+        own = rng.normal(0, 0.7, (cases, 2))
+        shift = math.sqrt(correlation) * shared + math.sqrt(1 - correlation) * own
+        error = math.sqrt(correlation) * noise + math.sqrt(1 - correlation) * rng.normal(0, 1, len(case))
+        scores.append(1.7 * y + shift[case, y.astype(int)] + error)
+    return y, scores, case
+
+
+def measured_coverage(cases, studies=400, replicates=1000, seed=0):
+    """Share of the 95% intervals of AUROC that hold TRUE_AUROC, over simulated studies with so many cases."""
+    rng, held = np.random.Generator(np.random.Philox(key=[seed, cases])), 0
+    for k in range(studies):
+        y, (score,), case = simulate(rng, cases)
+        values = bootstrap.auroc_of_draws(np.concatenate([bootstrap.draws(cases, replicates, k), bootstrap.leave_one_out(cases)]), y, score, case)
+        found = bootstrap.interval(values[:replicates], values[replicates:], cases)
+        held += found is not None and found[0] <= TRUE_AUROC <= found[1]
+    return held / studies
+
+
+def measured_false_positives(cases, studies=400, replicates=500, seed=0, level=0.05):
+    """Share of simulated studies of two equally good models in which the paired test finds p < level."""
+    rng, significant = np.random.Generator(np.random.Philox(key=[seed + 1, cases])), 0
+    for k in range(studies):
+        y, (a, b), case = simulate(rng, cases, models=2)
+        counts = np.concatenate([bootstrap.draws(cases, replicates, k), bootstrap.leave_one_out(cases)])
+        both = [(metrics.auroc(y, score), found[:replicates], found[replicates:]) for score, found in
+                ((score, bootstrap.auroc_of_draws(counts, y, score, case)) for score in (a, b))]
+        p = bootstrap.paired(*both, cases)[2]
+        significant += p is not None and p < level
+    return significant / studies

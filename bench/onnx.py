@@ -29,16 +29,19 @@ sys.path[:1] = [str(ROOT), str(ROOT / "tests")]  # not this folder: its onnx.py 
 import onnx  # noqa: E402
 import onnxruntime  # noqa: E402
 import torch  # noqa: E402
+from onnx_models import METADATA, write_model  # noqa: E402
 
-import classify  # noqa: E402
-import cli  # noqa: E402
+import common  # noqa: E402
 import data  # noqa: E402
-import emit  # noqa: E402
 import evaluate  # noqa: E402
+import flags
 import logistic  # noqa: E402
 import models  # noqa: E402
-from crops import Patches  # noqa: E402
-from onnx_models import METADATA, write_model  # noqa: E402
+from dataset.patches import Patches  # noqa: E402
+from onnx_model import (
+    graph,  # noqa: E402
+    session,
+)
 
 BATCHES = 1, 8, 64
 PLAIN = 18  # opset of the plain exporter's graph: there it writes attention as products and softmax
@@ -48,7 +51,7 @@ PLAIN = 18  # opset of the plain exporter's graph: there it writes attention as 
 
 def fit_head(model, count):
     """Fit the head on `count` of the demo's training patches → (test patches, their labels)."""
-    annotations, choices = data.from_source({"data": "demo", "fit": "resize"})
+    annotations, choices = flags.from_source({"data": "demo", "fit": "resize"})
     split, generator = data.make_split(annotations), np.random.default_rng(0)
     train, test = (generator.permutation(annotations.rows(ids))[:count] for ids in (split.train, split.test))
     reader = Patches(annotations, size=models.SIZE, fit=choices.fit)
@@ -81,16 +84,16 @@ def write_plain(path, model):
     proto = onnx.load(path, load_external_data=False)
     kinds = [node.op_type for node in proto.graph.node]
     assert "Attention" not in kinds and kinds.count("Softmax") == len(model.encoder.blocks), "attention is not loose"
-    proto.metadata_props.add(key="format", value=classify.FORMAT)
+    proto.metadata_props.add(key="format", value=session.FORMAT)
     for key, value in {**METADATA, "input": "uint8", "precision": "as torch's", "opset": PLAIN}.items():
         proto.metadata_props.add(key=key, value=json.dumps(value))
     onnx.save(proto, path)
 
 
 def runtime(path, device, threads):
-    session = classify.Classifier(path, device, threads=threads, batch_size=max(BATCHES), warm_up=False)
-    assert session.device.startswith(device), session.note
-    return session
+    classifier = session.Classifier(path, device, threads=threads, batch_size=max(BATCHES), warm_up=False)
+    assert classifier.device.startswith(device), classifier.note
+    return classifier
 
 
 def torch_variant(model, onednn=False, compiled=False):
@@ -106,7 +109,7 @@ def torch_variant(model, onednn=False, compiled=False):
 
 def variants(model, seen, device, threads, folder, compiled):
     """{label: function uint8 [N, 224, 224, 3] → probabilities [N]}, the reference first; `seen`: some real patches."""
-    with emit.activation_peaks(model.encoder) as peaks:
+    with graph.activation_peaks(model.encoder) as peaks:
         models.predict(model, seen, progress=None)
     half, float32 = copy.deepcopy(model), model.cpu()
     half.encoder.to(torch.bfloat16)
@@ -130,7 +133,7 @@ def variants(model, seen, device, threads, folder, compiled):
 
 def given(function, patches, device):
     """The patches in the form that a variant takes them without a copy."""
-    if isinstance(function, classify.Classifier) and device == "cpu":
+    if isinstance(function, session.Classifier) and device == "cpu":
         return patches
     return torch.from_numpy(patches).to(device)
 
@@ -219,4 +222,4 @@ def goals(rate, areas, device):
 
 
 if __name__ == "__main__":
-    cli.command(main)
+    common.command(main)

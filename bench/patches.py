@@ -33,13 +33,17 @@ from torchvision.transforms import v2
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import augment  # noqa: E402
-import cli  # noqa: E402
-import crops  # noqa: E402
-import data  # noqa: E402
 import jpeg_tiff  # noqa: E402
-import sampler  # noqa: E402
-import slides  # noqa: E402
+
+import augment  # noqa: E402
+import common  # noqa: E402
+import data  # noqa: E402
+import flags
+from dataset import (
+    patches,  # noqa: E402
+    sampler,  # noqa: E402
+    slides,  # noqa: E402
+)
 
 SIZE, MARGIN, BATCH = 224, augment.margin(224), 16
 
@@ -131,7 +135,7 @@ def random_reads_of_a_png(folder, width, height):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    data.add_arguments(parser)
+    flags.add_arguments(parser)
     parser.add_argument("--quick", action="store_true", help="a minute rather than some")
     parser.add_argument("--cores", type=int, nargs="+", default=[1], help="cores to use; several are measured one "
                         "after the other (default: 1)")
@@ -140,9 +144,9 @@ def main():
     rounds = args.rounds or (3 if args.quick else 5)
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
         folder = Path(folder)
-        a = data.from_arguments(args) if args.data else synthetic(folder, *((1, 3000) if args.quick else (4, 4000)))
+        a = flags.from_arguments(args) if args.data else synthetic(folder, *((1, 3000) if args.quick else (4, 4000)))
         sampler.POOL = 4000  # random positions: enough for a turn, and quickly stored
-        crops.build_store(crops.Patches(a, cache=folder / "store"), os.cpu_count() or 1)
+        patches.build_store(patches.Patches(a, cache=folder / "store"), os.cpu_count() or 1)
         drawn = data.Sampler(a, a.id, epoch_size=128 if args.quick else 1280)
         paths = [str(a.image_path(image)) for image in np.unique(a.image)]
         devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
@@ -151,8 +155,8 @@ def main():
         first, others = random_reads_of_a_png(folder, *png)
         for cores in args.cores:
             torch.set_num_threads(cores)
-            stored = crops.Patches(a, cache=folder / "store", workers=cores)
-            direct = crops.Patches(a, cache=False, workers=cores)
+            stored = patches.Patches(a, cache=folder / "store", workers=cores)
+            direct = patches.Patches(a, cache=False, workers=cores)
             ways = {f"store, {d}": lambda s, k, d=d: batched(stored, s, d, k) for d in devices}
             ways |= {"store, read only": lambda s, k: len(stored.read_sample(s, MARGIN)),
                      "direct, cpu": lambda s, k: batched(direct, s, "cpu", k),
@@ -182,4 +186,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.command(main)
+    common.command(main)

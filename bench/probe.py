@@ -28,7 +28,6 @@ from sklearn.linear_model import LogisticRegression
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import logistic  # noqa: E402
 
-
 PROBES = {"l2": 1.0, "uni": None}  # C
 
 

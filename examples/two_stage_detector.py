@@ -4,7 +4,7 @@
     python examples/two_stage_detector.py MODEL.onnx --slide S.svs         detect on a slide
 
 First stage: dark blobs in the haematoxylin channel, as bright against their surroundings as a mitotic figure is. It
-finds nearly all of them, and ten times as many other nuclei. Second stage: `classify.Classifier` scores every one.
+finds nearly all of them, and ten times as many other nuclei. Second stage: `session.Classifier` scores every one.
 Written to --out: per image mitotic-figures.json in the MIDOG challenge's format (millimetres), and with --data
 detection.json (F1 of both stages) and detection.png.
 
@@ -19,12 +19,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import candidates as formats  # noqa: E402
-import classify               # noqa: E402
-import cli                    # noqa: E402
-import runs                   # noqa: E402
-import slides                 # noqa: E402
-from cli import UserError     # noqa: E402
+import common  # noqa: E402
+from common import UserError  # noqa: E402
+from dataset import candidates as formats  # noqa: E402
+from dataset import slides  # noqa: E402
+from onnx_model import session
 
 WORKING = 0.5        # µm/px of the first stage: enough to see that something is a dark blob
 TILE, MARGIN = 1024, 48  # px at that resolution
@@ -109,9 +108,9 @@ def detect(image, classifier, given_mpp=None):
     if mpp is None:
         raise UserError(f"{image}: its µm/px is unknown, and the model's too; give --mpp")
     x, y, blob = blobs(image, mpp)
-    read_at, source, _ = classify.resolution(classifier.metadata, mpp, str(image))
+    read_at, source, _ = session.resolution(classifier.metadata, mpp, str(image))
     jobs = [(image, float(a), float(b), read_at, source) for a, b in zip(x, y)]
-    probability = classify.score(classifier, jobs) if jobs else np.zeros(0, np.float32)
+    probability = session.score(classifier, jobs) if jobs else np.zeros(0, np.float32)
     return {"x": x, "y": y, "blob": blob, "probability": probability, "mpp": mpp}
 
 
@@ -208,7 +207,7 @@ def draw(path, images, threshold, first, second):
     axes[2].set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02),
                 title=f"{len(images)} held-out images, {sum(len(one['truth']) for one in images)} mitotic figures")
     axes[2].legend()
-    with runs.atomic(path) as temporary:
+    with common.atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
     plt.close(figure)
 
@@ -239,7 +238,7 @@ def main():
     if args.mpp is not None and not 0.01 <= args.mpp <= 100:
         raise UserError(f"--mpp {args.mpp}: µm/px between 0.01 and 100 are needed")
     refuse_twice(args.slide)
-    classifier = classify.Classifier(args.model, args.device)
+    classifier = session.Classifier(args.model, args.device)
     out = Path(args.out)
     print(f"{args.model}: {classifier.note}")
 
@@ -249,7 +248,7 @@ def main():
         refuse_twice([path for path, _ in held_out] + args.slide)
         measured = []
         for part in (tuning, held_out):
-            with cli.progress(part, desc="images", unit="images") as bar:
+            with common.progress(part, desc="images", unit="images") as bar:
                 measured.append([{**detect(path, classifier, args.mpp), "image": path, "truth": truth}
                                  for path, truth in bar])
         tuning, held_out = measured
@@ -259,9 +258,9 @@ def main():
         rows = [("first stage, its best threshold on these images", *first),
                 ("both stages, threshold from validation images", *second),
                 ("both stages, the model's own threshold", *at(held_out, "probability", classifier.threshold))]
-        print(cli.table([(name, *(f"{v:.3f}" for v in values)) for name, *values in rows],
+        print(common.table([(name, *(f"{v:.3f}" for v in values)) for name, *values in rows],
                         ("on held-out images", "F1", "precision", "recall"), right=(1, 2, 3)))
-        runs.write_json(out / "detection.json", {
+        common.write_json(out / "detection.json", {
             "first": dict(zip(("f1", "precision", "recall"), first), threshold=own),
             "both": dict(zip(("f1", "precision", "recall"), second), threshold=threshold),
             "images": len(held_out), "mitotic_figures": sum(len(one["truth"]) for one in held_out),
@@ -279,8 +278,8 @@ def main():
 
 def save(out, one, threshold):
     content = formats.challenge(one["x"], one["y"], one["probability"], threshold, one["mpp"])
-    runs.write_json(out / one["image"].stem / "mitotic-figures.json", content)
+    common.write_json(out / one["image"].stem / "mitotic-figures.json", content)
 
 
 if __name__ == "__main__":
-    cli.command(main)
+    common.command(main)

@@ -13,7 +13,7 @@ mkdir -p "$out"
 say() { printf '\n== %s\n' "$*"; }
 
 say "1. the demo dataset (synthetic H&E, five domains)"
-python demo.py
+python -m demo.synthetic
 
 say "2. linear probe, LoRA, end-to-end on the same split, by case"
 python probe.py --data demo --runs $runs --resume

@@ -13,7 +13,7 @@ model=${MODEL:-demo}
 short="--epochs ${EPOCHS:-2} --epoch-size ${EPOCH_SIZE:-80} --val-frac 0.25"
 fracs="--frac ${FRACS:-0.01 0.1 1}"
 
-[ -n "$list" ] || start demo.py || exit
+[ -n "$list" ] || start -m demo.synthetic || exit
 for grid in "$fracs" "--domain ${DOMAINS:-A B C}" "--split annotation"; do
     run probe.py --data demo --model "$model" $grid --fold $folds --runs "$runs" --resume ${MODEL_FLAGS:-}
     run train.py --data demo --model "$model" --lora $grid --fold $folds --runs "$runs" --resume $short \

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import classify
-import emit
+import common
 import models
 import runs
+from onnx_model import graph, session
 
 SMALL = dict(dim=64, depth=2, heads=2, hidden=128, params=0, repo="", licence="MIT", files=("x.safetensors",))
 FAMILIES = {
@@ -93,16 +93,16 @@ METADATA = {"version": 1, "encoder": "tiny", "pool": "cls", "method": "lora", "d
 def write_model(path, model, precision="fp32", opset=23, input="uint8", metadata=(), inline=True, **choices):
     """Emit `model` with metadata, as export.py would; returns the ModelProto."""
     weights = path.with_name(path.name + ".data")
-    extra = {"precision": precision, "opset": opset, "input": input, "export_id": "ab" * classify.TRAILER}
+    extra = {"precision": precision, "opset": opset, "input": input, "export_id": "ab" * session.TRAILER}
     with open(weights, "wb") as file:
-        proto = emit.emit(model, file, precision, opset, input, **choices)
+        proto = graph.emit(model, file, precision, opset, input, **choices)
         file.write(bytes.fromhex(extra["export_id"]))
         extra["data_bytes"] = 0 if inline else file.tell()
     extra["data_name"] = weights.name
-    proto.metadata_props.add(key="format", value=classify.FORMAT)
+    proto.metadata_props.add(key="format", value=session.FORMAT)
     for key, value in {**METADATA, **extra, **dict(metadata)}.items():
-        proto.metadata_props.add(key=key, value=json.dumps(value, default=runs._plain))
-    emit.save(proto, weights, path, inline)
+        proto.metadata_props.add(key=key, value=json.dumps(value, default=common._plain))
+    graph.save(proto, weights, path, inline)
     if inline:
         weights.unlink()
     return proto
@@ -170,9 +170,9 @@ def make_run(path, family, method, folder, seed=0, taught=0):
 
     taught: steps of training before, of a full run. Returns (weights, the unmerged PatchClassifier).
     """
-    import crops
     import data
     import lora
+    from dataset import patches as patches_module
     spec = FAMILIES[family]
     path.mkdir(parents=True)
     weights = path / "base.safetensors"
@@ -183,7 +183,7 @@ def make_run(path, family, method, folder, seed=0, taught=0):
     split = data.make_split(table)
     split.save(path / "split.json")
     rows = table.rows(split.val)[:8 if family == "resnet50" else None]  # a tenth of a second each
-    images = crops.Patches(table).read(rows)
+    images = patches_module.Patches(table).read(rows)
     flags = {"data": "blobs", "model": spec.name, "method": method,
              "weights": str(weights), "frac": 1.0, "fold": 0, "seed": 0, "pool": None, "layer": None, "fit": "resize",
              "mpp": None, "rank": 4, "alpha": 4, "dropout": 0.1, "targets": ["qkv", "proj", "fc1", "fc2"]}
@@ -201,12 +201,12 @@ def make_run(path, family, method, folder, seed=0, taught=0):
     model = models.PatchClassifier(network).eval()
     if taught:
         every = np.arange(len(table))
-        teach(model, crops.Patches(table).read(every), table.label, taught)
+        teach(model, patches_module.Patches(table).read(every), table.label, taught)
     after = model.embed(torch.from_numpy(images[:4])).detach()
     moved = float((after - before).norm() / before.norm())
     assert method != "lora" or moved > 0.1, f"the adapter moves the embedding by {moved:.1%} only"
     every = rows if family == "resnet50" else np.arange(len(table))  # so that the classes are well apart
-    embeddings = models.predict(model, crops.Patches(table).read(every), output="embedding", progress=None)
+    embeddings = models.predict(model, patches_module.Patches(table).read(every), output="embedding", progress=None)
     embeddings = embeddings.astype(np.float64)
     center, spread = embeddings.mean(0), embeddings.std(0) + 1e-6
     sign = 2.0 * table.label[every] - 1
@@ -224,10 +224,10 @@ def make_run(path, family, method, folder, seed=0, taught=0):
     runs.write_predictions(path / "predictions.csv", {
         "set": ["val"] * len(rows), "id": table.id[rows], "case": table.case[rows], "domain": table.domain[rows],
         "label": table.label[rows], "logit": logits, "probability": 1 / (1 + np.exp(-logits.astype(np.float64)))})
-    runs.write_json(path / "config.json", {"flags": flags, "data": {"name": "blobs", "mpp": 0.25},
+    common.write_json(path / "config.json", {"flags": flags, "data": {"name": "blobs", "mpp": 0.25},
                                            "encoder": {"name": spec.name, "licence": spec.licence,
                                                        "weights_hash": network.weights_hash},
                                            "source": {"data": str(folder / "MIDOG.json"), "images": str(folder),
                                                       "fit": "resize"}})
-    runs.write_json(path / "metrics.json", {"sets": {"val": {"auroc": 0.9}}})
+    common.write_json(path / "metrics.json", {"sets": {"val": {"auroc": 0.9}}})
     return weights, model

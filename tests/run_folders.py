@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+import common
 import data
 import evaluate
 import runs
@@ -49,10 +50,10 @@ def make(root, table, model="uni", method="probe", frac=1.0, fold=0, domain=None
                             ("probability", 1 / (1 + np.exp(-logit)))):
             columns[key].extend(values)
     path.mkdir(parents=True)
-    runs.write_json(path / "config.json", config)
+    common.write_json(path / "config.json", config)
     split.save(path / "split.json")
     runs.write_predictions(path / "predictions.csv", columns)
-    runs.write_json(path / "metrics.json", evaluate.of_predictions(columns) | {"seconds": seconds})
+    common.write_json(path / "metrics.json", evaluate.of_predictions(columns) | {"seconds": seconds})
     return path
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-import cli
+import common
 import models
 
 HERE = Path(__file__).resolve().parent
@@ -46,7 +46,7 @@ def call(module, *args):
     old = sys.argv
     sys.argv = [f"{module.__name__}.py", *map(str, args)]
     try:
-        cli.command(module.main)
+        common.command(module.main)
     except SystemExit as stop:
         return stop.code
     finally:
@@ -55,8 +55,8 @@ def call(module, *args):
 
 def command(script, *args, wait=True, launcher=(), **environment):
     """The same in a process of its own, which knows the tiny encoder."""
-    code = f"import sys; sys.path[:0] = [{str(HERE.parent)!r}, {str(HERE)!r}]; import small, cli, {script} as script; " \
-           "cli.command(script.main)"
+    code = f"import sys; sys.path[:0] = [{str(HERE.parent)!r}, {str(HERE)!r}]; import small, common, {script} as script; " \
+           "common.command(script.main)"
     start = launcher or (sys.executable, "-c", code)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     process = subprocess.Popen([*start, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import candidates
-from cli import UserError
+from common import UserError
+from dataset import candidates
 
 NAMES = ["hard negative", "mitotic figure"]
 

@@ -16,10 +16,11 @@ import torch
 from onnx_models import classifier, mounted, patches, register, write_model
 from PIL import Image
 
-import candidates as formats
 import classify
-import cli
+import common
 from classify import Classifier
+from dataset import candidates as formats
+from onnx_model import session
 
 HERE = Path(__file__).resolve().parent.parent
 POINTS = [(150.0, 160.0), (400.5, 300.0), (20.0, 30.0), (620.0, 470.0)]  # the last two reach over the border
@@ -253,11 +254,11 @@ def test_relabel_that_cannot_be_is_found_before_the_scoring(tiny, tmp_path, monk
     database.execute("UPDATE Classes SET name = 'cell' WHERE uid = 2")
     database.commit()
     database.close()
-    monkeypatch.setattr(classify, "score", lambda *_: pytest.fail("scored"))
+    monkeypatch.setattr(session, "score", lambda *_: pytest.fail("scored"))
     monkeypatch.setattr(sys, "argv", ["classify.py", *map(str, (
         folder / "model.onnx", "--slide", folder / "a.tiff", "--candidates", tmp_path / "in.sqlite", "--out",
         tmp_path / "out.sqlite", "--relabel", "--device", "cpu"))])
-    with pytest.raises(cli.UserError, match="--relabel cannot tell"):
+    with pytest.raises(common.UserError, match="--relabel cannot tell"):
         classify.main()
 
 
@@ -331,13 +332,13 @@ def test_a_full_disk_spoils_no_older_file(tiny, tmp_path):
 
 def test_resolution_rules():
     metadata = {"mpp": 0.25}
-    assert classify.resolution(metadata, 0.26, "s")[:2] == (None, None)
-    assert classify.resolution(metadata, 0.2252, "s")[:2] == (None, None)
-    assert classify.resolution(metadata, 0.5, "s")[:2] == (0.25, 0.5)
-    assert classify.resolution(metadata, 0.5, "s", given=0.25)[:2] == (None, None)
-    assert "unknown" in classify.resolution(metadata, None, "s")[2]
-    assert "does not know" in classify.resolution({"mpp": None}, 0.5, "s")[2]
-    assert "resampled" in classify.resolution(metadata, 0.5, "s")[2]
+    assert session.resolution(metadata, 0.26, "s")[:2] == (None, None)
+    assert session.resolution(metadata, 0.2252, "s")[:2] == (None, None)
+    assert session.resolution(metadata, 0.5, "s")[:2] == (0.25, 0.5)
+    assert session.resolution(metadata, 0.5, "s", given=0.25)[:2] == (None, None)
+    assert "unknown" in session.resolution(metadata, None, "s")[2]
+    assert "does not know" in session.resolution({"mpp": None}, 0.5, "s")[2]
+    assert "resampled" in session.resolution(metadata, 0.5, "s")[2]
 
 
 def test_a_coarser_slide_is_resampled_and_said_so(tiny, tmp_path):
@@ -348,7 +349,7 @@ def test_a_coarser_slide_is_resampled_and_said_so(tiny, tmp_path):
     assert "0.5 µm/px, resampled to the model's 0.25" in done.stderr
     resampled = read_scores("midog", tmp_path / "out.json")[0]
     classifier, metadata = Classifier(folder / "model.onnx", "cpu"), Classifier(folder / "model.onnx").metadata
-    crops = np.stack([classify.read_patch(tmp_path / "a.tiff", x, y, metadata, 0.25, 0.5) for x, y in POINTS])
+    crops = np.stack([session.read_patch(tmp_path / "a.tiff", x, y, metadata, 0.25, 0.5) for x, y in POINTS])
     assert np.allclose(classifier(crops), resampled, atol=1e-6)
     done = run(folder / "model.onnx", "--slide", tmp_path / "a.tiff", *usual, "--mpp", "0.25")
     assert "read as it is" in done.stderr and not np.allclose(read_scores("midog", tmp_path / "out.json")[0], resampled)
@@ -357,13 +358,13 @@ def test_a_coarser_slide_is_resampled_and_said_so(tiny, tmp_path):
 def test_patches_of_another_size(tiny):
     folder, _ = tiny
     for fit in ("resize", "pad"):
-        patch = classify.read_patch(folder / "a.tiff", 300, 300, {"patch": 128, "size": 224, "fit": fit})
+        patch = session.read_patch(folder / "a.tiff", 300, 300, {"patch": 128, "size": 224, "fit": fit})
         assert patch.shape == (224, 224, 3)
-        plain = classify.read_patch(folder / "a.tiff", 300, 300, {"patch": 224, "size": 224, "fit": fit})
+        plain = session.read_patch(folder / "a.tiff", 300, 300, {"patch": 224, "size": 224, "fit": fit})
         assert np.array_equal(patch[48:176, 48:176], plain[48:176, 48:176]) == (fit == "pad")
-        larger = classify.read_patch(folder / "a.tiff", 300, 300, {"patch": 257, "size": 224, "fit": fit})
+        larger = session.read_patch(folder / "a.tiff", 300, 300, {"patch": 257, "size": 224, "fit": fit})
         assert larger.shape == (224, 224, 3)
-        exact = classify.read_patch(folder / "a.tiff", 300, 300, {"patch": 256, "size": 224, "fit": fit})
+        exact = session.read_patch(folder / "a.tiff", 300, 300, {"patch": 256, "size": 224, "fit": fit})
         assert np.array_equal(exact, plain) == (fit == "pad")
 
 
@@ -387,7 +388,7 @@ def test_classifier_takes_arrays_tensors_and_threads(tiny):
     for wrong in (images.astype(np.float32), images[:, :200], images[0], images.transpose(0, 3, 1, 2)):
         with pytest.raises(ValueError, match="this model takes"):
             classifier(wrong)
-    with pytest.raises(cli.UserError, match="no output"):
+    with pytest.raises(common.UserError, match="no output"):
         classifier(images, output="logits")
 
 
@@ -396,16 +397,16 @@ def test_a_classifier_says_how_many_px_to_read(tiny, tmp_path):
     write_model(tmp_path / "m.onnx", classifier("gelu"), metadata={"patch": 128})
     model = Classifier(tmp_path / "m.onnx", device="cpu")
     assert (model.patch, model.size) == (128, 224)
-    assert model(classify.read_patch(folder / "a.tiff", 300, 300, model.metadata)[None]).shape == (1,)
+    assert model(session.read_patch(folder / "a.tiff", 300, 300, model.metadata)[None]).shape == (1,)
 
 
 def test_gpus_by_any_name_of_their_device(tmp_path):
     for name in ("nvidiactl", "nvidia-uvm"):
         (tmp_path / name).touch()
-    assert not classify.nvidia_device(tmp_path)
+    assert not session.nvidia_device(tmp_path)
     for name in ("nvidia3", "dxg"):
         (tmp_path / name).touch()
-        assert classify.nvidia_device(tmp_path)
+        assert session.nvidia_device(tmp_path)
         (tmp_path / name).unlink()
 
 
@@ -413,7 +414,7 @@ def test_cuda_that_is_not_obtained_is_an_error(tiny):
     if torch.cuda.is_available():
         pytest.skip("a GPU is here")
     folder, _ = tiny
-    with pytest.raises(cli.UserError, match="--device cuda"):
+    with pytest.raises(common.UserError, match="--device cuda"):
         Classifier(folder / "model.onnx", device="cuda")
     classifier = Classifier(folder / "model.onnx", device="auto")
     assert classifier.device == "cpu" and "CPU" in classifier.note
@@ -424,9 +425,9 @@ def test_a_session_that_fell_back_is_an_error(tiny, monkeypatch):
     folder, _ = tiny
     monkeypatch.setattr(classify.onnxruntime, "get_available_providers",
                         lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
-    start = classify.start
-    monkeypatch.setattr(classify, "start", lambda path, _, threads: start(path, ["CPUExecutionProvider"], threads))
-    with pytest.raises(cli.UserError, match="did not load"):
+    start = session.start
+    monkeypatch.setattr(session, "start", lambda path, _, threads: start(path, ["CPUExecutionProvider"], threads))
+    with pytest.raises(common.UserError, match="did not load"):
         Classifier(folder / "model.onnx", device="cuda")
 
 

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small
 from PIL import Image
+from synthetic.synthetic import pretrain
 
-import cli
+import common
 import data
-import demo
-import demo_encoder
 import models
 import probe
-import slides
-import small
+from dataset import slides
+from demo import synthetic
 
 HERE = Path(__file__).resolve().parent.parent
 # Of the first image (an x86 machine, NumPy 2): its first cells, and the green of 64 pixels.
@@ -29,7 +29,7 @@ GREEN = [[166, 172, 150, 174, 160, 161, 165, 123], [157, 153, 173, 195, 145, 180
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("demo") / "demo"
-    demo.build(path, images_per_domain=4)
+    synthetic.build(path, images_per_domain=4)
     return path
 
 
@@ -43,9 +43,9 @@ def test_the_dataset_is_what_it_says(folder):
     assert (annotations.label == 1).sum() == 20 * 18
     assert slides.microns_per_pixel(annotations.path(0)) == pytest.approx(0.25)
     content = json.loads((folder / "MIDOG.json").read_text())
-    assert {a["cell"] for a in content["annotations"]} == {*demo.MITOTIC, *demo.LOOK_ALIKE}
+    assert {a["cell"] for a in content["annotations"]} == {*synthetic.MITOTIC, *synthetic.LOOK_ALIKE}
     for annotation in content["annotations"]:
-        assert (annotation["category_id"] == 1) == (annotation["cell"] in demo.MITOTIC)
+        assert (annotation["category_id"] == 1) == (annotation["cell"] in synthetic.MITOTIC)
     split = data.make_split(annotations)
     assert not set(split.cases["train"]) & set(split.cases["test"])
 
@@ -66,15 +66,15 @@ def test_the_same_on_every_run_and_another_with_another_seed(folder, tmp_path):
     for number, name in ((1, "A01"), (20, "E04")):
         boxes = [(a["bbox"], a["cell"]) for a in content["annotations"] if a["image_id"] == number]
         for seed in (0, 1):
-            *_, cells = demo.make_image((tmp_path, number, f"{name}.tiff", name[0], seed))
-            again = [(a["bbox"], a["cell"]) for a in demo.as_midog([(number, "", "", cells)], 0)["annotations"]]
+            *_, cells = synthetic.make_image((tmp_path, number, f"{name}.tiff", name[0], seed))
+            again = [(a["bbox"], a["cell"]) for a in synthetic.as_midog([(number, "", "", cells)], 0)["annotations"]]
             difference = np.abs(pixels(tmp_path)[name].astype(int) - images[name])
             assert (again == boxes, difference.max() <= 1, difference.mean() < 5) == (seed == 0,) * 3
 
 
 def test_the_same_on_every_machine(tmp_path):
     """Against what was painted elsewhere: annotations exactly, pixels within a grey level."""
-    *_, cells = demo.make_image((tmp_path, 1, "A01.tiff", "A", 0))
+    *_, cells = synthetic.make_image((tmp_path, 1, "A01.tiff", "A", 0))
     assert [(round(cell["x"]), round(cell["y"]), cell["kind"]) for cell in cells[:4]] == CELLS
     found = pixels(tmp_path)["A01"][64::128, 64::128, 1]
     assert np.abs(found.astype(int) - np.array(GREEN)).max() <= 1
@@ -84,7 +84,7 @@ def test_the_same_on_every_machine(tmp_path):
 def test_a_probe_learns_it_and_does_not_solve_it(tmp_path, monkeypatch, capsys):
     """The linear probe of the shipped encoder, on the whole dataset; its size too."""
     monkeypatch.setenv("MITOSIS_ROOT", str(tmp_path))
-    demo.build(tmp_path / "demo")
+    synthetic.build(tmp_path / "demo")
     files = list((tmp_path / "demo").iterdir())
     assert len(files) == 41 and sum(file.stat().st_size for file in files) <= 150e6
     assert small.call(probe, "--data", "demo", "--fold", "0", "1", "2", "--runs", tmp_path / "runs") == 0
@@ -118,41 +118,41 @@ def test_colour_does_not_solve_it(folder):
 
 
 def test_another_seed_is_not_taken_for_the_one_that_is_there(folder, tmp_path, capsys):
-    assert small.call(demo, "--out", folder, "--seed", 7) == 2
+    assert small.call(synthetic, "--out", folder, "--seed", 7) == 2
     assert "holds the dataset of seed 0, not 7; remove it or choose another --out" in capsys.readouterr().err
-    assert small.call(demo, "--out", folder, "--seed", 0) == small.call(demo, "--out", folder) == 0
-    demo.build(tmp_path / "demo", 3, images_per_domain=1)
-    assert small.call(demo, "--out", tmp_path / "demo") == 0  # without the flag, whatever is there
-    assert small.call(demo, "--out", tmp_path / "new", "--seed", -1) == 2 and not (tmp_path / "new").exists()
+    assert small.call(synthetic, "--out", folder, "--seed", 0) == small.call(synthetic, "--out", folder) == 0
+    synthetic.build(tmp_path / "demo", 3, images_per_domain=1)
+    assert small.call(synthetic, "--out", tmp_path / "demo") == 0  # without the flag, whatever is there
+    assert small.call(synthetic, "--out", tmp_path / "new", "--seed", -1) == 2 and not (tmp_path / "new").exists()
 
 
 def test_a_half_made_dataset_is_not_taken_for_a_whole_one(tmp_path):
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "A01.tiff").write_bytes(b"")
-    with pytest.raises(cli.UserError, match="--out"):
-        demo.build(tmp_path / "demo")
+    with pytest.raises(common.UserError, match="--out"):
+        synthetic.build(tmp_path / "demo")
 
 
 def test_killed_while_painting_leaves_nothing_that_counts(tmp_path):
-    process = subprocess.Popen([sys.executable, HERE / "demo.py", "--out", tmp_path / "demo"],
+    process = subprocess.Popen([sys.executable, "-m", "demo.synthetic", "--out", tmp_path / "demo"],
                                stderr=subprocess.DEVNULL, start_new_session=True)
     while process.poll() is None and not list(tmp_path.glob(".demo.*/*.tiff")):
         pass
     os.killpg(process.pid, 9)
     process.wait()
     assert not (tmp_path / "demo").exists()
-    demo.build(tmp_path / "demo", images_per_domain=1)
+    synthetic.build(tmp_path / "demo", images_per_domain=1)
     assert len(list((tmp_path / "demo").glob("*.tiff"))) == 5
 
 
 def test_the_shipped_encoder_is_small_and_knows_nuclei(folder):
     """Not by chance: its embeddings tell nuclear area better than a random encoder's do."""
-    assert (HERE / "demo_encoder.safetensors").stat().st_size <= 8e6
+    assert (HERE / "demo/encoder.safetensors").stat().st_size <= 8e6
     rng = np.random.Generator(np.random.PCG64(5))
-    image, tissue = demo.paint(rng, demo.DOMAINS["A"])
-    nuclei = [n for n in tissue.nuclei if 112 <= min(n[:2]) and max(n[:2]) <= demo.SIZE - 112]
+    image, tissue = synthetic.paint(rng, synthetic.DOMAINS["A"])
+    nuclei = [n for n in tissue.nuclei if 112 <= min(n[:2]) and max(n[:2]) <= synthetic.SIZE - 112]
     nuclei = nuclei[:160]
-    patches = np.stack([demo_encoder.crop(image, round(x), round(y), 224) for x, y, _ in nuclei])
+    patches = np.stack([pretrain.crop(image, round(x), round(y), 224) for x, y, _ in nuclei])
     area = np.array([attributes[0] for *_, attributes in nuclei])
     area -= area.mean()
     errors = {}
@@ -169,12 +169,12 @@ def test_the_shipped_encoder_is_small_and_knows_nuclei(folder):
 
 def test_pretraining_turns_stains_with_the_image(folder):
     """The dense targets belong to the pixels that the encoder sees, however the patch was turned."""
-    painted = [demo_encoder.paint(0)]
+    painted = [pretrain.paint(0)]
     index = np.array([0, len(painted[0][2])])
     rng = np.random.default_rng(0)
-    images, stains, wanted = demo_encoder.batch_of(painted, index, painted[0][3], rng, 12)
+    images, stains, wanted = pretrain.batch_of(painted, index, painted[0][3], rng, 12)
     dark = 255 - images.float().mean(-1)
     dark = dark.view(12, 56, 4, 56, 4).mean((2, 4))
     for darkness, stain in zip(dark.flatten(1), stains[..., 0].flatten(1)):
         assert np.corrcoef(darkness, stain)[0, 1] > 0.6
-    assert wanted.shape == (12, len(demo.ATTRIBUTES) + 4)
+    assert wanted.shape == (12, len(synthetic.ATTRIBUTES) + 4)

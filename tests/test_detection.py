@@ -11,12 +11,11 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_bipartite_matching
 from small import call
 
-import candidates as formats
 import data
-import detection
 import evaluate
-from cli import UserError
-
+from common import UserError
+from dataset import candidates as formats
+from reporting import detection
 
 # ---------------------------------------------------------------- the matching
 

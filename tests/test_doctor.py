@@ -11,12 +11,11 @@ import onnxruntime
 import pytest
 import torch
 
-import classify
-import cli
-import doctor
+import common
+from onnx_model import doctor, session
 
 HERE = Path(__file__).resolve().parent.parent
-NO_GPU = pytest.mark.skipif(torch.cuda.is_available() or classify.nvidia_device(), reason="a GPU is here")
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available() or session.nvidia_device(), reason="a GPU is here")
 
 
 def nvidia_smi(folder, script):
@@ -80,7 +79,7 @@ def machine(monkeypatch):
     monkeypatch.setattr(onnxruntime, "get_available_providers",
                         lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
     monkeypatch.setattr(doctor, "libraries", lambda: {"libcublas.so.13": "/usr/lib/libcublas.so.13"})
-    opened = classify.open_session
+    opened = session.open_session
 
     def give(session):
         def open_session(path, device):
@@ -89,7 +88,7 @@ def machine(monkeypatch):
             if isinstance(session, Exception):
                 raise session
             return session, device, "note"
-        monkeypatch.setattr(classify, "open_session", open_session)
+        monkeypatch.setattr(session, "open_session", open_session)
     return give
 
 
@@ -106,7 +105,7 @@ def test_a_gpu_with_wrong_numbers(machine, capsys):
 
 
 def test_a_missing_library_is_named(machine, capsys, monkeypatch):
-    machine(cli.UserError("--device cuda: the CUDA provider did not load"))
+    machine(common.UserError("--device cuda: the CUDA provider did not load"))
     monkeypatch.setattr(doctor, "libraries", lambda: {"libcublas.so.13": "here", "libcurand.so.10": None})
     status, text = screen(capsys)
     assert status == 1 and "libcurand.so.10 missing, pip install 'onnxruntime-gpu[cuda,cudnn]'" in text

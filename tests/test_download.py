@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import download
-from cli import UserError
+from common import UserError
+from dataset import download
 
 RANDOM = np.random.default_rng(0)
 

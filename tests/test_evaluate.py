@@ -11,10 +11,10 @@ import pytest
 from run_folders import annotations, make
 from small import call
 
+import common
 import evaluate
-import metrics
-import runs
-from cli import UserError
+from common import UserError
+from reporting import metrics, results
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def folder(root, fold=1, name="uni-lora", data="tissue"):
 
 def collected(*roots):
     """({folder: run}, {folder: what is wrong}), folders by their path below the root."""
-    found, problems = evaluate.collect(roots)
+    found, problems = results.collect(roots)
     def short(path):
         return "/".join(path.parts[-3:])
     return {short(run.path): run for run in found}, {short(path): what for path, what in problems}
@@ -54,10 +54,10 @@ def test_finished_runs_count_and_are_read_with_all_their_digits(three_folds, tis
     run = found["tissue/uni-lora/frac1-fold2"]
     assert (run.data, run.model, run.method, run.label, run.by, run.frac, run.fold, run.domain) == (
         "tissue", "uni", "lora", "uni-lora", "case", 1.0, 2, None)
-    stored = runs.read_json(run.path / "metrics.json")
+    stored = common.read_json(run.path / "metrics.json")
     assert run.sets == stored["sets"] and run.threshold == stored["threshold"] and run.seconds == 60
     ids, y, p, case, domain = run.rows("test")
-    assert (ids == np.sort(runs.read_json(run.path / "split.json")["ids"]["test"])).all()
+    assert (ids == np.sort(common.read_json(run.path / "split.json")["ids"]["test"])).all()
     rows = tissue.rows(ids)
     for values, wanted in ((y, tissue.label), (case, tissue.case), (domain, tissue.domain)):
         assert (values == wanted[rows]).all()
@@ -70,9 +70,9 @@ def rewrite(name, change):
     """A damage: the file read, changed and written."""
     def damage(path):
         if name.endswith(".json"):
-            content = runs.read_json(path / name)
+            content = common.read_json(path / name)
             change(content)
-            runs.write_json(path / name, content)
+            common.write_json(path / name, content)
         else:
             (path / name).write_text(change((path / name).read_text()))
     return damage
@@ -118,7 +118,7 @@ DAMAGES = {
     "predictions missing": (lambda path: (path / "predictions.csv").unlink(), "predictions.csv: no such file"),
     "random bytes": (lambda path: (path / "predictions.csv").write_bytes(bytes(range(256)) * 50), "predictions.csv"),
     "json of another kind": (lambda path: (path / "metrics.json").write_text("[1, 2]"), "lacks what belongs there"),
-    "config of another program": (lambda path: runs.write_json(path / "config.json", {"hidden_size": 768}),
+    "config of another program": (lambda path: common.write_json(path / "config.json", {"hidden_size": 768}),
                                   "not a run's folder"),
     "no such flags": (rewrite("config.json", lambda c: c["flags"].pop("model")), "lacks what belongs there"),
     "a fraction that is none": (rewrite("config.json", lambda c: c["flags"].update(frac="all")), "lacks what belongs"),
@@ -161,13 +161,13 @@ def test_a_damaged_run_is_named_and_the_others_count(copied, damage):
 def test_a_file_cut_anywhere_is_named_or_says_the_same(copied, name):
     """A file copied in part: no place to cut makes other numbers of it."""
     path = folder(copied)
-    whole, before = (path / name).read_bytes(), evaluate.read_run(path)
+    whole, before = (path / name).read_bytes(), results.read_run(path)
     places = np.unique(np.linspace(0, len(whole) - 1, 45).astype(int)).tolist() + [len(whole) - k for k in range(2, 12)]
     named = 0
     for place in places:
         (path / name).write_bytes(whole[:place])
         try:
-            after = evaluate.read_run(path)
+            after = results.read_run(path)
         except UserError as error:
             named += str(error).startswith(str(path)) or str(path) in str(error)
             continue
@@ -204,16 +204,16 @@ def test_another_split_under_one_name_is_left_out(copied, tissue):
     found, problems = collected(copied)
     assert len(found) == 6 and list(problems) == ["tissue/uni-lora/frac1-fold1"]
     assert "another test set than 6 other runs have" in problems["tissue/uni-lora/frac1-fold1"]
-    assert runs.read_json(odd / "split.json")["settings"]["seed"] == 5  # while its flags say 0
+    assert common.read_json(odd / "split.json")["settings"]["seed"] == 5  # while its flags say 0
 
 
 def test_another_training_split_with_the_same_test_set_is_left_out(copied, tissue):
     for model in ("phikon", "virchow"):
         make(copied, tissue, model, "lora", 1.0, 1)
     path = folder(copied)
-    content = runs.read_json(path / "split.json")
+    content = common.read_json(path / "split.json")
     content["ids"]["train"].pop()  # one annotation fewer to train on: the predictions say nothing of it
-    runs.write_json(path / "split.json", content)
+    common.write_json(path / "split.json", content)
     found, problems = collected(copied)
     assert len(found) == 4 and "another split than 2 other runs have" in problems["tissue/uni-lora/frac1-fold1"]
 
@@ -243,19 +243,19 @@ def test_other_annotations_under_the_datasets_name_are_left_out(copied):
 
 def test_a_copy_counts_once_and_a_repeat_with_other_predictions_not_at_all(copied, tissue, tmp_path):
     shutil.copytree(folder(copied), tmp_path / "backup/tissue/uni-lora/frac1-fold1")
-    found, problems = evaluate.collect([copied, tmp_path / "backup"])
+    found, problems = results.collect([copied, tmp_path / "backup"])
     assert len(found) == 3 and [what for _, what in problems] in (
         [f"a copy of {folder(copied)}"], [f"a copy of {tmp_path}/backup/tissue/uni-lora/frac1-fold1"])
     shutil.rmtree(tmp_path / "backup")
     make(tmp_path / "again", tissue, "uni", "lora", 1.0, 1, strength=0.3)
-    found, problems = evaluate.collect([copied, tmp_path / "again"])
+    found, problems = results.collect([copied, tmp_path / "again"])
     assert sorted(run.fold for run in found) == [0, 2] and len(problems) == 2
     assert all("none of them counts" in what for _, what in problems)
 
 
 def test_a_root_given_twice_or_inside_another_is_read_once(copied, monkeypatch):
     monkeypatch.chdir(copied.parent)
-    found, problems = evaluate.collect(["runs", "runs/tissue", "./runs", copied])
+    found, problems = results.collect(["runs", "runs/tissue", "./runs", copied])
     assert len(found) == 3 and not problems
 
 
@@ -272,9 +272,9 @@ def test_repeats_with_other_settings_are_not_averaged_with_the_rest(copied, tiss
 def test_repeats_of_other_weights_are_not_averaged_but_those_of_another_machine_are(copied, tissue):
     make(copied, tissue, "uni", "lora", 1.0, 3, weights="/scratch/uni.bin", dtype="bf16")
     random = make(copied, tissue, "uni", "lora", 1.0, 4)
-    content = runs.read_json(random / "config.json")
+    content = common.read_json(random / "config.json")
     content["encoder"]["weights_hash"] = "random"
-    runs.write_json(random / "config.json", content)
+    common.write_json(random / "config.json", content)
     found, problems = collected(copied)
     assert len(found) == 4 and "other weights" in problems["tissue/uni-lora/frac1-fold4"]
 
@@ -298,7 +298,7 @@ def test_runs_of_other_seeds_and_choices_are_kept_apart(copied, tissue):
     make(copied, tissue, "uni", "lora", 1.0, 0, suffixes=["r8"], rank=8)
     make(copied, tissue, "uni", "lora", 1.0, 0, by="annotation")
     make(copied.parent / "seed1", tissue, "uni", "lora", 1.0, 0, seed=1)
-    found, problems = evaluate.collect([copied, copied.parent / "seed1"])
+    found, problems = results.collect([copied, copied.parent / "seed1"])
     assert len(found) == 6 and not problems and len({run.group() for run in found}) == 4
 
 
@@ -336,7 +336,7 @@ def test_one_row_per_run_and_test_set_with_all_digits(tissue, tmp_path):
         rows = list(csv.DictReader(file))
     assert [(row["fold"], row["set"]) for row in rows] == [(k, name) for k in "01" for name in ("test", "B", "C")]
     for row in rows:
-        stored = runs.read_json(f"{row['run']}/metrics.json")["sets"][row["set"]]
+        stored = common.read_json(f"{row['run']}/metrics.json")["sets"][row["set"]]
         for key in ("balanced_accuracy", "weighted_f1", "auroc", "average_precision", "brier", "ece"):
             assert float(row[key]) == stored[key]
         assert float(row["f1_at_threshold"]) == stored["at_threshold"]["f1"]
@@ -344,7 +344,7 @@ def test_one_row_per_run_and_test_set_with_all_digits(tissue, tmp_path):
 
 
 def test_the_overview_is_mean_and_deviation_and_fits_a_terminal(three_folds, capsys, tmp_path):
-    found, _ = evaluate.collect([three_folds])
+    found, _ = results.collect([three_folds])
     text = evaluate.overview(found)
     values = [run.sets["test"]["auroc"] for run in found]
     mean = sum(values) / 3
@@ -357,7 +357,7 @@ def test_the_overview_is_mean_and_deviation_and_fits_a_terminal(three_folds, cap
 def test_the_overview_keeps_seeds_apart(copied, tissue):
     for fold in range(2):
         make(copied.parent / "seed1", tissue, "uni", "lora", 1.0, fold, strength=0.3, seed=1)
-    found, _ = evaluate.collect([copied, copied.parent / "seed1"])
+    found, _ = results.collect([copied, copied.parent / "seed1"])
     first, second = evaluate.overview(found).split("\n\n")
     assert first.startswith("tissue: mean") and second.startswith("tissue, seed 1: mean")
     for text, seed, count in ((first, 0, 3), (second, 1, 2)):
@@ -373,7 +373,7 @@ def test_the_overview_of_everything_fits_a_terminal_and_names_what_leaks(tissue,
         make(tmp_path, data, "uni", "lora", 1.0, 0, by="annotation")
         for domain in "AB":
             make(tmp_path, data, "uni", "probe", 1.0, 0, domain, tests=[annotations("extra", seed=1)])
-    text = evaluate.overview(evaluate.collect([tmp_path])[0])
+    text = evaluate.overview(results.collect([tmp_path])[0])
     assert max(map(len, text.splitlines())) <= 100
     assert "leaking: split by annotation" in text and sum(", leaking" in line for line in text.splitlines()) == 2
     assert [line.split()[3:5] for line in text.splitlines() if " extra " in line] == [["extra", "2"]] * 2

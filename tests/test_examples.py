@@ -13,21 +13,22 @@ import pytest
 from onnx_models import classifier, patches, register, write_model
 from PIL import Image
 
-import classify
 import data
-import demo
-import slides
+from dataset import slides
+from demo import synthetic
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path.append(str(HERE / "examples"))
 import two_stage_detector as detector  # noqa: E402
+
+from onnx_model import session
 
 
 @pytest.fixture(scope="module")
 def tissue(tmp_path_factory):
     """Five demo images, one per domain: annotated; and a model that knows nothing, with the split of its run."""
     folder = tmp_path_factory.mktemp("examples")
-    demo.build(folder / "demo", images_per_domain=1)
+    synthetic.build(folder / "demo", images_per_domain=1)
     with pytest.MonkeyPatch.context() as monkeypatch:
         register(monkeypatch)
         model = classifier("gelu")
@@ -143,7 +144,7 @@ def test_the_command_measures_on_held_out_images(tissue, tmp_path):
     held_out = np.unique(table.image[table.rows(split.test)])
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [Path(n).stem for n in held_out]
     result = json.loads((tmp_path / "detection.json").read_text())
-    model, images = classify.Classifier(folder / "run" / "model.onnx", "cpu"), []
+    model, images = session.Classifier(folder / "run" / "model.onnx", "cpu"), []
     for name in held_out:
         x, y, probability, names = zip(*points(tmp_path / Path(name).stem / "mitotic-figures.json"))
         chosen = np.array(probability) >= result["both"]["threshold"]
@@ -205,7 +206,7 @@ def test_the_second_stage_raises_f1(tmp_path):
     def python(*arguments):
         done = subprocess.run([sys.executable, *map(str, arguments)], cwd=HERE, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-    python("demo.py", "--out", tmp_path / "demo")
+    python("-m", "demo.synthetic", "--out", tmp_path / "demo")
     python("train.py", "--data", tmp_path / "demo", "--lora", "--epochs", 8, "--epoch-size", 640, "--val-frac", 0.25,
            "--lr", "2e-3", "--runs", tmp_path / "runs")  # few steps, so a larger learning rate
     run_folder, = (path.parent for path in (tmp_path / "runs").rglob("metrics.json"))
@@ -227,7 +228,7 @@ def test_the_openvino_lines(tissue, tmp_path, monkeypatch):
     folder, _, _ = tissue
     code, = (block for block in blocks("python") if "openvino" in block)
     (tmp_path / "model.onnx").write_bytes((folder / "run" / "model.onnx").read_bytes())
-    model = classify.Classifier(tmp_path / "model.onnx", "cpu")
+    model = session.Classifier(tmp_path / "model.onnx", "cpu")
     (tmp_path / "model.parity.json").write_text(json.dumps(model.metadata))
     np.save(tmp_path / "patches.npy", patches(5))
     monkeypatch.chdir(tmp_path)

@@ -17,19 +17,17 @@ import pytest
 import torch
 from onnx_models import FAMILIES, dataset, make_run, mounted, patches, register
 
-import classify
-import cli
-import emit
+import common
 import export
 import models
-import parity
 import runs
+from onnx_model import graph, parity, session
 
 HERE = Path(__file__).resolve().parent.parent
 HARNESS = ("import sys; sys.path[:0] = [{here!r}, {tests!r}]\n"
-           "import onnx_models, models, export, cli\n"
+           "import onnx_models, models, export, common\n"
            "for spec in onnx_models.FAMILIES.values(): models.ENCODERS[spec.name] = spec\n"
-           "sys.argv[0] = 'export.py'\ncli.command(export.main)\n").format(here=str(HERE), tests=str(HERE / "tests"))
+           "sys.argv[0] = 'export.py'\ncommon.command(export.main)\n").format(here=str(HERE), tests=str(HERE / "tests"))
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +53,7 @@ def command(monkeypatch, *arguments):
     """export.py in this process → exit status."""
     monkeypatch.setattr(sys, "argv", ["export.py", *map(str, arguments)])
     with pytest.raises(SystemExit) as exit:
-        cli.command(export.main)
+        common.command(export.main)
     return exit.value.code
 
 
@@ -71,7 +69,7 @@ def test_run_to_model(family, method, made, tmp_path, monkeypatch, capsys):
     out, images = tmp_path / "model.onnx", patches(64, seed=9)[:64 if family != "resnet50" else 8]
     assert command(monkeypatch, run, "--out", out, "--patches", 70 if family != "resnet50" else 8) == 0
     assert names(tmp_path) == ["model.onnx", "model.parity.json"]
-    classifier = classify.Classifier(out, device="cpu")
+    classifier = session.Classifier(out, device="cpu")
     with torch.inference_mode():
         expected = torch.sigmoid(unmerged(torch.from_numpy(images))).numpy()
     for batch in (1, 2, 7, 64):
@@ -100,7 +98,7 @@ def test_smaller_precisions(precision, family, how, made, tmp_path, monkeypatch)
     assert names(tmp_path) == ["m.onnx", "m.onnx.data", "m.parity.json"]
     with torch.inference_mode():
         expected = torch.sigmoid(unmerged(torch.from_numpy(images))).numpy()
-    classifier = classify.Classifier(out, "cpu")
+    classifier = session.Classifier(out, "cpu")
     for batch in (1, 2, 7, 64):
         off = np.abs(classifier(images[:batch]) - expected[:batch])
         assert off.max() > 1e-8 and (off.max() <= 5e-3 if precision == "fp16" else off.mean() <= 0.1), batch
@@ -124,7 +122,7 @@ def test_options(made, tmp_path, monkeypatch):
     run, _, _ = made("swiglu")
     assert command(monkeypatch, run, "--out", tmp_path / "m.onnx", "--opset", 18, "--input", "float", "--embedding",
                    "--threshold", "sensitivity=0.9", "--calibrate") == 0
-    model = classify.Classifier(tmp_path / "m.onnx", "cpu")
+    model = session.Classifier(tmp_path / "m.onnx", "cpu")
     m = model.metadata
     assert model.input == "float" and model.outputs == ["probability", "embedding"] and m["opset"] == 18
     assert "sensitivity" in m["threshold"]["rule"] and m["temperature"] != 1
@@ -147,7 +145,7 @@ def test_annotations_whose_images_are_gone_fall_back_to_the_demo(made, tmp_path,
     assert source.startswith("demo patches") and len(found) == len(labels) == 8 and len(ids) == 0
     assert "the run's data cannot be used here" in capsys.readouterr().err
     args.data = str(tmp_path / "MIDOG.json")
-    with pytest.raises(cli.UserError):  # named by the user: no other is taken
+    with pytest.raises(common.UserError):  # named by the user: no other is taken
         export.validation_patches(run, config, args, 8)
 
 
@@ -155,8 +153,8 @@ def test_annotations_whose_images_are_gone_fall_back_to_the_demo(made, tmp_path,
 def test_a_wrong_graph_does_not_come_out(break_it, made, tmp_path, monkeypatch, capsys):
     run, _, _ = made()
     if break_it == "normalisation":
-        tokens = emit.tokens
-        monkeypatch.setattr(emit, "tokens", lambda g, e, x, i, mean, std: tokens(g, e, x, i, mean * 1.01, std))
+        tokens = graph.tokens
+        monkeypatch.setattr(graph, "tokens", lambda g, e, x, i, mean, std: tokens(g, e, x, i, mean * 1.01, std))
     elif break_it == "lora":
         import lora
         merge = lora.merge_lora
@@ -168,11 +166,11 @@ def test_a_wrong_graph_does_not_come_out(break_it, made, tmp_path, monkeypatch, 
             return merge(encoder)
         monkeypatch.setattr(lora, "merge_lora", half)
     elif break_it == "head":
-        emitted = emit.emit
-        monkeypatch.setattr(emit, "emit", lambda model, file, p, o, i, e, t, peaks:
+        emitted = graph.emit
+        monkeypatch.setattr(graph, "emit", lambda model, file, p, o, i, e, t, peaks:
                             emitted(model, file, p, o, i, e, t * 1.01, peaks))
     else:
-        monkeypatch.setattr(emit, "gelu", lambda g, x, half, at: g.op("Relu", x, at=at))
+        monkeypatch.setattr(graph, "gelu", lambda g, x, half, at: g.op("Relu", x, at=at))
     assert command(monkeypatch, run, "--out", tmp_path / "m.onnx") == 2
     assert "not within its tolerance" in capsys.readouterr().err
     assert names(tmp_path) == []
@@ -222,7 +220,7 @@ def test_threshold_is_the_best_f1():
     assert export.best_threshold(labels, p, "0.3")[0] == 0.3
     assert export.best_threshold(np.zeros(0), np.zeros(0), "f1")[0] == 0.5
     for wrong in ("1.5", "f2", "sensitivity", "sensitivity=2", "f1=3", "nan"):
-        with pytest.raises(cli.UserError, match="--threshold"):
+        with pytest.raises(common.UserError, match="--threshold"):
             export.best_threshold(labels, p, wrong)
 
 
@@ -232,9 +230,9 @@ def test_temperature_recovers_the_scale():
     labels = generator.uniform(size=20000) < export.sigmoid(z)
     assert export.best_temperature(labels, 3 * z) == pytest.approx(3, rel=0.05)
     assert export.best_temperature(labels, 0.5 * z) == pytest.approx(0.5, rel=0.05)
-    with pytest.raises(cli.UserError, match="--calibrate"):
+    with pytest.raises(common.UserError, match="--calibrate"):
         export.best_temperature(z > 0, z)  # separable: the temperature would go to 0
-    with pytest.raises(cli.UserError, match="--calibrate"):
+    with pytest.raises(common.UserError, match="--calibrate"):
         export.best_temperature(z < 0, z)
 
 
@@ -246,7 +244,7 @@ def test_licences_that_forbid(made, tmp_path, monkeypatch, capsys):
         monkeypatch.setitem(models.ENCODERS, "tiny-gelu", dataclasses.replace(FAMILIES["gelu"], **change))
         assert command(monkeypatch, run, "--out", tmp_path / "m.onnx") == 0
         assert f"redistribution: {text}" in capsys.readouterr().out
-        assert classify.Classifier(tmp_path / "m.onnx", "cpu").metadata["redistribution"] == text
+        assert session.Classifier(tmp_path / "m.onnx", "cpu").metadata["redistribution"] == text
 
 
 # ---------------------------------------------------------------- mistakes and accidents
@@ -298,7 +296,7 @@ def test_killed_at_any_time(made, tmp_path, monkeypatch):
     run, _, _ = made()
     arguments = [sys.executable, "-c", HARNESS, str(run), "--out", str(tmp_path / "m.onnx"), "--external"]
     assert command(monkeypatch, run, "--out", tmp_path / "m.onnx", "--external") == 0
-    expected = classify.Classifier(tmp_path / "m.onnx", "cpu")(patches(2))
+    expected = session.Classifier(tmp_path / "m.onnx", "cpu")(patches(2))
     generator = random.Random(0)
     for kind in (signal.SIGKILL, signal.SIGTERM):
         process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -310,7 +308,7 @@ def test_killed_at_any_time(made, tmp_path, monkeypatch):
         process.send_signal(kind)
         process.wait()
         assert not (kind == signal.SIGTERM and any(folder.exists() for folder in own))
-        assert np.array_equal(classify.Classifier(tmp_path / "m.onnx", "cpu")(patches(2)), expected)
+        assert np.array_equal(session.Classifier(tmp_path / "m.onnx", "cpu")(patches(2)), expected)
     assert command(monkeypatch, run, "--out", tmp_path / "m.onnx", "--external") == 0
     assert names(tmp_path) == ["m.onnx", "m.onnx.data", "m.parity.json"]
 

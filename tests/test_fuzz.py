@@ -22,8 +22,8 @@ from PIL import Image
 from test_data import places, sliderunner
 
 import data
-import slides
-from cli import UserError
+from common import UserError
+from dataset import slides
 
 QUICK, MANY = 250, 2500  # mutated inputs of each kind; the second marked as slow
 NAME = {1: "mitotic figure", 0: "not mitotic figure"}

@@ -4,6 +4,7 @@ import json
 import numpy as np
 import peft
 import pytest
+import small  # noqa: F401  registers the tiny encoders
 import timm
 import torch
 from safetensors.torch import load_file, save_file
@@ -11,8 +12,7 @@ from torch import nn
 
 import lora
 import models
-import small  # noqa: F401  registers the tiny encoders
-from cli import UserError
+from common import UserError
 
 KINDS = [{}, {"dora": True}, {"rslora": True}]
 RANK, ALPHA = 4, 6

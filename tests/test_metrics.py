@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import sklearn.metrics as reference
 
-import metrics
-from cli import UserError
+from common import UserError
+from reporting import metrics
 
 PROBLEMS = 1000
 NEAR = 1e-12

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import references
 import torch
 from safetensors.torch import save_file
 
+import checkpoint
+import common
 import models
-import references
-import runs
 import weights
-from cli import UserError
+from common import UserError
 
 TINY = dict(dim=48, depth=3, heads=3, hidden=96, patch=16, layerscale=True)
 TRANSFORMERS_SPECS = {"phikon": ("phikon_hf_v4", "phikon_hf_v5"), "hibou-b": ("hibou_b_hf_v4", "hibou_b_hf_v5"),
@@ -461,7 +462,7 @@ def base(tiny, tmp_path):
 def make_run(folder, base, method, state, **flags):
     encoder = models.load_encoder("tiny", base)
     flags = dict(model="tiny", method=method, pool=None, layer=None, **flags)
-    runs.write_json(folder / "config.json", {"flags": flags, "encoder": {"name": "tiny",
+    common.write_json(folder / "config.json", {"flags": flags, "encoder": {"name": "tiny",
                                                                          "weights_hash": encoder.weights_hash}})
     save_file(state, folder / "model.safetensors")
     return folder
@@ -470,12 +471,12 @@ def make_run(folder, base, method, state, **flags):
 def test_load_probe_run(base, tmp_path):
     model = models.PatchClassifier(models.load_encoder("tiny", base)).eval()
     run = make_run(tmp_path / "run", base, "probe", model.head.state_dict(prefix="head."))
-    loaded, config = models.load_run(run, base)
+    loaded, config = checkpoint.load_run(run, base)
     images = torch.from_numpy(patches(2))
     assert torch.equal(loaded(images), model(images)) and not loaded.training
     assert config["flags"]["method"] == "probe"
     make_run(tmp_path / "run", base, "probe", model.head.state_dict(prefix="head."), weights=str(base))
-    assert torch.equal(models.load_run(run)[0](images), model(images))
+    assert torch.equal(checkpoint.load_run(run)[0](images), model(images))
 
 
 def test_load_full_run_needs_no_base_weights(base, tmp_path):
@@ -486,7 +487,7 @@ def test_load_full_run_needs_no_base_weights(base, tmp_path):
     run = make_run(tmp_path / "run", base, "full", model.state_dict())
     base.unlink()
     images = torch.from_numpy(patches(2))
-    assert torch.equal(models.load_run(run)[0](images), model(images))
+    assert torch.equal(checkpoint.load_run(run)[0](images), model(images))
 
 
 def test_load_lora_run(base, tmp_path):
@@ -507,8 +508,8 @@ def test_load_lora_run(base, tmp_path):
     with torch.inference_mode():
         expected = model(images)
         assert (expected - plain(images)).abs().max() > 1e-3
-        torch.testing.assert_close(models.load_run(run, base)[0](images), expected)
-        merged = models.load_run(run, base, merge=True)[0]
+        torch.testing.assert_close(checkpoint.load_run(run, base)[0](images), expected)
+        merged = checkpoint.load_run(run, base, merge=True)[0]
         torch.testing.assert_close(merged(images), expected, rtol=1e-5, atol=1e-5)
     assert type(merged.encoder.blocks[0].attn.qkv) is models.Linear
 
@@ -517,29 +518,29 @@ def test_load_run_refuses(base, tiny, tmp_path):
     head = models.PatchClassifier(models.load_encoder("tiny", base)).head.state_dict(prefix="head.")
     run = make_run(tmp_path / "run", base, "probe", head)
     with pytest.raises(UserError, match="no such file"):
-        models.load_run(tmp_path / "nowhere")
+        checkpoint.load_run(tmp_path / "nowhere")
     other = {k: v + 1 for k, v in models.load_encoder("tiny", base).state_dict().items()}
     save_file(other, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="trained on other weights of tiny"):
-        models.load_run(run, tmp_path / "other.safetensors")
+        checkpoint.load_run(run, tmp_path / "other.safetensors")
     save_file({**head, "extra": torch.zeros(1)}, run / "model.safetensors")
     with pytest.raises(UserError, match=r"1 unexpected \(extra\)"):
-        models.load_run(run, base)
+        checkpoint.load_run(run, base)
     save_file({"head.weight": head["head.weight"]}, run / "model.safetensors")
     with pytest.raises(UserError, match=r"1 missing \(head.bias\)"):
-        models.load_run(run, base)
+        checkpoint.load_run(run, base)
     save_file({"head.weight": torch.zeros(1, 7), "head.bias": torch.zeros(1)}, run / "model.safetensors")
     with pytest.raises(UserError, match="head.weight"):
-        models.load_run(run, base)
+        checkpoint.load_run(run, base)
     (run / "model.safetensors").write_bytes(b"123")
     with pytest.raises(UserError, match="truncated"):
-        models.load_run(run, base)
+        checkpoint.load_run(run, base)
     (run / "model.safetensors").unlink()
     with pytest.raises(UserError, match="not a finished run"):
-        models.load_run(run, base)
-    runs.write_json(run / "config.json", {})
+        checkpoint.load_run(run, base)
+    common.write_json(run / "config.json", {})
     with pytest.raises(UserError):
-        models.load_run(run, base)
+        checkpoint.load_run(run, base)
 
 
 # ---------------------------------------------------------------- the command

@@ -8,18 +8,20 @@ import sys
 
 import numpy as np
 import pytest
+import small
 import torch
 from safetensors.torch import load_file, save_file
 from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 
-import crops
+import checkpoint
+import common
 import data
 import models
 import probe
 import runs
-import small
+from dataset import patches as patches_module
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def test_all_probes_of_a_grid_in_one_command(tmp_path, table, counted):
         for frac in (0.2, 1):
             for fold in (0, 1):
                 run = folder(tmp_path, suffix, fold, frac)
-                metrics = runs.read_json(run / "metrics.json")
+                metrics = common.read_json(run / "metrics.json")
                 assert metrics["sets"]["test"]["auroc"] > 0.9, run
                 assert (run / "model.safetensors").exists() == (suffix != "-knn-k3")
     before = len(counted)
@@ -56,8 +58,8 @@ def test_a_saved_probe_loads_and_predicts_the_same(tmp_path, table):
     annotations = data.load_dataset(table)
     for suffix in ("", "-l2", "-prototype"):
         predictions = runs.read_predictions(folder(tmp_path, suffix) / "predictions.csv")
-        model, _ = models.load_run(folder(tmp_path, suffix))
-        logits = models.predict(model, crops.Patches(annotations), annotations.rows(predictions["id"]))
+        model, _ = checkpoint.load_run(folder(tmp_path, suffix))
+        logits = models.predict(model, patches_module.Patches(annotations), annotations.rows(predictions["id"]))
         assert np.abs(logits - predictions["logit"]).max() < 1e-3 * max(1, np.abs(logits).max())
 
 
@@ -83,16 +85,16 @@ def test_the_uni_probe_minimises_its_formula(tmp_path, table):
     for _ in range(5):  # restarts clear its memory
         theta = minimize(loss, theta, jac=True, method="L-BFGS-B", options={"maxiter": 5000, "ftol": 1e-16}).x
     assert abs(found - loss(theta)[0]) < 1e-6
-    training = runs.read_json(folder(tmp_path) / "metrics.json")["training"]
+    training = common.read_json(folder(tmp_path) / "metrics.json")["training"]
     assert training["C"] == C and training["train_loss"] == pytest.approx(found, abs=1e-6)
     assert training["iterations"] > 3 and training["excess"] < 1e-6 and training["change"] < 1e-6
 
 
 def test_l2_chooses_C_on_validation_and_uni_does_not_see_it(tmp_path, table):
     assert small.call(probe, *flags(table, tmp_path, "--probe", "l2", "uni")) == 0
-    chosen = runs.read_json(folder(tmp_path, "-l2") / "metrics.json")["training"]
+    chosen = common.read_json(folder(tmp_path, "-l2") / "metrics.json")["training"]
     assert chosen["C"] in probe.C_GRID
-    fixed = [runs.read_json(folder(tmp_path, f"-l2-C{C:g}") / "metrics.json")["training"]["val_loss"]
+    fixed = [common.read_json(folder(tmp_path, f"-l2-C{C:g}") / "metrics.json")["training"]["val_loss"]
              for C in probe.C_GRID if small.call(probe, *flags(table, tmp_path, "--probe", "l2", "--C", C)) == 0]
     assert chosen["C"] == probe.C_GRID[int(np.argmin(fixed))]
     # Fitted alone and side by side, as near as the solver promises; the sums differ with the number of threads.
@@ -197,7 +199,7 @@ def test_stored_embeddings_are_used_only_for_what_they_are(tmp_path, table, monk
 def test_half_precision_is_stored_as_it_is(tmp_path):
     annotations = data.load_dataset(small.dataset(tmp_path, cases=2, per_case=2))
     model = models.PatchClassifier(models.load_encoder("tiny", "random", dtype="fp16"))
-    patches = crops.Patches(annotations)
+    patches = patches_module.Patches(annotations)
     X = probe.embeddings(model, patches, annotations, tmp_path / "e", torch.float16, 4)
     expected = models.predict(model, patches, batch_size=4, output="embedding")
     assert X.dtype == np.float16 and np.array_equal(X.astype(np.float32), expected)
@@ -206,7 +208,7 @@ def test_half_precision_is_stored_as_it_is(tmp_path):
 def test_a_stopped_extraction_is_continued(tmp_path, table, monkeypatch, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert small.call(probe, *flags(table, whole)) == 0
-    real, done = crops.Patches.read, []
+    real, done = patches_module.Patches.read, []
 
     def read(self, rows):
         if len(done) == 48 and read.stops:
@@ -214,7 +216,7 @@ def test_a_stopped_extraction_is_continued(tmp_path, table, monkeypatch, capsys)
         done.extend(rows)
         return real(self, rows)
     read.stops = True
-    monkeypatch.setattr(crops.Patches, "read", read)
+    monkeypatch.setattr(patches_module.Patches, "read", read)
     assert small.call(probe, *flags(table, cut, "--batch-size", 16)) == 130
     found = capsys.readouterr()
     assert "what was finished is kept" in found.err
@@ -232,7 +234,7 @@ def test_a_stopped_extraction_is_continued(tmp_path, table, monkeypatch, capsys)
 def script(path, text):
     """probe.py as a process that knows the small encoders and writes every batch, with `text` run before."""
     path.write_text(f"import sys; sys.path[:0] = [{str(small.HERE.parent)!r}, {str(small.HERE)!r}]\n"
-                    f"import small, cli, models, probe\nprobe.SECONDS = 0\n{text}\ncli.command(probe.main)\n")
+                    f"import small, common, models, probe\nprobe.SECONDS = 0\n{text}\ncommon.command(probe.main)\n")
     return path
 
 
@@ -273,15 +275,15 @@ def test_pools_layers_and_tta_have_their_own_embeddings_and_runs(tmp_path, table
     X = np.load(tmp_path / "embeddings" / "small" / f"{name}.npy")
     assert X.shape == (96, width)
     run = next(tmp_path.glob("small/wide-probe-*/frac1-fold0"))
-    model, config = models.load_run(run)
+    model, config = checkpoint.load_run(run)
     annotations = data.load_dataset(table)
-    again = models.predict(model, crops.Patches(annotations), output="embedding")
+    again = models.predict(model, patches_module.Patches(annotations), output="embedding")
     assert np.abs(again - X).max() < 1e-4
 
 
 def test_tta_is_the_mean_over_flips_and_turns(table):
     encoder = models.load_encoder("wide", "random")
-    images = crops.Patches(data.load_dataset(table)).read([3])
+    images = patches_module.Patches(data.load_dataset(table)).read([3])
     views = [np.rot90(part, k) for part in (images[0], images[0][:, ::-1]) for k in range(4)]
     plain = models.predict(models.PatchClassifier(encoder), np.stack(views), output="embedding").mean(0)
     tta = models.predict(models.PatchClassifier(encoder, tta=True), images, output="embedding")[0]
@@ -292,7 +294,7 @@ def test_further_datasets_and_domains(tmp_path, table):
     other = small.dataset(tmp_path / "other", cases=4, seed=9, name="elsewhere")
     assert small.call(probe, *flags(table, tmp_path / "r", "--domain", "A", "B", "--test", other)) == 0
     for domain, rest in (("A", "B"), ("B", "A")):
-        metrics = runs.read_json(tmp_path / "r" / "small" / "wide-probe" / f"domain{domain}-fold0" / "metrics.json")
+        metrics = common.read_json(tmp_path / "r" / "small" / "wide-probe" / f"domain{domain}-fold0" / "metrics.json")
         assert set(metrics["sets"]) == {"val", "test", rest, "elsewhere"}
     assert (tmp_path / "r" / "embeddings" / "elsewhere" / "wide-cls.npy").exists()
 
@@ -317,7 +319,7 @@ def test_names_of_further_datasets(tmp_path, table, capsys):
         assert f"{name} is the name of one of the run's own" in capsys.readouterr().err
     assert small.call(probe, *flags(table, out, "--images", table.parent, "--test", other)) == 0
     metrics = folder(out) / "metrics.json"
-    first = runs.read_json(metrics)["sets"]["two"]
+    first = common.read_json(metrics)["sets"]["two"]
     assert first["auroc"] > 0.8  # its own images, not those of --images
     assert small.call(probe, *flags(table, out, "--test", small.dataset(tmp_path / "2", cases=3, name="two"))) == 2
     assert "another dataset called two" in capsys.readouterr().err
@@ -328,7 +330,7 @@ def test_names_of_further_datasets(tmp_path, table, capsys):
     for folders, status in (((), 2), ((other.parent, other.parent), 2), ((other.parent,), 0)):
         more = ["--test-images", *folders] if folders else []
         assert small.call(probe, *flags(table, out, "--test", moved, *more)) == status
-    assert runs.read_json(metrics)["sets"]["moved"] == first
+    assert common.read_json(metrics)["sets"]["moved"] == first
 
 
 def test_killed_between_the_two_files_of_a_further_test(tmp_path, table, monkeypatch):
@@ -338,13 +340,13 @@ def test_killed_between_the_two_files_of_a_further_test(tmp_path, table, monkeyp
         patch.setattr(runs, "finish_tests", lambda *rest: sys.exit(9))
         assert small.call(probe, *flags(table, out, "--test", other)) == 9
     assert small.call(probe, *flags(table, out, "--test", other)) == 0
-    assert "two" in runs.read_json(folder(out) / "metrics.json")["sets"]
+    assert "two" in common.read_json(folder(out) / "metrics.json")["sets"]
     assert (runs.read_predictions(folder(out) / "predictions.csv")["set"] == "two").sum() == 24
 
 
 def test_the_run_says_what_was_done(tmp_path, table):
     assert small.call(probe, *flags(table, tmp_path, "--domain", "a")) == 0
-    flags_kept = runs.read_json(tmp_path / "small" / "wide-probe" / "domainA-fold0" / "config.json")["flags"]
+    flags_kept = common.read_json(tmp_path / "small" / "wide-probe" / "domainA-fold0" / "config.json")["flags"]
     assert flags_kept["domain"] == "A" and flags_kept["dtype"] == "fp32"
 
 
@@ -367,7 +369,7 @@ def test_torchrun_shares_the_pass(tmp_path, table):
     for name in ("small", "elsewhere"):
         a, b = (np.load(tmp_path / run / "embeddings" / name / "wide-cls.npy") for run in ("one", "two"))
         assert np.abs(a - b).max() < 1e-5 and np.isfinite(b).all()
-    assert set(runs.read_json(folder(tmp_path / "two") / "metrics.json")["sets"]) == {"val", "test", "elsewhere"}
+    assert set(common.read_json(folder(tmp_path / "two") / "metrics.json")["sets"]) == {"val", "test", "elsewhere"}
 
 
 def test_another_setting_is_refused_before_the_pass(tmp_path, table, counted, capsys):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import cli
+import common
 import runs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,8 +20,8 @@ CONFIG = {"flags": {"lr": 1e-4, "rank": 16, "targets": ("qkv", "proj")}, "data":
 
 def test_atomic_keeps_the_old_file_on_an_error(tmp_path):
     path = tmp_path / "a" / "file.txt"
-    runs.write_text(path, "old")
-    with pytest.raises(ZeroDivisionError), runs.atomic(path) as temporary:
+    common.write_text(path, "old")
+    with pytest.raises(ZeroDivisionError), common.atomic(path) as temporary:
         temporary.write_text("half")
         1 / 0
     assert path.read_text() == "old"
@@ -29,7 +29,7 @@ def test_atomic_keeps_the_old_file_on_an_error(tmp_path):
 
 
 def test_atomic_file_is_readable_by_others(tmp_path):
-    runs.write_text(tmp_path / "x", "1")
+    common.write_text(tmp_path / "x", "1")
     (tmp_path / "y").write_text("1")
     assert (tmp_path / "x").stat().st_mode == (tmp_path / "y").stat().st_mode
 
@@ -82,7 +82,7 @@ def test_remains_of_a_killed_force_or_of_an_export_harm_nothing(tmp_path):
 
 def test_an_unfinished_run_wants_resume(tmp_path):
     runs.open_run(tmp_path / "r", CONFIG).close()
-    with pytest.raises(cli.UserError, match="--resume"):
+    with pytest.raises(common.UserError, match="--resume"):
         runs.open_run(tmp_path / "r", CONFIG)
     with runs.open_run(tmp_path / "r", CONFIG, resume=True) as run:
         assert not run.finished
@@ -96,7 +96,7 @@ def test_another_setting_under_the_same_name_is_named(tmp_path):
     other = json.loads(json.dumps(CONFIG))
     other["flags"]["lr"] = 3e-4
     for resume in (False, True):
-        with pytest.raises(cli.UserError, match=r"--lr \(was 0.0001, now 0.0003\).*--force"):
+        with pytest.raises(common.UserError, match=r"--lr \(was 0.0001, now 0.0003\).*--force"):
             runs.open_run(tmp_path / "r", other, resume=resume)
     with runs.open_run(tmp_path / "r", other, force=True) as run:
         assert not run.finished and run.config["flags"]["lr"] == 3e-4
@@ -111,7 +111,7 @@ def test_the_environment_is_not_compared(tmp_path):
 
 def test_a_failed_open_releases_the_lock(tmp_path):
     runs.open_run(tmp_path / "r", CONFIG).close()
-    with pytest.raises(cli.UserError, match="--resume"):
+    with pytest.raises(common.UserError, match="--resume"):
         runs.open_run(tmp_path / "r", CONFIG)
     runs.open_run(tmp_path / "r", CONFIG, resume=True).close()
 
@@ -126,7 +126,7 @@ def test_lock_keeps_a_second_process_off_and_dies_with_its_owner(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "locked\n"
-        with pytest.raises(cli.UserError, match="another process"):
+        with pytest.raises(common.UserError, match="another process"):
             runs.open_run(tmp_path / "r", CONFIG, resume=True)
     finally:
         os.kill(process.pid, signal.SIGKILL)
@@ -135,7 +135,7 @@ def test_lock_keeps_a_second_process_off_and_dies_with_its_owner(tmp_path):
         try:
             runs.open_run(tmp_path / "r", CONFIG, resume=True).close()
             break
-        except cli.UserError:
+        except common.UserError:
             time.sleep(0.05)
     else:
         pytest.fail("the lock outlived its owner")
@@ -166,20 +166,20 @@ def test_predictions_keep_all_digits(tmp_path):
                                   "set,id,case,domain,label,logit,probability\nval,1,c,d,x,0.5,0.5\n"])
 def test_broken_predictions_are_refused(tmp_path, text):
     (tmp_path / "p.csv").write_text(text)
-    with pytest.raises(cli.UserError, match="p.csv"):
+    with pytest.raises(common.UserError, match="p.csv"):
         runs.read_predictions(tmp_path / "p.csv")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 100000])
 def test_broken_json_is_refused(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
-    with pytest.raises(cli.UserError, match="x.json"):
-        runs.read_json(tmp_path / "x.json")
+    with pytest.raises(common.UserError, match="x.json"):
+        common.read_json(tmp_path / "x.json")
 
 
 def test_command_ends_with_one_line(tmp_path):
-    script = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport cli\ndef main(): raise %s\ncli.command(main)"
-    for raised, status, line in [("cli.UserError('wrong\\nthing')", 2, "error: wrong thing\n"),
+    script = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport common\ndef main(): raise %s\ncommon.command(main)"
+    for raised, status, line in [("common.UserError('wrong\\nthing')", 2, "error: wrong thing\n"),
                                  ("OSError(28, 'x', 'out.bin')", 2, "error: out.bin: the disk is full"),
                                  ("PermissionError(13, 'x', 'out.bin')", 2, "error: out.bin: no permission\n"),
                                  ("KeyboardInterrupt", 130, "stopped")]:

@@ -17,8 +17,8 @@ import pytest
 import tifffile
 from PIL import Image
 
-import slides
-from cli import UserError
+from common import UserError
+from dataset import slides
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = Path(os.environ.get("MITOSIS_REALDATA") or "/nowhere") / "slides"

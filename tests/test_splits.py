@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import data
-from cli import UserError
+from common import UserError
 
 REAL = Path(os.environ.get("MITOSIS_REALDATA") or "/nowhere") / "annotations"
 real = pytest.mark.skipif(not REAL.is_dir(), reason="MITOSIS_REALDATA is not set")

@@ -16,11 +16,12 @@ import small
 from run_folders import annotations, make
 from small import HERE, call
 
+import common
 import data
 import evaluate
 import models
-import runs
-from cli import UserError
+from common import UserError
+from reporting import grid
 
 SWEEPS = HERE.parent / "sweeps"
 PAPER = ["resnet50", "vit-b", "vit-h", "phikon", "uni", "virchow", "virchow2", "prov-gigapath", "h-optimus-0"]
@@ -226,11 +227,11 @@ def test_a_stopped_sweep_takes_its_run_along_and_starts_no_other(python, name):
 def test_the_quick_grid_makes_the_report_also_where_a_run_failed(python, tmp_path):
     done = run("quick.sh", tmp_path / "report", python=python, FAIL="annotation")
     commands = started(python)
-    assert commands[0] == "demo.py" and commands[-1] == f"evaluate.py runs-quick --out {tmp_path / 'report'}"
+    assert commands[0] == "-m demo.synthetic" and commands[-1] == f"evaluate.py runs-quick --out {tmp_path / 'report'}"
     assert len(commands) == 1 + 7 + 2 + 1 and done.returncode == 1 and done.stderr.count("failed: ") == 2
     (tmp_path / "log").write_text("")
-    done = run("quick.sh", python=python, FAIL="demo.py")  # without the dataset nothing can be run
-    assert done.returncode == 2 and started(python) == ["demo.py"]
+    done = run("quick.sh", python=python, FAIL="demo.synthetic")  # without the dataset nothing can be run
+    assert done.returncode == 2 and started(python) == ["-m demo.synthetic"]
 
 
 # ---------------------------------------------------------------- Slurm
@@ -366,7 +367,7 @@ def test_grid_knows_data_by_its_name_and_by_its_place(begun, capsys, monkeypatch
     place.parent.mkdir()
     place.touch()
     for path in begun.glob("tissue/uni-probe/*/config.json"):
-        runs.write_json(path, runs.read_json(path) | {"source": {"data": str(place)}})
+        common.write_json(path, common.read_json(path) | {"source": {"data": str(place)}})
     monkeypatch.setenv("METHODS", "probe")
     for data, done in ((place, 6), (os.path.relpath(place, SWEEPS.parent), 6), ("somewhere/tissue", 6),
                        (begun.parent / "other.csv", 0)):
@@ -383,7 +384,7 @@ def test_grid_knows_domains_and_probes(begun, capsys, monkeypatch):
     assert call(evaluate, begun, "--grid", f"{SWEEPS / 'cross_domain.sh'} tissue uni") == 0
     said = capsys.readouterr().out
     assert counts(said) == {("tissue", "uni", "probe"): (1, 0, 0, 1)} and "domain A, fold 0" in said
-    wanted = evaluate.cells("python probe.py --data d --model uni --probe uni l2 --frac 0.1 1 --fold 0 1".split())
+    wanted = grid.cells("python probe.py --data d --model uni --probe uni l2 --frac 0.1 1 --fold 0 1".split())
     assert [(c["probe"], c["frac"], c["fold"]) for c in wanted] == [
         (probe, frac, fold) for probe in ("uni", "l2") for frac in (0.1, 1.0) for fold in (0, 1)]
 
@@ -395,12 +396,12 @@ def test_grid_runs_nothing_but_a_sweep_that_can_list(tmp_path, capsys):
                        ("", "there is no such script"), (f"{SWEEPS / 'scaling.sh'} 'x", "No closing quotation"),
                        (f"{SWEEPS / 'scaling.sh'}", "usage: sweeps/scaling.sh")):
         with pytest.raises(UserError, match=said):
-            evaluate.grid_commands(text)
+            grid.grid_commands(text)
     assert not (tmp_path / "ran").exists()
     listing = tmp_path / "mine.sh"  # and python is not python there
-    listing.write_text(f"{evaluate.GRID_MARK}\n${{PYTHON:-python}} -c 'open(\"{tmp_path}/ran\", \"w\")'\n"
+    listing.write_text(f"{grid.GRID_MARK}\n${{PYTHON:-python}} -c 'open(\"{tmp_path}/ran\", \"w\")'\n"
                        "echo python train.py --data d --model uni --fold 0\n")
-    assert evaluate.grid_commands(str(listing)) == ["python train.py --data d --model uni --fold 0".split()]
+    assert grid.grid_commands(str(listing)) == ["python train.py --data d --model uni --fold 0".split()]
     assert not (tmp_path / "ran").exists()
 
 
@@ -461,4 +462,4 @@ def test_a_sweep_killed_twice_and_restarted_gives_the_report_of_an_uninterrupted
         assert whole[name] == killed[name], name
     with open(tmp_path / "whole/report/results.csv") as file:
         assert len(list(csv.DictReader(file))) == 8
-    assert models.ENCODERS["tiny"] and runs.read_json(next(runs_of.glob("*/*/*/metrics.json")))["sets"]
+    assert models.ENCODERS["tiny"] and common.read_json(next(runs_of.glob("*/*/*/metrics.json")))["sets"]

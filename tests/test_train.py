@@ -12,18 +12,20 @@ import time
 
 import numpy as np
 import pytest
+import small
 import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-import cli
-import crops
+import checkpoint
+import common
 import data
+import engine
 import lora
 import models
 import runs
-import small
 import train
+from dataset import patches as patches_module
 
 RUN = "frac1-fold0"
 
@@ -53,7 +55,7 @@ def test_learning_rate_is_torchs_one_cycle():
         optimizer = torch.optim.Adam([p], lr=1e-4)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-4, total_steps=total, cycle_momentum=False)
         for step in range(total):
-            assert train.learning_rate(step, total, 1e-4) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+            assert engine.learning_rate(step, total, 1e-4) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
             optimizer.step()
             if step < total - 1:
                 schedule.step()
@@ -66,7 +68,7 @@ def test_a_run_learns_and_leaves_its_files(tmp_path, table, method):
     run = folder(tmp_path, method)
     assert sorted(p.name for p in run.iterdir()) == ["config.json", "curves.png", "lock", "log.csv", "metrics.json",
                                                      "model.safetensors", "predictions.csv", "split.json"]
-    metrics = runs.read_json(run / "metrics.json")
+    metrics = common.read_json(run / "metrics.json")
     # Swapped labels give 0 here, patches that do not belong to their labels 0.5.
     assert metrics["sets"]["test"]["auroc"] > 0.9 and metrics["sets"]["test"]["balanced_accuracy"] > 0.8
     log = list(csv.DictReader(open(run / "log.csv")))
@@ -77,9 +79,9 @@ def test_a_run_learns_and_leaves_its_files(tmp_path, table, method):
     predictions = runs.read_predictions(run / "predictions.csv")
     assert set(predictions["id"][predictions["set"] == "test"]) == set(split.test)
     # The saved model, loaded and merged, gives what the run predicted.
-    model, config = models.load_run(run, merge=True)
+    model, config = checkpoint.load_run(run, merge=True)
     rows = annotations.rows(predictions["id"])
-    again = models.predict(model, crops.Patches(annotations), rows)
+    again = models.predict(model, patches_module.Patches(annotations), rows)
     assert np.abs(again - predictions["logit"]).max() < 1e-4
     assert (predictions["label"] == annotations.label[rows]).all()
     names = set(weights(run))
@@ -89,11 +91,11 @@ def test_a_run_learns_and_leaves_its_files(tmp_path, table, method):
 
 def test_the_epoch_of_lowest_validation_loss_is_kept_and_tested(tmp_path, table, monkeypatch):
     losses, logits = iter([0.9, 0.4, 0.7, 0.4]), []
-    real = train.predict_together
-    monkeypatch.setattr(train, "validation_loss", lambda labels, values: next(losses))
-    monkeypatch.setattr(train, "predict_together", lambda *a: logits.append(real(*a)) or logits[-1])
+    real = engine.predict_together
+    monkeypatch.setattr(engine, "validation_loss", lambda labels, values: next(losses))
+    monkeypatch.setattr(engine, "predict_together", lambda *a: logits.append(real(*a)) or logits[-1])
     assert small.call(train, *flags(table, tmp_path, epochs=4)) == 0
-    metrics = runs.read_json(folder(tmp_path) / "metrics.json")
+    metrics = common.read_json(folder(tmp_path) / "metrics.json")
     assert metrics["training"]["best_epoch"] == 2 and metrics["training"]["val_loss"] == 0.4
     predictions = runs.read_predictions(folder(tmp_path) / "predictions.csv")
     final = predictions["logit"][predictions["set"] == "val"]
@@ -124,14 +126,14 @@ def test_a_resumed_run_ends_bit_for_bit_the_same(tmp_path, table, monkeypatch, m
     """Interrupted after `stop` of 12 steps (4 per epoch): no more than one epoch is repeated."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert small.call(train, *flags(table, whole, lora=method == "lora")) == 0
-    real, done = train.Engine.step, []
+    real, done = engine.Engine.step, []
 
     def step(self, number, *rest):
         if len(done) == stop:
             raise KeyboardInterrupt
         done.append(number)
         return real(self, number, *rest)
-    monkeypatch.setattr(train.Engine, "step", step)
+    monkeypatch.setattr(engine.Engine, "step", step)
     args = flags(table, cut, lora=method == "lora")
     assert small.call(train, *args) == 130
     before, stop = list(done), None
@@ -150,7 +152,8 @@ def test_a_resumed_run_ends_bit_for_bit_the_same(tmp_path, table, monkeypatch, m
 LIVES = """
 import json, os, signal, sys
 sys.path[:0] = [{root!r}, {here!r}]
-import small, cli, safetensors.torch, train
+import small, safetensors.torch, train
+import common
 import matplotlib.pyplot, torch._dynamo  # what a run imports on its way: once, before the forks
 
 def live(log, flags, calls=None, file=None, share=0.5):
@@ -160,7 +163,7 @@ def live(log, flags, calls=None, file=None, share=0.5):
         seen += 1
         if seen == calls:
             os.kill(os.getpid(), signal.SIGKILL)
-    real_step, real_save = train.Engine.step, train.save_file
+    real_step, real_save = engine.Engine.step, train.save_file
     def step(self, number, *rest):
         log.write(f"{{os.getpid()}} {{number}} {{seen}}\\n")
         return real_step(self, number, *rest)
@@ -172,10 +175,10 @@ def live(log, flags, calls=None, file=None, share=0.5):
             path.write_bytes(content[:int(share * len(content))])
             os.kill(os.getpid(), signal.SIGKILL)
         real_save(tensors, path, metadata)
-    train.Engine.step, train.save_file = step, save_file
+    engine.Engine.step, train.save_file = step, save_file
     sys.argv = ["train.py", *flags]
     sys.setprofile(count)
-    cli.command(train.main)
+    common.command(train.main)
 
 for line in sys.stdin:
     if not (child := os.fork()):
@@ -282,7 +285,7 @@ def test_kill_9_from_outside(tmp_path, table):
 def epoch_of(run):
     if not (run / "checkpoint.safetensors").exists():
         return 0
-    return train.load_tensors(run / "checkpoint.safetensors")[1]["epoch"]
+    return checkpoint.load_tensors(run / "checkpoint.safetensors")[1]["epoch"]
 
 
 def test_a_full_disk_leaves_the_former_checkpoint(tmp_path, table, monkeypatch, capsys):
@@ -292,7 +295,7 @@ def test_a_full_disk_leaves_the_former_checkpoint(tmp_path, table, monkeypatch, 
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(disk)], capture_output=True).returncode:
         pytest.skip("no right to mount")
     try:
-        real, run = train.Progress.save, folder(disk)
+        real, run = checkpoint.Progress.save, folder(disk)
 
         def save(self, *rest):
             if self.epoch == 1:
@@ -300,7 +303,7 @@ def test_a_full_disk_leaves_the_former_checkpoint(tmp_path, table, monkeypatch, 
                     while file.write(bytes(4096)):
                         pass
             return real(self, *rest)
-        monkeypatch.setattr(train.Progress, "save", save)
+        monkeypatch.setattr(checkpoint.Progress, "save", save)
         assert small.call(train, *flags(table, disk)) == 2
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("error: ") and "disk is full" in error and epoch_of(run) == 1
@@ -318,14 +321,14 @@ def test_a_full_disk_leaves_the_former_checkpoint(tmp_path, table, monkeypatch, 
 
 def test_parts_of_a_batch_give_the_same_gradient(tmp_path, table, monkeypatch):
     """Gradient accumulation: the same samples, masks and augmentation; equal but for rounding."""
-    grads, real = {}, train.Engine.backward
+    grads, real = {}, engine.Engine.backward
 
     def backward(self, step, *rest):
         total = real(self, step, *rest)
         if step == 0:  # later ones start from weights that differ by Adam's amplified rounding
             grads[self.args.accumulate] = {name: p.grad.clone() for name, p in self.parameters.items()}
         return total
-    monkeypatch.setattr(train.Engine, "backward", backward)
+    monkeypatch.setattr(engine.Engine, "backward", backward)
     for parts in (1, 3):
         assert small.call(train, *flags(table, tmp_path / str(parts)), "--accumulate", parts) == 0
     for name, whole in grads[1].items():
@@ -338,7 +341,7 @@ def test_parts_of_a_batch_give_the_same_gradient(tmp_path, table, monkeypatch):
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_bf16_trains_and_resumes(tmp_path, table, monkeypatch, method):
     args = [*flags(table, tmp_path / "cut", lora=method == "lora"), "--dtype", "bf16"]
-    real = train.Engine.epoch
+    real = engine.Engine.epoch
 
     def epoch(self, number, *rest):
         assert self.dtype == torch.bfloat16
@@ -349,28 +352,28 @@ def test_bf16_trains_and_resumes(tmp_path, table, monkeypatch, method):
         if number == 2 and stop:
             raise KeyboardInterrupt
         return real(self, number, *rest)
-    monkeypatch.setattr(train.Engine, "epoch", epoch)
+    monkeypatch.setattr(engine.Engine, "epoch", epoch)
     stop = True
     assert small.call(train, *args) == 130
     stop = False
     assert small.call(train, *args, "--resume") == 0
     assert small.call(train, *flags(table, tmp_path / "whole", lora=method == "lora"), "--dtype", "bf16") == 0
     assert_equal_runs(folder(tmp_path / "whole", method), folder(tmp_path / "cut", method))
-    model, _ = models.load_run(folder(tmp_path / "cut", method))
+    model, _ = checkpoint.load_run(folder(tmp_path / "cut", method))
     annotations = data.load_dataset(table)
     predictions = runs.read_predictions(folder(tmp_path / "cut", method) / "predictions.csv")
-    again = models.predict(model, crops.Patches(annotations), annotations.rows(predictions["id"]))
+    again = models.predict(model, patches_module.Patches(annotations), annotations.rows(predictions["id"]))
     assert 0 < np.abs(again - predictions["logit"]).max() < 0.05 * np.abs(again).max()  # bf16, not fp32, predicted
 
 
 def test_the_encoder_is_loaded_once_and_left_as_it_is(tmp_path, table, monkeypatch):
-    real, loaded = train.load_base, []
+    real, loaded = engine.load_base, []
 
     def load_base(*a):
         loaded.append(real(*a))
         loaded.append({name: value.clone() for name, value in loaded[0].state_dict().items()})
         return loaded[0]
-    monkeypatch.setattr(train, "load_base", load_base)
+    monkeypatch.setattr(engine, "load_base", load_base)
     for method in ("lora", "full"):
         loaded.clear()
         assert small.call(train, *flags(table, tmp_path / "both", epochs=1, lora=method == "lora"), "--fold", 0, 1) == 0
@@ -385,14 +388,14 @@ def test_resnet50_trains_and_resumes(tmp_path, table, monkeypatch):
     """A convolutional network: statistics of the batches are part of the checkpoint."""
     args = ["--data", table, "--model", "resnet50", "--weights", "random", "--epochs", 2, "--epoch-size", 4,
             "--batch-size", 4, "--device", "cpu", "--val-frac", 0.25, "--domain", "A", "--frac", 0.1]
-    real, stop = train.Engine.epoch, True
+    real, stop = engine.Engine.epoch, True
 
     def epoch(self, number, *rest):
         if number == 1 and stop:
             raise KeyboardInterrupt
         return real(self, number, *rest)
-    monkeypatch.setattr(train.Engine, "epoch", epoch)
-    monkeypatch.setattr(train, "predict_together", lambda model, reader, count, *rest: np.zeros(count))
+    monkeypatch.setattr(engine.Engine, "epoch", epoch)
+    monkeypatch.setattr(engine, "predict_together", lambda model, reader, count, *rest: np.zeros(count))
     assert small.call(train, *args, "--runs", tmp_path / "cut") == 130
     stop = False
     assert small.call(train, *args, "--runs", tmp_path / "cut", "--resume") == 0
@@ -406,16 +409,16 @@ def test_resnet50_trains_and_resumes(tmp_path, table, monkeypatch):
 def test_kinds_of_adapters_are_kept_in_the_run(tmp_path, table, more):
     assert small.call(train, *flags(table, tmp_path, epochs=1), *more) == 0
     run, = (tmp_path / "small").glob("tiny-lora*/frac1-fold0")
-    model, _ = models.load_run(run, merge=True)
+    model, _ = checkpoint.load_run(run, merge=True)
     annotations, predictions = data.load_dataset(table), runs.read_predictions(run / "predictions.csv")
-    again = models.predict(model, crops.Patches(annotations), annotations.rows(predictions["id"]))
+    again = models.predict(model, patches_module.Patches(annotations), annotations.rows(predictions["id"]))
     assert np.abs(again - predictions["logit"]).max() < 1e-4
 
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_the_bar_shows_loss_auroc_speed_and_time_left(tmp_path, table, monkeypatch, capsys, terminal):
-    monkeypatch.setattr(cli.PlainProgress.__init__, "__defaults__", (0.0,))
-    monkeypatch.setattr(train, "WATCH", 2)
+    monkeypatch.setattr(common.PlainProgress.__init__, "__defaults__", (0.0,))
+    monkeypatch.setattr(engine, "WATCH", 2)
     if terminal:
         monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
         monkeypatch.setattr(tqdm, "__init__", functools.partialmethod(tqdm.__init__, mininterval=0))
@@ -430,13 +433,13 @@ def test_the_bar_shows_loss_auroc_speed_and_time_left(tmp_path, table, monkeypat
 
 
 def test_out_of_memory_halves_the_batch(tmp_path, table, monkeypatch, capsys):
-    real = train.Engine.backward
+    real = engine.Engine.backward
 
     def backward(self, step, images, *rest):
         if self.parts == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(self, step, images, *rest)
-    monkeypatch.setattr(train.Engine, "backward", backward)
+    monkeypatch.setattr(engine.Engine, "backward", backward)
     assert small.call(train, *flags(table, tmp_path, epochs=1)) == 0
     assert "accumulated over 2 parts" in capsys.readouterr().err
 
@@ -449,12 +452,12 @@ def test_checkpointing_changes_nothing(tmp_path, table):
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_patches(tmp_path, table, monkeypatch, capsys):
-    real = train.Engine.step
+    real = engine.Engine.step
 
     def step(self, number, *rest):
         total = real(self, number, *rest)
         return total * float("nan") if number == 5 else total
-    monkeypatch.setattr(train.Engine, "step", step)
+    monkeypatch.setattr(engine.Engine, "step", step)
     assert small.call(train, *flags(table, tmp_path)) == 2
     error = capsys.readouterr().err
     assert "step 5" in error and "--lr" in error and "--resume" in error and "small.csv#" in error
@@ -470,14 +473,15 @@ def test_two_processes_equal_one_even_if_one_is_killed(tmp_path, table):
     script = tmp_path / "script.py"
     script.write_text(f"""import os, signal, sys
 sys.path[:0] = [{str(small.HERE.parent)!r}, {str(small.HERE)!r}]
-import small, cli, train
-real = train.Engine.step
+import small, train
+import common
+real = engine.Engine.step
 def step(self, number, *rest):
     if number == 6 and os.environ["RANK"] == os.environ["KILLED"]:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(self, number, *rest)
-train.Engine.step = step
-cli.command(train.main)
+engine.Engine.step = step
+common.command(train.main)
 """)
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script))
     args = [*flags(table, two), "--test", other]
@@ -520,12 +524,12 @@ def test_domains_and_further_datasets(tmp_path, table, capsys):
     assert (predictions["domain"][predictions["set"] == "B"] == "B").all()
     assert (predictions["set"] == "elsewhere").sum() == 24
     assert (predictions["logit"][:len(before["logit"])] == before["logit"]).all()
-    metrics = runs.read_json(run / "metrics.json")
+    metrics = common.read_json(run / "metrics.json")
     assert set(metrics["sets"]) == {"val", "test", "B", "elsewhere"} and "training" in metrics
     assert (run / "model.safetensors").read_bytes() == model
-    merged, _ = models.load_run(run, merge=True)
+    merged, _ = checkpoint.load_run(run, merge=True)
     table = data.load_dataset(other)
-    again = models.predict(merged, crops.Patches(table))
+    again = models.predict(merged, patches_module.Patches(table))
     assert np.abs(again - predictions["logit"][predictions["set"] == "elsewhere"]).max() < 1e-4
 
 
@@ -562,7 +566,7 @@ def test_config_tells_everything(tmp_path, table):
     config = json.loads((folder(tmp_path) / "config.json").read_text())
     assert config["flags"]["targets"] == list(lora.TARGETS) and config["flags"]["dtype"] == "fp32"
     assert config["data"]["patch"] == 48 and config["encoder"]["weights_hash"] == "random"
-    annotations, args = data.from_source(config["source"])
+    annotations, args = flags.from_source(config["source"])
     assert annotations.fingerprint() == config["data"]["fingerprint"] and args.fit == "resize"
 
 

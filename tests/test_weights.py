@@ -13,13 +13,13 @@ import threading
 from pathlib import Path
 
 import pytest
+import references
 import torch
 from safetensors.torch import load_file, save_file
 
 import models
-import references
 import weights
-from cli import UserError
+from common import UserError
 
 DEPTH = 2
 ALL = [row.name for row in models.ROWS if row.name != "demo"]

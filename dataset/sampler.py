@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 
-from annotations import PATCH, by_image, file_stem, near_pairs
-from cli import UserError
-from splits import generator, shuffled
+from common import UserError
+from dataset.annotations import PATCH, by_image, file_stem, near_pairs
+from dataset.splits import generator, shuffled
 
 
 class Sampler:
@@ -17,7 +17,7 @@ class Sampler:
     balance: "annotation" draws a class's annotations uniformly; "slide" draws the image first, then among its own.
     window: px at level 0 that the final patch covers (224 × mpp / the image's mpp, when resampled; Patches.window).
     jitter: centres of annotated patches are moved by up to this share of the window (0.1 in the published code).
-    accept: function (random part of a sample) → bool array that may refuse positions (crops.Patches.tissue).
+    accept: function (random part of a sample) → bool array that may refuse positions (Patches.tissue).
 
     Random positions come from a fixed pool per image (random_pool), whether a store of crops is there or not: so
     training sees the same patches with and without it. Epoch k takes the k-th part of a random order of the pool's
@@ -146,7 +146,7 @@ def image_size(annotations, image):
     """(width, height) of an image: of the annotation file, or of the image itself."""
     known = annotations.sizes.get(image)
     if known is None:
-        import slides
+        from dataset import slides
         known = annotations.sizes[image] = slides.dimensions(annotations.image_path(image))
     return known
 

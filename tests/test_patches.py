@@ -1,8 +1,8 @@
 """Patches out of images, of the store of crops and of ready-made files: the same bytes, however they are read."""
 
 import csv
-import multiprocessing
 import errno
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -17,11 +17,11 @@ import pytest
 import tifffile
 from PIL import Image
 
-import crops
 import data
-import slides
-import store
-from cli import UserError
+import flags
+from common import UserError
+from dataset import memmap, slides
+from dataset import patches as patches_module
 
 ROOT = Path(__file__).resolve().parent.parent
 HEIGHT, WIDTH = 700, 900
@@ -72,7 +72,7 @@ def clean(monkeypatch):
 def points(tmp_path_factory):
     """A dataset and the folder of its store of crops, built by two processes."""
     a = made(tmp_path_factory.mktemp("points"))
-    crops.build_store(crops.Patches(a, cache=a.root / "store"), 2)
+    patches_module.build_store(patches_module.Patches(a, cache=a.root / "store"), 2)
     return a, a.root / "store"
 
 
@@ -91,7 +91,7 @@ def no_images(monkeypatch):
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
 def test_annotated_patches_are_slides_windows(tmp_path, suffix):
     a = made(tmp_path / "d", suffix, 2)
-    patches = crops.Patches(a)
+    patches = patches_module.Patches(a)
     rows = np.array([59, 3, 3, 0, 31])
     for size in (None, 224, 320, 7):
         got = patches.read(rows, size)
@@ -106,7 +106,7 @@ def test_a_sample_is_read_where_it_says(tmp_path):
     names = np.unique(a.image)
     for options in ({}, {"jitter": 0.1}, {"balance": "slide"}):
         sample = sampler(a, **options).epoch(2)
-        got = crops.Patches(a).read_sample(sample, 100)
+        got = patches_module.Patches(a).read_sample(sample, 100)
         assert (sample["row"] < 0).sum() == 16
         for patch, s in zip(got, sample):
             assert np.array_equal(patch, slides.read(a.root / names[s["image"]], s["x"], s["y"], 100))
@@ -117,26 +117,26 @@ def test_a_sample_is_read_where_it_says(tmp_path):
 def test_resampled_patches(tmp_path):
     a = made(tmp_path / "d", n=2)
     a.mpp = {"000.png": 0.25, "001.png": 0.5}  # of the annotation file
-    patches = crops.Patches(a, mpp=0.5)
+    patches = patches_module.Patches(a, mpp=0.5)
     for row in (3, 40):
         wanted = slides.read(a.path(row), a.x[row], a.y[row], 224, 0.5, a.mpp[a.image[row]])
         assert np.array_equal(patches.read([row])[0], wanted)
-    assert patches.window == 448 and crops.Patches(a).window == 224
-    given = crops.Patches(a, mpp=0.5, source_mpp=1.0)
+    assert patches.window == 448 and patches_module.Patches(a).window == 224
+    given = patches_module.Patches(a, mpp=0.5, source_mpp=1.0)
     assert np.array_equal(given.read([3])[0], slides.read(a.path(3), a.x[3], a.y[3], 224, 0.5, 1.0))
     a.mpp = None
     with pytest.raises(UserError, match="--source-mpp"):
-        crops.Patches(a, mpp=0.5).read([0])
+        patches_module.Patches(a, mpp=0.5).read([0])
 
 
 def test_margin_is_what_augmentation_asks_for():
     augment = pytest.importorskip("augment")
-    assert [crops.margin(size) for size in (224, 96, 512)] == [augment.margin(size) for size in (224, 96, 512)]
+    assert [patches_module.margin(size) for size in (224, 96, 512)] == [augment.margin(size) for size in (224, 96, 512)]
 
 
 def test_tissue(tmp_path):
     a = made(tmp_path / "d", n=3, shape=(900, 3000))
-    patches = crops.Patches(a)
+    patches = patches_module.Patches(a)
     sample = sampler(a, accept=patches.tissue, epoch_size=256).epoch(0)
     x = sample["x"][sample["row"] < 0]
     # The left third is glass: at least a quarter of each window lies right of it, and those are drawn as before.
@@ -166,31 +166,31 @@ def ready_made(folder, shapes):
 def test_ready_made_patches(tmp_path):
     a = ready_made(tmp_path / "p", [(224, 224), (300, 300), (128, 128), (224, 100)])
     files = [np.asarray(Image.open(tmp_path / "p" / f"{i}.png")) for i in range(4)]
-    got = crops.Patches(a).read(range(4))
+    got = patches_module.Patches(a).read(range(4))
     assert np.array_equal(got[0], files[0]) and np.array_equal(got[1], files[1][38:262, 38:262])
     resized = np.asarray(Image.fromarray(files[2]).resize((224, 224), Image.Resampling.BICUBIC))
     assert np.array_equal(got[2], resized)
-    padded = crops.Patches(a, fit="pad").read(range(4))
+    padded = patches_module.Patches(a, fit="pad").read(range(4))
     assert np.array_equal(padded[2][48:176, 48:176], files[2]) and (padded[2][:48] == 255).all()
     assert np.array_equal(padded[3][:, 62:162], files[3]) and (padded[3][:, :62] == 255).all()
     # The margin is reflected where there is none, and taken from the file where there is.
-    large = crops.Patches(a).read(range(4), 320)
+    large = patches_module.Patches(a).read(range(4), 320)
     assert np.array_equal(large[0], np.pad(files[0], ((48, 48), (48, 48), (0, 0)), mode="reflect"))
     assert np.array_equal(large[1][10:310, 10:310], files[1])
     assert np.array_equal(large[2][48:272, 48:272], resized)
     with pytest.raises(UserError, match="--fit crop"):
-        crops.Patches(a, fit="crop")
+        patches_module.Patches(a, fit="crop")
     with pytest.raises(UserError, match="ready-made patches need no store"):
-        crops.build_store(a)
+        patches_module.build_store(a)
     sample = sampler(a).epoch(0)
-    assert np.array_equal(crops.Patches(a).read_sample(sample), got[sample["row"]])
+    assert np.array_equal(patches_module.Patches(a).read_sample(sample), got[sample["row"]])
 
 
 # ---------------------------------------------------------------- the store
 
 def test_the_store_gives_the_bytes_of_the_images(points, monkeypatch):
     a, cache = points
-    direct, stored = crops.Patches(a, cache=False), crops.Patches(a, cache=cache)
+    direct, stored = patches_module.Patches(a, cache=False), patches_module.Patches(a, cache=cache)
     samples = [sampler(a, seed=1).epoch(k) for k in range(3)]
     rows = np.random.default_rng(0).permutation(len(a))
     wanted = [direct.read(rows, size) for size in (224, 320, 50)]
@@ -206,8 +206,8 @@ def test_the_store_gives_the_bytes_of_the_images(points, monkeypatch):
 def test_larger_than_stored_is_read_from_the_image(points):
     a, cache = points
     for size in (321, 500):
-        assert np.array_equal(crops.Patches(a, cache=cache).read([5, 100], size),
-                              crops.Patches(a, cache=False).read([5, 100], size))
+        assert np.array_equal(patches_module.Patches(a, cache=cache).read([5, 100], size),
+                              patches_module.Patches(a, cache=False).read([5, 100], size))
 
 
 @pytest.mark.parametrize("options, side", [({"jitter": 0.1}, 320 + 46), ({"mpp": 0.5}, 640), ({"mpp": 0.2}, 256),
@@ -215,8 +215,8 @@ def test_larger_than_stored_is_read_from_the_image(points):
 def test_with_jitter_and_resampling(tmp_path, monkeypatch, options, side):
     a = made(tmp_path / "d", n=3, each=10, shape=(1000, 1100))
     a.mpp = {"000.png": 0.25, "001.png": 0.3, "002.png": 0.25}
-    direct, stored = (crops.Patches(a, cache=cache, **options) for cache in (False, tmp_path / "c"))
-    crops.build_store(stored, 1)
+    direct, stored = (patches_module.Patches(a, cache=cache, **options) for cache in (False, tmp_path / "c"))
+    patches_module.build_store(stored, 1)
     assert stored.layout["side"] == side
     jitter = options.get("jitter", 0)
     samples = [sampler(a, jitter=jitter, window=direct.window).epoch(k) for k in range(2)]
@@ -228,7 +228,7 @@ def test_with_jitter_and_resampling(tmp_path, monkeypatch, options, side):
 
 def test_tissue_is_the_same_out_of_the_store(points, monkeypatch):
     a, cache = points
-    direct, stored = (crops.Patches(a, cache=c) for c in (False, cache))
+    direct, stored = (patches_module.Patches(a, cache=c) for c in (False, cache))
     wanted = sampler(a, accept=direct.tissue).epoch(1)
     no_images(monkeypatch)
     assert np.array_equal(sampler(a, accept=stored.tissue).epoch(1), wanted)
@@ -261,7 +261,7 @@ def log_decoding(monkeypatch, path):
 def test_each_image_is_decoded_once(tmp_path, monkeypatch, capsys, workers):
     a = made(tmp_path / "d", each=5)
     log_decoding(monkeypatch, tmp_path / "log")
-    crops.build_store(crops.Patches(a), workers)
+    patches_module.build_store(patches_module.Patches(a), workers)
     assert sorted((tmp_path / "log").read_text().split()) == [f"{i:03d}.png" for i in range(5)]
     assert not slides.PlainImage.decoded  # nothing is kept
     rows = 25 + 5 * 51
@@ -269,20 +269,23 @@ def test_each_image_is_decoded_once(tmp_path, monkeypatch, capsys, workers):
     assert f"25 annotated and 255 random ones of 320 px out of 5 images; {rows * 307200 / 1e9:.1f} GB in" in out
     assert (tmp_path / "d/.crops/made-320.npy").exists()  # the default place
     # A second time there is nothing to do.
-    crops.build_store(crops.Patches(a), workers)
+    patches_module.build_store(patches_module.Patches(a), workers)
     assert "there, fresh and whole" in capsys.readouterr().out
     assert len((tmp_path / "log").read_text().split()) == 5
     no_images(monkeypatch)
-    crops.Patches(a).read(range(len(a)))
+    patches_module.Patches(a).read(range(len(a)))
 
 
 KILLED = """
 import os, signal, sys, time
 sys.path.insert(0, "tests")
-import crops, data, slides, store
-from test_crops import made, Path
+import data
+from dataset import patches as patches_module
+from dataset import slides
+from dataset import memmap
+from test_patches import made, Path
 a = made(Path(sys.argv[1]), each=5)
-parent, write, count = os.getpid(), store.Writer.write, 0
+parent, write, count = os.getpid(), memmap.Writer.write, 0
 def counted(self, rows, values):
     global count
     write(self, rows, values)
@@ -291,8 +294,8 @@ def counted(self, rows, values):
         os.kill(parent, signal.SIGKILL)
         while os.getppid() == parent:
             time.sleep(0.001)
-store.Writer.write = counted
-crops.build_store(crops.Patches(a), int(sys.argv[2]))
+memmap.Writer.write = counted
+patches_module.build_store(patches_module.Patches(a), int(sys.argv[2]))
 """
 
 
@@ -308,7 +311,7 @@ def test_a_killed_build_continues(tmp_path, monkeypatch, capsys, workers, writes
     deadline = time.monotonic() + 20
     while True:
         try:
-            with store.Writer(path, (280, 320, 320, 3), np.uint8, crops.Patches(a).store_fingerprint()) as writer:
+            with memmap.Writer(path, (280, 320, 320, 3), np.uint8, patches_module.Patches(a).store_fingerprint()) as writer:
                 left = len(writer.todo)
             break
         except UserError:
@@ -316,100 +319,100 @@ def test_a_killed_build_continues(tmp_path, monkeypatch, capsys, workers, writes
             time.sleep(0.05)
     assert 0 < left < 280
     done = np.flatnonzero(np.fromfile(path.with_name(path.name + ".done"), np.uint8))
-    finished = set(range(5)) - set(crops.Patches(a).layout["image"][np.setdiff1d(np.arange(280), done)].tolist())
+    finished = set(range(5)) - set(patches_module.Patches(a).layout["image"][np.setdiff1d(np.arange(280), done)].tolist())
     log_decoding(monkeypatch, tmp_path / "log")
     written = []
-    write = store.Writer.write
-    monkeypatch.setattr(store.Writer, "write", lambda self, rows, values: written.extend(rows) or write(
+    write = memmap.Writer.write
+    monkeypatch.setattr(memmap.Writer, "write", lambda self, rows, values: written.extend(rows) or write(
         self, rows, values))
-    crops.build_store(crops.Patches(a), 1)
+    patches_module.build_store(patches_module.Patches(a), 1)
     assert f"continuing: {280 - left} of 280 crops are there" in capsys.readouterr().out
     assert sorted(written) == sorted(set(range(280)) - set(done.tolist()))  # nothing is repeated
     assert not finished & {int(name[:3]) for name in (tmp_path / "log").read_text().split()}
     sample = sampler(a).epoch(0)
-    assert np.array_equal(crops.Patches(a).read_sample(sample), crops.Patches(a, cache=False).read_sample(sample))
+    assert np.array_equal(patches_module.Patches(a).read_sample(sample), patches_module.Patches(a, cache=False).read_sample(sample))
 
 
 def test_a_stale_store_is_said_and_not_used(tmp_path, capsys):
     a = made(tmp_path / "d", n=3, each=5)
-    crops.build_store(a, 1)
+    patches_module.build_store(a, 1)
     write_image(a.root / "001.png", pixels(9))  # another image in its place
     capsys.readouterr()
-    patches, wanted = crops.Patches(a), crops.Patches(a, cache=False)
+    patches, wanted = patches_module.Patches(a), patches_module.Patches(a, cache=False)
     assert np.array_equal(patches.read(range(15)), wanted.read(range(15)))
     patches.read(range(3))
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and "made from other images" in out and "--cache builds it anew" in out
-    crops.build_store(a, 1)
+    patches_module.build_store(a, 1)
     assert "made from other images" in capsys.readouterr().out
-    assert crops.Patches(a).read(range(15)).tobytes() == wanted.read(range(15)).tobytes()
+    assert patches_module.Patches(a).read(range(15)).tobytes() == wanted.read(range(15)).tobytes()
     assert capsys.readouterr().out == ""
     os.utime(a.root / "002.png", ns=(0, 0))  # of the same length, but of another time
-    crops.Patches(a).read([0])
+    patches_module.Patches(a).read([0])
     assert "made from other images" in capsys.readouterr().out
     a.label[0] ^= 1
-    crops.Patches(a).read([0])
+    patches_module.Patches(a).read([0])
     assert "made from other annotations" in capsys.readouterr().out
 
 
 def test_a_damaged_store_is_said_and_built_anew(tmp_path, capsys):
     a = made(tmp_path / "d", n=2, each=5)
-    path = crops.build_store(a, 1)
+    path = patches_module.build_store(a, 1)
     array = path.with_name(path.name + ".npy")
     good = array.read_bytes()
     array.write_bytes(good[:-1000])
-    wanted = crops.Patches(a, cache=False).read(range(10))
-    assert np.array_equal(crops.Patches(a).read(range(10)), wanted)
+    wanted = patches_module.Patches(a, cache=False).read(range(10))
+    assert np.array_equal(patches_module.Patches(a).read(range(10)), wanted)
     assert "damaged" in capsys.readouterr().out
     array.write_bytes(good[:-1000] + bytes(1000))  # only found where all is read
-    crops.build_store(a, 1)
+    patches_module.build_store(a, 1)
     assert "damaged" in capsys.readouterr().out and array.read_bytes() == good
 
 
 def test_it_is_built_by_training_where_random_reads_are_too_slow(tmp_path, monkeypatch, capsys):
     a = made(tmp_path / "d", n=3, each=10)
     sample = sampler(a).epoch(0)
-    wanted = crops.Patches(a, cache=False).read_sample(sample)
-    crops.Patches(a).read_sample(sample)  # all fit in memory, decoded
+    wanted = patches_module.Patches(a, cache=False).read_sample(sample)
+    patches_module.Patches(a).read_sample(sample)  # all fit in memory, decoded
     assert not (a.root / ".crops").exists()
     monkeypatch.setattr(slides, "DECODED_BYTES", 3 * HEIGHT * WIDTH * 3 - 1)
     slides.PlainImage.decoded.clear()
-    crops.Patches(a).read(range(30))
+    patches_module.Patches(a).read(range(30))
     assert not (a.root / ".crops").exists()  # no need to, one after the other
     capsys.readouterr()
     monkeypatch.setenv("MITOSIS_CACHE", str(tmp_path / "elsewhere"))
-    patches = crops.Patches(a)
+    patches = patches_module.Patches(a)
     assert np.array_equal(patches.read_sample(sample), wanted)
     assert "3 images of 0.0 GB decoded cannot be read at random" in capsys.readouterr().out
     no_images(monkeypatch)
-    assert np.array_equal(crops.Patches(a).read_sample(sample), wanted)
+    assert np.array_equal(patches_module.Patches(a).read_sample(sample), wanted)
     assert (tmp_path / "elsewhere/made-320.npy").exists() and not (a.root / ".crops").exists()
 
 
 def test_a_stale_store_is_built_anew_by_training_where_it_is_needed(tmp_path, monkeypatch, capsys):
     a = made(tmp_path / "d", n=2, each=10)
-    crops.build_store(a, 1)
+    patches_module.build_store(a, 1)
     write_image(a.root / "001.png", pixels(7))
     monkeypatch.setattr(slides, "DECODED_BYTES", 1)
     sample = sampler(a).epoch(0)
-    wanted = crops.Patches(a, cache=False).read_sample(sample)
+    wanted = patches_module.Patches(a, cache=False).read_sample(sample)
     capsys.readouterr()
-    assert np.array_equal(crops.Patches(a).read_sample(sample), wanted)
+    assert np.array_equal(patches_module.Patches(a).read_sample(sample), wanted)
     assert "made from other images" in (out := capsys.readouterr().out) and "building it anew" in out
-    crops.Patches(a).read_sample(sample)
+    patches_module.Patches(a).read_sample(sample)
     assert capsys.readouterr().out == ""
 
 
 def test_slides_that_can_be_read_at_random_need_no_store(tmp_path, monkeypatch):
     a = made(tmp_path / "d", ".tif", 2)
     monkeypatch.setattr(slides, "DECODED_BYTES", 1)
-    crops.Patches(a).read_sample(sampler(a).epoch(0))
+    patches_module.Patches(a).read_sample(sampler(a).epoch(0))
     assert not (a.root / ".crops").exists()
-    crops.build_store(a, 2)  # but may have one
+    patches_module.build_store(a, 2)  # but may have one
     sample = sampler(a).epoch(3)
-    wanted = crops.Patches(a, cache=False).read_sample(sample, 320)
+    wanted = patches_module.Patches(a, cache=False).read_sample(sample, 320)
     no_images(monkeypatch)
-    assert np.array_equal(crops.Patches(a).read_sample(sample, 320), wanted)
+    assert np.array_equal(patches_module.Patches(a).read_sample(sample, 320), wanted)
 
 
 def test_broken_images_are_all_named_and_the_others_kept(tmp_path, capsys):
@@ -418,11 +421,11 @@ def test_broken_images_are_all_named_and_the_others_kept(tmp_path, capsys):
         (a.root / name).write_bytes((a.root / name).read_bytes()[:3000])
     for workers in (1, 2):
         with pytest.raises(UserError, match="2 images cannot be read") as error:
-            crops.build_store(a, workers)
+            patches_module.build_store(a, workers)
         assert "001.png: broken" in str(error.value) and "004.png: broken" in str(error.value)
         done = np.fromfile(a.root / ".crops/made-320.done", np.uint8)
         assert done.sum() == 3 * (5 + 51)
-    assert np.array_equal(crops.Patches(a).read(range(5)), crops.Patches(a, cache=False).read(range(5)))
+    assert np.array_equal(patches_module.Patches(a).read(range(5)), patches_module.Patches(a, cache=False).read(range(5)))
 
 
 def test_a_full_disk_in_a_process_is_said_as_such(tmp_path, monkeypatch):
@@ -431,7 +434,7 @@ def test_a_full_disk_in_a_process_is_said_as_such(tmp_path, monkeypatch):
     a = made(tmp_path)
     monkeypatch.setattr(os, "pwrite", full)  # the processes are forked
     with pytest.raises(OSError) as error:
-        crops.build_store(a, 2)
+        patches_module.build_store(a, 2)
     assert error.value.errno == errno.ENOSPC
 
 
@@ -441,7 +444,7 @@ def test_what_a_model_is_told_of_ready_made_patches_is_what_training_saw(tmp_pat
     Image.fromarray(pixels(0, *size[::-1])).save(tmp_path / "0.png")
     a = data.Annotations(np.array(["0"]), np.array(["0.png"]), np.array(["c"]), np.array(["d"]), np.full(1, np.nan),
                          np.full(1, np.nan), np.array([1], np.int8), "p", tmp_path, kind="patches")
-    assert data.facts(a, fit)["patch"] == expected
+    assert flags.facts(a, fit)["patch"] == expected
 
 
 def test_the_mpp_of_a_dataset_is_that_of_all_its_images(tmp_path):
@@ -451,22 +454,22 @@ def test_the_mpp_of_a_dataset_is_that_of_all_its_images(tmp_path):
             tifffile.imwrite(tmp_path / name, pixels(0), tile=(256, 256), photometric="rgb", compression="zlib",
                              resolution=(10000 / value, 10000 / value), resolutionunit="CENTIMETER")
             slides.close(tmp_path / name)
-        assert data.facts(a)["mpp"] == wanted
+        assert flags.facts(a)["mpp"] == wanted
 
 
 def test_a_process_that_is_killed_is_said(tmp_path, monkeypatch):
     a = made(tmp_path / "d", each=5)
-    monkeypatch.setattr(store.Writer, "write", lambda self, rows, values: os._exit(9))
+    monkeypatch.setattr(memmap.Writer, "write", lambda self, rows, values: os._exit(9))
     with pytest.raises(UserError, match="2 of 2 processes ended .*run the same command again"):
-        crops.build_store(a, 2)
+        patches_module.build_store(a, 2)
 
 
 def test_too_small_a_disk_is_said_before_anything_is_decoded(tmp_path, monkeypatch, capsys):
     a = made(tmp_path / "d", n=2, each=5)
     log_decoding(monkeypatch, tmp_path / "log")
-    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: namedtuple("u", "total used free")(9, 9, 10**6))
+    monkeypatch.setattr(memmap.shutil, "disk_usage", lambda path: namedtuple("u", "total used free")(9, 9, 10**6))
     with pytest.raises(UserError, match="needs 0.0 GB on the disk, 0.0 GB are free"):
-        crops.build_store(a, 1)
+        patches_module.build_store(a, 1)
     assert not (tmp_path / "log").exists() and "0.0 GB are free" in capsys.readouterr().out
 
 
@@ -482,7 +485,7 @@ def test_the_command(points, tmp_path):
         assert "MITOSIS_CACHE=" in done.stdout and done.stderr == ""
     array = np.load(tmp_path / "c/t-320.npy", mmap_mode="r")
     assert len(array) == len(a) + 5 * 51
-    assert np.array_equal(array[0], crops.Patches(a, cache=False).read([0], 320)[0])
+    assert np.array_equal(array[0], patches_module.Patches(a, cache=False).read([0], 320)[0])
 
 
 # ---------------------------------------------------------------- processes
@@ -506,7 +509,7 @@ class Training:
 def test_any_number_of_workers_and_a_resume_give_the_same_patches(points, cache):
     torch_data = pytest.importorskip("torch.utils.data")
     a, folder = points
-    patches = crops.Patches(a, cache=folder if cache else False, jitter=0.1)
+    patches = patches_module.Patches(a, cache=folder if cache else False, jitter=0.1)
     everything = Training(patches, range(4), 0.1)
     wanted = patches.read_sample(everything.samples, 320)
 
@@ -520,13 +523,13 @@ def test_any_number_of_workers_and_a_resume_give_the_same_patches(points, cache)
     for workers, context in ((0, None), (1, "fork"), (4, "fork"), (1, "spawn")):
         assert np.array_equal(read(everything, workers, context), wanted), (workers, context)
     # Another process, begun at the third epoch, with everything made anew.
-    again = crops.Patches(a, cache=folder if cache else False, jitter=0.1)
+    again = patches_module.Patches(a, cache=folder if cache else False, jitter=0.1)
     assert np.array_equal(read(Training(again, range(2, 4), 0.1), 2, "fork"), wanted[48:])
 
 
 def test_threads_share_patches(points):
     a, cache = points
-    patches, wanted = crops.Patches(a, cache=cache), crops.Patches(a, cache=False).read(range(len(a)))
+    patches, wanted = patches_module.Patches(a, cache=cache), patches_module.Patches(a, cache=False).read(range(len(a)))
     results = {}
     threads = [threading.Thread(target=lambda i=i: results.update({i: patches.read(range(len(a)))})) for i in range(4)]
     for thread in threads:
@@ -540,7 +543,7 @@ def test_two_processes_that_both_need_the_store_build_it_once(tmp_path, monkeypa
     a = made(tmp_path / "d", n=3, each=5)
     log_decoding(monkeypatch, tmp_path / "log")
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=crops.build_store, args=(a, 1)) for _ in range(3)]
+    processes = [context.Process(target=patches_module.build_store, args=(a, 1)) for _ in range(3)]
     for process in processes:
         process.start()
     for process in processes:
@@ -572,8 +575,10 @@ BUILD = """
 import sys
 sys.path.insert(0, "tests")
 import numpy as np
-import crops, data, sampler
-from test_crops import Path
+import data
+from dataset import patches as patches_module
+from dataset import sampler
+from test_patches import Path
 folder, n, shape, sampler.POOL = Path(sys.argv[1]), int(sys.argv[2]), (int(sys.argv[3]), int(sys.argv[4])), 3540
 rng = np.random.default_rng(0)
 names = sorted(path.name for path in folder.glob("*.png"))
@@ -581,8 +586,8 @@ image = np.repeat(names, 20)
 text = np.arange(len(image)).astype(str)
 a = data.Annotations(text, image, image, image, rng.uniform(0, shape[1], len(image)),
                      rng.uniform(0, shape[0], len(image)), np.arange(len(image)) % 2, "made", folder)
-crops.build_store(a, 2)
-print("same", np.array_equal(crops.Patches(a).read([0, 20, -1]), crops.Patches(a, cache=False).read([0, 20, -1])))
+patches_module.build_store(a, 2)
+print("same", np.array_equal(patches_module.Patches(a).read([0, 20, -1]), patches_module.Patches(a, cache=False).read([0, 20, -1])))
 """
 
 
@@ -603,7 +608,7 @@ READS = """
 import sys
 import numpy as np
 import psutil
-import slides
+from dataset import slides
 paths, rng, here, peak = sys.argv[1:], np.random.default_rng(0), psutil.Process(), []
 for i in range(100_000):
     which, (x, y) = rng.integers(0, len(paths)), rng.uniform(0, 2000, 2)

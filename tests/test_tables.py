@@ -18,13 +18,12 @@ from PIL import Image
 from run_folders import annotations, make
 from small import call
 
+import common
 import data
 import evaluate
-import figures
-import metrics
-import report
-import resample
+import flags
 import runs
+from reporting import bootstrap, figures, metrics, results, tables
 
 MODELS, METHODS, FOLDS, DOMAINS = ("uni", "virchow2"), ("probe", "lora"), range(3), "ABC"
 STRENGTH = {("uni", "probe"): 0.5, ("uni", "lora"): 1.2, ("virchow2", "probe"): 0.8, ("virchow2", "lora"): 1.0}
@@ -65,7 +64,7 @@ def table(path):
 
 def stored(root, folder, share, key, name="test"):
     """A metric of each repeat, out of the runs' metrics.json."""
-    return [runs.read_json(path)["sets"][name][key]
+    return [common.read_json(path)["sets"][name][key]
             for path in sorted((root / "midog2022" / folder).glob(f"{share}-fold*/metrics.json"))]
 
 
@@ -106,19 +105,19 @@ def test_the_interval_of_a_table_is_that_of_the_mean_over_the_repeats_by_case(st
     root, out = study
     rows, notes = table(out / "full_midog2022.md")
     heading = next(key for key in rows[0] if "interval" in key)
-    found = [run for run in evaluate.collect([root])[0]
+    found = [run for run in results.collect([root])[0]
              if run.label == "uni-lora" and run.frac == 1 and not run.domain and run.by == "case"]
-    parts, cases = resample.replicate([(y, p, case) for _, y, p, case, _ in (run.rows("test") for run in found)], 200)
-    low, high = resample.interval(*parts["auroc"][1:], cases)
+    parts, cases = bootstrap.replicate([(y, p, case) for _, y, p, case, _ in (run.rows("test") for run in found)], 200)
+    low, high = bootstrap.interval(*parts["auroc"][1:], cases)
     assert next(row for row in rows if row["model"] == "uni LoRA")[heading] == f"{low:.3f} – {high:.3f}"
     # With so few cases the coverage that was measured stands beside it.
-    assert cases < resample.FEW_CASES and heading == f"AUROC, 95% interval (measured: {resample.measured(cases):.0%})"
-    assert resample.coverage_note(cases) in notes
+    assert cases < bootstrap.FEW_CASES and heading == f"AUROC, 95% interval (measured: {bootstrap.measured(cases):.0%})"
+    assert bootstrap.coverage_note(cases) in notes
 
 
 def test_with_many_cases_nothing_is_said_of_coverage():
-    assert report.interval_name([20]) == report.interval_name([50, 100]) == "95% interval"
-    assert report.interval_name([6]) == "95% interval (measured: 92%)"
+    assert tables.interval_name([20]) == tables.interval_name([50, 100]) == "95% interval"
+    assert tables.interval_name([6]) == "95% interval (measured: 92%)"
 
 
 def test_the_papers_values_stand_beside_ours(study):
@@ -141,7 +140,7 @@ def test_the_papers_values_stand_beside_ours(study):
 
 
 def test_the_papers_numbers_are_complete():
-    with open(Path(report.__file__).with_name("paper.csv")) as file:
+    with open(Path(tables.__file__).with_name("paper.csv")) as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len({tuple(row.values())[:6] for row in rows}) == 17 * 3 + 17 * 3 + 17 * 6
     assert all(re.fullmatch(r"0\.\d\d", row["mean"]) and re.fullmatch(r"0\.[01]\d", row["sd"]) for row in rows)
@@ -204,7 +203,7 @@ def test_scaling_says_how_many_repeats_and_what_is_missing(study):
     assert found["uni LoRA r8"]["10%"] == "–" and found["uni LoRA r8"]["100%"].endswith("(1)")
     assert "Missing: uni LoRA at 10%: 2 of 3 repeats; uni LoRA r8 at 10%: none; uni LoRA r8 at 100%: 1 of 3 repeats." \
         in notes
-    split = runs.read_json(root / "midog2022/uni-lora/frac0.1-fold0/split.json")["ids"]
+    split = common.read_json(root / "midog2022/uni-lora/frac0.1-fold0/split.json")["ids"]
     assert any(f"10%: {len(split['train'])} training and {len(split['val'])} validation" in note for note in notes)
 
 
@@ -212,7 +211,7 @@ def test_decisions_at_half_and_at_the_threshold_of_validation(study):
     root, out = study
     rows, _ = table(out / "decisions_midog2022.md")
     paths = sorted((root / "midog2022/virchow2-lora").glob("frac1-fold*/metrics.json"))
-    content = [runs.read_json(path) for path in paths]
+    content = [common.read_json(path) for path in paths]
     row = next(row for row in rows if row["model"] == "virchow2 LoRA")
     for heading, part in (("0.5", "at_0.5"), ("t", "at_threshold")):
         for name, key in (("sensitivity", "sensitivity"), ("specificity", "specificity"), ("precision", "precision"),
@@ -259,7 +258,7 @@ def test_other_datasets_have_a_row_per_share_and_their_own_mean(tmp_path):
     assert [(row["share"], row["tested on"], row["repeats"]) for row in rows] == [("10%", "other", "2"),
                                                                                 ("100%", "other", "2")]
     for row, share in zip(rows, ("frac0.1", "frac1")):
-        values = [runs.read_json(path)["sets"]["other"]["auroc"]
+        values = [common.read_json(path)["sets"]["other"]["auroc"]
                   for path in (tmp_path / "runs/mine/uni-lora").glob(f"{share}-fold*/metrics.json")]
         assert row["AUROC"] == by_hand(values)
     assert rows[0]["AUROC"] < "0.8" and rows[1]["AUROC"].startswith("1.000")
@@ -271,8 +270,8 @@ def test_the_leak_is_compared_within_a_seed(tmp_path):
         make(tmp_path / f"runs{seed}", tissue, strength=strength, seed=seed)
         make(tmp_path / f"runs{seed}", tissue, by="annotation", strength=strength + 0.5, seed=seed)
     make(tmp_path / "runs2", tissue, seed=2)  # without a counterpart
-    found, problems = evaluate.collect(sorted(tmp_path.iterdir()))
-    rows = report.leak_rows(found)
+    found, problems = results.collect(sorted(tmp_path.iterdir()))
+    rows = tables.leak_rows(found)
     assert not problems and [row[0] for row in rows] == ["uni linear probe, 100%", "uni linear probe, 100%, seed 1"]
     for seed, row in enumerate(rows):
         for by, value in zip(("case", "annotation"), row[1:3]):
@@ -286,15 +285,15 @@ def test_every_pair_is_tested_and_corrected_for_their_number(study):
         rows = list(csv.DictReader(file))
     own = [row for row in rows if row["metric"] == "auroc"]
     assert len(rows) == 30 and len(own) == 10  # of five models
-    assert resample.holm([float(row["p"]) for row in own]) == pytest.approx([float(row["p_holm"]) for row in own])
+    assert bootstrap.holm([float(row["p"]) for row in own]) == pytest.approx([float(row["p_holm"]) for row in own])
     found = {}
-    for run in evaluate.collect([root])[0]:
+    for run in results.collect([root])[0]:
         if run.frac == 1 and not run.domain and run.by == "case":
-            found.setdefault(report.name_of(run), []).append(run.rows("test"))
-    parts = {label: resample.replicate([(y, p, case) for _, y, p, case, _ in own], 200) for label, own in found.items()}
+            found.setdefault(tables.name_of(run), []).append(run.rows("test"))
+    parts = {label: bootstrap.replicate([(y, p, case) for _, y, p, case, _ in own], 200) for label, own in found.items()}
     for row in own:
         (a, cases), (b, _) = parts[row["first"]], parts[row["second"]]
-        difference, (low, high), p = resample.paired(a["auroc"], b["auroc"], cases)
+        difference, (low, high), p = bootstrap.paired(a["auroc"], b["auroc"], cases)
         assert (float(row["difference"]), float(row["low"]), float(row["high"]), float(row["p"])) == pytest.approx(
             (difference, low, high, p), abs=1e-12)
         assert (row["repeats_first"], row["repeats_second"]) == tuple(
@@ -312,7 +311,7 @@ def test_a_test_set_without_one_of_the_classes_says_nothing_of_ranking(tmp_path)
         columns = runs.read_predictions(path / "predictions.csv")
         columns["label"][columns["set"] == "test"] = 1
         runs.write_predictions(path / "predictions.csv", columns)
-        runs.write_json(path / "metrics.json", evaluate.of_predictions(columns))
+        common.write_json(path / "metrics.json", evaluate.of_predictions(columns))
     assert call(evaluate, tmp_path / "runs", "--out", tmp_path / "report", "--replicates", 100) == 0
     rows, _ = table(tmp_path / "report/full_alone.md")
     assert [(row["AUROC"], row["balanced accuracy"]) for row in rows] == [("–", "–")] * 2
@@ -330,20 +329,20 @@ def test_a_single_run_makes_a_report(tmp_path):
 
 def test_bold_is_for_the_best_also_where_two_are_equal_and_never_for_one_alone():
     rows = [["a", "0.9"], ["b", "0.9"], ["c", "0.8"], ["d", "–"]]
-    report.embolden(rows, 1, [0.9001, 0.9004, 0.8, None])
+    tables.embolden(rows, 1, [0.9001, 0.9004, 0.8, None])
     assert [row[1] for row in rows] == ["**0.9**", "**0.9**", "0.8", "–"]
     rows = [["a", "0.9"], ["b", "–"]]
-    report.embolden(rows, 1, [0.9, None])
+    tables.embolden(rows, 1, [0.9, None])
     assert rows[0][1] == "0.9"
-    assert report.mean_sd([]) == report.mean_sd([None]) == "–" and report.mean_sd([0.5, None]) == "0.500"
-    assert report.mean_sd([0.5, 0.7]) == "0.600 ± 0.141"
+    assert tables.mean_sd([]) == tables.mean_sd([None]) == "–" and tables.mean_sd([0.5, None]) == "0.500"
+    assert tables.mean_sd([0.5, 0.7]) == "0.600 ± 0.141"
 
 
 # ---------------------------------------------------------------- LaTeX, Markdown
 
 def cells_of(tex):
     """Rows of cells of a tabular, its macros resolved to the text."""
-    back = {new: old for old, new in report.TEX.items()}
+    back = {new: old for old, new in tables.TEX.items()}
     pattern = "|".join(re.escape(new) for new in sorted(back, key=len, reverse=True))
     found = []
     for line in tex.splitlines():
@@ -376,22 +375,22 @@ def test_every_table_says_the_same_in_latex(study):
 
 
 def awkward():
-    return report.Table("odd_name", r"50% of A_1 & B: \x{y} ~ #3 $5 ^2 | µm ≥ 1 → 2", ["model", "a|b"],
+    return tables.Table("odd_name", r"50% of A_1 & B: \x{y} ~ #3 $5 ^2 | µm ≥ 1 → 2", ["model", "a|b"],
                         [[r"x_1 & {y}\z", "**0.9 ± 0.1**"], ["< 0.001 − 5%", "–"]], ["note_1: 100% & more"])
 
 
 def test_what_latex_and_markdown_take_as_their_own_is_escaped():
     odd = awkward()
-    assert cells_of(report.latex(odd)) == [["model", "a|b"], [r"x_1 & {y}\z", "0.9 ± 0.1"], ["< 0.001 − 5%", "–"]]
-    assert r"50\% of A\_1 \& B: \textbackslash{}x\{y\} \~{} \#3 \$5 \^{}2" in report.latex(odd)
-    assert "a\\|b" in report.markdown(odd)
-    assert "&lt; 0.001 − 5%" in report.as_html(odd) and "<b>0.9 ± 0.1</b>" in report.as_html(odd)
+    assert cells_of(tables.latex(odd)) == [["model", "a|b"], [r"x_1 & {y}\z", "0.9 ± 0.1"], ["< 0.001 − 5%", "–"]]
+    assert r"50\% of A\_1 \& B: \textbackslash{}x\{y\} \~{} \#3 \$5 \^{}2" in tables.latex(odd)
+    assert "a\\|b" in tables.markdown(odd)
+    assert "&lt; 0.001 − 5%" in tables.as_html(odd) and "<b>0.9 ± 0.1</b>" in tables.as_html(odd)
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs pdflatex")
 def test_latex_takes_every_table(study, tmp_path):
     _, out = study
-    (tmp_path / "odd.tex").write_text(report.latex(awkward()))
+    (tmp_path / "odd.tex").write_text(tables.latex(awkward()))
     inputs = "\n".join(rf"\input{{{path}}}" for path in [*sorted(out.glob("*.tex")), tmp_path / "odd.tex"])
     (tmp_path / "all.tex").write_text(r"\documentclass[twocolumn]{article}\usepackage{booktabs, graphicx}"
                                       f"\n\\begin{{document}}\n{inputs}\n\\end{{document}}\n")
@@ -505,10 +504,10 @@ def test_names_on_axes_are_short_and_differ():
     assert all(len(short) <= 8 for short in found.values())
     assert (found["A"], found["CLC"], found["human breast cancer"]) == ("A", "CLC", "HBC")
     assert figures.short_names(["B", "A"]) == {"A": "A", "B": "B"}
-    assert report.legend("mine", ["human melanoma", "A"]) == " HM: human melanoma."
-    assert report.legend("midog2022", ["A", "D"]) == \
+    assert tables.legend("mine", ["human melanoma", "A"]) == " HM: human melanoma."
+    assert tables.legend("midog2022", ["A", "D"]) == \
         " A: canine cutaneous mast cell tumour, D: human neuroendocrine tumour."
-    assert report.legend("mine", ["A", "B"]) == ""
+    assert tables.legend("mine", ["A", "B"]) == ""
 
 
 # ---------------------------------------------------------------- gallery
@@ -525,20 +524,20 @@ def test_the_most_confident_errors_come_first_by_domain():
     p = np.array([0.6, 0.9, 0.2, 0.1, 0.4, 0.7, 0.8, 0.3])
     domain = np.array(list("AAAAABBB"))
     rows, ids = np.arange(8) * 20 + 30, np.array([f"id{k}" for k in range(8)])
-    sheet = np.asarray(report.draw_errors(Solid(), rows, ids, y, p, domain, columns=2).convert("L"))
-    height, width = report.TILE + 30, report.TILE + 6
+    sheet = np.asarray(tables.draw_errors(Solid(), rows, ids, y, p, domain, columns=2).convert("L"))
+    height, width = tables.TILE + 30, tables.TILE + 6
 
     def tile(line, side, k):  # grey in its middle
-        left = report.MARGIN + side * (2 * width + 24) + k * width
-        return sheet[20 + line * height + report.TILE // 2, left + report.TILE // 2]
+        left = tables.MARGIN + side * (2 * width + 24) + k * width
+        return sheet[20 + line * height + tables.TILE // 2, left + tables.TILE // 2]
     assert [tile(0, 0, 0), tile(0, 0, 1)] == [rows[1], rows[0]]  # false positives of A, 0.9 before 0.6
     assert [tile(0, 1, 0), tile(0, 1, 1)] == [rows[3], rows[4]]  # false negatives of A, 0.1 before 0.4
     assert tile(1, 0, 0) == rows[5] and tile(1, 0, 1) == 255     # B: one look-alike
     assert tile(1, 1, 0) == rows[7] and tile(1, 1, 1) == 255     # B: one missed figure
     # With more errors than places the most confident ones are shown; none at all is said.
-    sheet = np.asarray(report.draw_errors(Solid(), rows, ids, y, p, domain, columns=1).convert("L"))
-    assert sheet[20 + report.TILE // 2, report.MARGIN + report.TILE // 2] == rows[1]
-    right = np.asarray(report.draw_errors(Solid(), rows, ids, y, y.astype(float), domain).convert("L"))
+    sheet = np.asarray(tables.draw_errors(Solid(), rows, ids, y, p, domain, columns=1).convert("L"))
+    assert sheet[20 + tables.TILE // 2, tables.MARGIN + tables.TILE // 2] == rows[1]
+    right = np.asarray(tables.draw_errors(Solid(), rows, ids, y, y.astype(float), domain).convert("L"))
     assert 0 < (right[20:] < 200).sum() < 2000
 
 
@@ -553,17 +552,17 @@ def test_the_command_draws_the_gallery_of_the_best_model(tmp_path, monkeypatch):
     page = Path("report/index.html").read_text()
     assert "the most confident errors of virchow linear probe on the test set, mean over 2 repeats" in page
     image = Image.open("report/errors_small.png")
-    assert image.size == (report.MARGIN + 10 * (report.TILE + 6) + 24, 20 + 2 * (report.TILE + 30))  # two domains
+    assert image.size == (tables.MARGIN + 10 * (tables.TILE + 6) + 24, 20 + 2 * (tables.TILE + 30))  # two domains
     # The first tile of a line is the patch with the highest probability among the look-alikes of its domain.
-    run = next(run for run in evaluate.collect(["runs"])[0] if run.model == "virchow")
+    run = next(run for run in results.collect(["runs"])[0] if run.model == "virchow")
     ids, y, _, _, domain = run.rows("test")
-    p = np.mean([run.rows("test")[2] for run in evaluate.collect(["runs"])[0] if run.model == "virchow"], axis=0)
+    p = np.mean([run.rows("test")[2] for run in results.collect(["runs"])[0] if run.model == "virchow"], axis=0)
     worst = np.argmax(np.where(y == 0, p, 0))
     assert p[worst] > 0.5
     patch = Image.open(patches.image_path(patches.image[patches.rows(ids[[worst]])[0]]))
-    top = 20 + "AB".index(domain[worst]) * (report.TILE + 30)
-    tile = np.asarray(image.crop((report.MARGIN, top, report.MARGIN + report.TILE, top + report.TILE)), float)
-    assert np.abs(tile - np.asarray(patch.resize((report.TILE, report.TILE)), float)).mean() < 12
+    top = 20 + "AB".index(domain[worst]) * (tables.TILE + 30)
+    tile = np.asarray(image.crop((tables.MARGIN, top, tables.MARGIN + tables.TILE, top + tables.TILE)), float)
+    assert np.abs(tile - np.asarray(patch.resize((tables.TILE, tables.TILE)), float)).mean() < 12
 
 
 def test_without_the_images_the_reason_is_said(study, tmp_path, monkeypatch):
@@ -583,11 +582,11 @@ def test_the_gallery_reads_a_dataset_of_ones_own_as_the_run_did(tmp_path, monkey
     lines = [line.replace(",0,", ",no,").replace(",1,", ",yes,") for line in lines]
     odd = tmp_path / "odd.csv"
     odd.write_text("\n".join([header.replace("label", "verdict"), *lines]) + "\n")
-    source = dict.fromkeys(data.SOURCE) | {"data": str(odd), "images": str(path.parent), "positive": "yes",
+    source = dict.fromkeys(flags.SOURCE) | {"data": str(odd), "images": str(path.parent), "positive": "yes",
                                            "columns": "label=verdict", "fit": "resize"}
-    run = make(tmp_path / "runs", data.from_source(source)[0], "uni", "probe", strength=0.0)
-    config = runs.read_json(run / "config.json")
-    runs.write_json(run / "config.json", config | {"source": source})
+    run = make(tmp_path / "runs", flags.from_source(source)[0], "uni", "probe", strength=0.0)
+    config = common.read_json(run / "config.json")
+    common.write_json(run / "config.json", config | {"source": source})
     monkeypatch.chdir(tmp_path)
     assert call(evaluate, "runs", "--replicates", 100) == 0
     assert "odd: the most confident errors of uni linear probe" in Path("report/index.html").read_text()
@@ -633,7 +632,7 @@ def test_the_page_holds_everything_and_nothing_from_elsewhere(study):
 def test_names_cannot_become_markup(tmp_path):
     make(tmp_path / "runs", annotations("<i>data"), "<script>alert(1)</script>")
     damaged = make(tmp_path / "runs", annotations("<i>data"), "<img src=x onerror=y>", fold=1)
-    runs.write_json(damaged / "metrics.json", {})
+    common.write_json(damaged / "metrics.json", {})
     assert call(evaluate, tmp_path / "runs", "--out", tmp_path / "report", "--replicates", 100) == 0
     page = (tmp_path / "report/index.html").read_text()
     tags = {tag for tag, _ in Elements(page).found}
@@ -692,4 +691,4 @@ def test_the_page_looks_like_tables_and_figures(study, tmp_path):
 
 
 def test_metrics_named_in_the_tables_are_those_of_the_summary():
-    assert set(report.METRICS) == set(KEYS.values()) <= set(metrics.summarise([0, 1], [0.2, 0.8]))
+    assert set(tables.METRICS) == set(KEYS.values()) <= set(metrics.summarise([0, 1], [0.2, 0.8]))

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-import runs
-from cli import UserError
+import common
+from common import UserError
 
 COLOURS = {1: (220, 30, 40), 0: (40, 110, 220)}  # RGB of a mitotic figure, of a look-alike
 NAME_COLUMNS = ("filename", "file_name", "image", "slide")
@@ -51,7 +51,7 @@ def read(path):
     if start == b"SQLite format 3\0":
         return read_sqlite(path)
     if path.suffix.lower() in (".json", ".geojson") or start.lstrip(b"\xef\xbb\xbf \r\n\t")[:1] in (b"{", b"["):
-        content = runs.read_json(path)
+        content = common.read_json(path)
         if isinstance(content, dict) and "annotations" in content and "images" in content:
             return read_midog(path, content)
         if isinstance(content, dict) and content.get("type") == "Multiple points":
@@ -118,7 +118,7 @@ def write_midog(candidates, path, scores, names, relabel):
             annotations[place].update(probability=score[0], **{"class": names[score[1]]})
             if relabel:
                 annotations[place]["category_id"] = 1 if score[1] else 2
-    runs.write_json(path, content)
+    common.write_json(path, content)
 
 
 def read_challenge(path, content):
@@ -135,7 +135,7 @@ def write_challenge(candidates, path, scores, names, relabel):
     for place, score in zip(candidates.places, scores):
         if score:  # the challenge's own two names
             points[place].update(probability=score[0], name="mitotic figure" if score[1] else "non-mitotic figure")
-    runs.write_json(path, content)
+    common.write_json(path, content)
 
 
 def challenge(x, y, probability, threshold, mpp):
@@ -218,7 +218,7 @@ def write_geojson(candidates, path, scores, names, relabel):
         pieces[place]["properties"] = properties
     whole = {**content, "features": pieces} if isinstance(content, dict) and "features" in content else \
         {"type": "FeatureCollection", "features": pieces}
-    runs.write_json(path, whole)
+    common.write_json(path, whole)
 
 
 # ---------------------------------------------------------------- CSV
@@ -270,7 +270,7 @@ def write_csv(candidates, path, scores, names, relabel):
             table[place][columns[0]], table[place][columns[1]] = repr(score[0]), names[score[1]]
             if label is not None:
                 table[place][label] = str(score[1])
-    with runs.atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    with common.atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         csv.writer(file, delimiter=delimiter, lineterminator="\n").writerows(table)
 
 
@@ -319,7 +319,7 @@ def class_numbers(candidates, names, relabel):
 
 def write_sqlite(candidates, path, scores, names, relabel):
     wanted = class_numbers(candidates, names, relabel)
-    with runs.atomic(path) as temporary:
+    with common.atomic(path) as temporary:
         source = connect(candidates.path)
         copy = sqlite3.connect(temporary)
         try:

@@ -1,6 +1,6 @@
 """Known datasets, and the table of annotations that every format becomes. No torch.
 
-`load_dataset` takes a dataset's name, a folder or an annotation file, lets readers.py read it, finds the images, and
+`load_dataset` takes a dataset's name, a folder or an annotation file, lets dataset/readers.py read it, finds the images, and
 returns `Annotations`: id, image, case, domain, x, y, label, sorted by image.
 """
 
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-import readers
-from cli import UserError
+from common import UserError
+from dataset import readers
 
 PATCH = 224  # px
 NEAR = PATCH / 2  # two centres nearer than this lie in each other's patch
@@ -324,7 +324,9 @@ def _find(path):
     """(annotation file or folder, key of KNOWN or None) of what --data says."""
     text = str(path)
     if text == "demo" and not Path(text).exists():
-        return _annotation_file(demo_folder(), None), None
+        if not (root_folder() / "demo").is_dir():
+            raise UserError(f"{root_folder() / 'demo'}: the demo is not there; python -m demo.synthetic makes it")
+        return _annotation_file(root_folder() / "demo", None), None
     if text in KNOWN:
         folder = root_folder() / text
         if not folder.is_dir():
@@ -344,16 +346,6 @@ def _find(path):
 
 
 DOWNLOADABLE = ("ccmct", "midog2022", "midogpp")
-
-
-def demo_folder():
-    """Folder of the demo dataset, which is made where it is missing; said loudly."""
-    folder = root_folder() / "demo"
-    if not folder.is_dir() or not any(folder.glob("*.json")):
-        import demo
-        print(f"the synthetic demo dataset is made in {folder} (some seconds)", flush=True)
-        demo.build(folder)
-    return folder
 
 
 def _annotation_file(folder, known):

@@ -21,12 +21,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-import cli
-import runs
-import sampler
-import slides
-import store
-from cli import UserError
+import common
+from common import UserError
+from dataset import memmap, sampler, slides
 
 AT_ONCE = 64  # crops written together
 TISSUE_GREEN = 217  # of 255: both stains absorb green; glass does not
@@ -220,11 +217,11 @@ class Patches:
     def _open_store(self):
         """Open the store where it is there and fresh; returns what is wrong with one that is not."""
         try:
-            if store.files(self.store_path())[1].exists():  # the fingerprint looks at every image
-                self._crops = store.open_store(self.store_path(), self.store_fingerprint(), verify=False)
-        except store.Missing:
+            if memmap.files(self.store_path())[1].exists():  # the fingerprint looks at every image
+                self._crops = memmap.open_store(self.store_path(), self.store_fingerprint(), verify=False)
+        except memmap.Missing:
             pass
-        except (store.Stale, store.Damaged) as error:
+        except (memmap.Stale, memmap.Damaged) as error:
             return str(error)
 
     def _too_slow(self):
@@ -252,30 +249,30 @@ def build_store(patches, workers=2):
         raise UserError(f"{a.name}: ready-made patches need no store of crops")
     path, layout, fingerprint = patches.store_path(), patches.layout, patches.store_fingerprint()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with runs.exclusive(path.with_name(path.name + ".build")):  # a second process waits, and finds it done
+    with common.exclusive(path.with_name(path.name + ".build")):  # a second process waits, and finds it done
         try:
-            store.open_store(path, fingerprint)
+            memmap.open_store(path, fingerprint)
             print(f"{path}: there, fresh and whole", flush=True)
             return path
-        except store.Missing:
+        except memmap.Missing:
             pass
-        except (store.Stale, store.Damaged) as error:
+        except (memmap.Stale, memmap.Damaged) as error:
             print(f"{error}; building it anew", flush=True)
-            for file in store.files(path):
+            for file in memmap.files(path):
                 file.unlink(missing_ok=True)
         side, rows = layout["side"], len(layout["left"])
         shape = (rows, side, side, 3)
         print(f"crops of {a.name}: {len(a):,} annotated and {rows - len(a):,} random ones of {side} px out of "
               f"{len(patches.images):,} images; {rows * side * side * 3 / 1e9:.1f} GB in {path.parent}, where "
               f"{shutil.disk_usage(path.parent).free / 1e9:.1f} GB are free", flush=True)
-        with store.Writer(path, shape, np.uint8, fingerprint) as writer:
+        with memmap.Writer(path, shape, np.uint8, fingerprint) as writer:
             todo = writer.todo
         if 0 < len(todo) < rows:
             print(f"continuing: {rows - len(todo):,} of {rows:,} crops are there", flush=True)
         _fill_all(patches, path, shape, fingerprint, todo, workers)
-        with runs.atomic(path.with_name(path.name + ".csv")) as temporary:
+        with common.atomic(path.with_name(path.name + ".csv")) as temporary:
             _write_index(patches, temporary)
-        with store.Writer(path, shape, np.uint8, fingerprint) as writer:
+        with memmap.Writer(path, shape, np.uint8, fingerprint) as writer:
             writer.finish()
     return path
 
@@ -297,7 +294,7 @@ def _fill_all(patches, path, shape, fingerprint, todo, workers):
     order = np.argsort(image, kind="stable")
     tasks = np.split(todo[order], np.flatnonzero(np.diff(image[order])) + 1) if len(todo) else []
     workers = min(workers, len(tasks))
-    with cli.progress(total=len(todo), desc="crops", unit="crops") as bar:
+    with common.progress(total=len(todo), desc="crops", unit="crops") as bar:
         if workers <= 1 or multiprocessing.current_process().daemon:  # daemons may have no children
             broken = _fill(patches, path, shape, fingerprint, tasks, bar=bar)
         else:
@@ -311,7 +308,7 @@ def _fill_in_processes(patches, path, shape, fingerprint, tasks, workers, bar):
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("fork" if "fork" in methods else "spawn")
     processes, pipes, broken, killed = [], [], [], []
-    done = np.memmap(store.files(path)[2], np.uint8, "r")
+    done = np.memmap(memmap.files(path)[2], np.uint8, "r")
     before = reported = int(done.sum())
     try:
         for i in range(workers):
@@ -359,7 +356,7 @@ def _work(pipe, parent, *task):
 def _fill(patches, path, shape, fingerprint, tasks, parent=None, bar=None):
     """Write the rows of each task, which lie on one image; returns one line for each image that cannot be read."""
     layout, side, broken = patches.layout, patches.layout["side"], []
-    with store.Writer(path, shape, np.uint8, fingerprint, shared=True) as writer:
+    with memmap.Writer(path, shape, np.uint8, fingerprint, shared=True) as writer:
         for rows in tasks:
             image = patches.annotations.image_path(patches.images[layout["image"][rows[0]]])
             rows = rows[np.lexsort((layout["left"][rows], layout["top"][rows] // 512))]  # neighbours share tiles

@@ -6,11 +6,12 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-import metrics
-import runs
+from reporting import metrics
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+
+import common
 
 WIDTH = 3.4  # inches
 plt.rcParams.update({
@@ -33,7 +34,7 @@ def style(i):
 def save(figure, path):
     """Write path.png and path.svg whole; nothing in them depends on the time, so equal runs give equal files."""
     for suffix, extra in ((".png", {"dpi": 300}), (".svg", {"metadata": {"Date": None}})):
-        with runs.atomic(Path(f"{path}{suffix}")) as temporary:
+        with common.atomic(Path(f"{path}{suffix}")) as temporary:
             figure.savefig(temporary, format=suffix[1:], **extra)
     plt.close(figure)
     return Path(f"{path}.png").name
@@ -223,3 +224,23 @@ def detection(out, rows, threshold):
            title=f"ring: detector alone; star: p ≥ {threshold:.3g}")
     _legend(figure, *ax.get_legend_handles_labels(), columns=3)
     return save(figure, Path(out) / "detection")
+
+
+def curves(path):
+    """curves.png of the run's log.csv: losses and AUROC over pseudo-epochs."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    log = np.atleast_1d(np.genfromtxt(path / "log.csv", delimiter=",", names=True))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2.8), layout="constrained")
+    left.plot(log["epoch"], log["train_loss"], "-", color="0.6", label="training")
+    left.plot(log["epoch"], log["val_loss"], "-k", label="validation")
+    best = int(np.argmin(log["val_loss"]))
+    left.plot(log["epoch"][best], log["val_loss"][best], "ok", label="kept")
+    left.set(xlabel="pseudo-epoch", ylabel="binary cross-entropy")
+    left.legend(frameon=False)
+    right.plot(log["epoch"], log["val_auroc"], "-k")
+    right.set(xlabel="pseudo-epoch", ylabel="validation AUROC")
+    with common.atomic(path / "curves.png") as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+    plt.close(figure)

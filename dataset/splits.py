@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-import runs
-from annotations import KNOWN, NEAR, by_image, near_pairs
-from cli import UserError
+import common
+from common import UserError
+from dataset.annotations import KNOWN, NEAR, by_image, near_pairs
 
 TEST_SHARE = VAL_SHARE = 0.2
 
@@ -26,7 +26,7 @@ class Split:
     cases: dict = field(default_factory=dict)  # set → names of its cases
 
     def save(self, path):
-        runs.write_json(path, {
+        common.write_json(path, {
             "format": "mitosis-split", "version": 1, "dataset": self.dataset, "settings": self.settings,
             "pool": self.pool, "cases": self.cases,
             "ids": {"train": self.train, "val": self.val, "test": self.test}, "others": self.others})
@@ -209,7 +209,7 @@ def check_split(annotations, split):
 
 def load_split(path, annotations):
     """A split file for these annotations; UserError: another dataset, damaged, or a case on two sides."""
-    content = runs.read_json(path)
+    content = common.read_json(path)
     try:
         if content["format"] != "mitosis-split" or content["version"] != 1:
             raise UserError(f"{path}: not a split file of this version")

@@ -1,6 +1,6 @@
 """A synthetic H&E-like dataset in MIDOG's format, to try everything without a download. No torch.
 
-    python demo.py            data/demo: 40 TIFF images of 1024 px at 0.25 µm/px, five domains, and MIDOG.json
+    python -m demo.synthetic      data/demo: 40 TIFF images of 1024 px at 0.25 µm/px, five domains, and MIDOG.json
 
 Tissue is painted as concentrations of haematoxylin and eosin, and turned into colour by Beer and Lambert's law with
 the stain, the scanner, the sharpness and the noise of its domain. Mitotic figures and look-alikes get their darkness
@@ -19,9 +19,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-import cli
-import runs
-from cli import UserError
+import common
+from common import UserError
 
 SIZE = 1024            # px
 MPP = 0.25             # µm/px
@@ -29,7 +28,7 @@ IMAGES_PER_DOMAIN = 8
 MITOTIC_PER_IMAGE, LOOK_ALIKES_PER_IMAGE = 18, 22
 MITOTIC = ("prometaphase", "metaphase side", "metaphase end", "anaphase", "telophase")
 LOOK_ALIKE = ("pyknotic", "apoptotic", "hyperchromatic", "elongated", "pigment")
-# What measure() says of any nucleus, dividing or not: demo_encoder.py learns to see these, not the classes.
+# What measure() says of any nucleus, dividing or not: demo/pretrain.py learns to see these, not the classes.
 ATTRIBUTES = ("area", "length", "width", "density", "texture", "edge", "eosin", "pigment", "filled", "peaked", "hollow")
 
 
@@ -355,9 +354,9 @@ def build(folder, seed=None, images_per_domain=IMAGES_PER_DOMAIN):
     folder = Path(folder)
     annotations_file = folder / "MIDOG.json"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with runs.exclusive(folder.parent / f".{folder.name}.lock"):
+    with common.exclusive(folder.parent / f".{folder.name}.lock"):
         if annotations_file.exists():
-            if seed is not None and (have := runs.read_json(annotations_file)["info"].get("seed")) != seed:
+            if seed is not None and (have := common.read_json(annotations_file)["info"].get("seed")) != seed:
                 raise UserError(f"{folder}: holds the dataset of seed {have}, not {seed}; remove it or choose another "
                                 "--out")
             return annotations_file
@@ -370,9 +369,9 @@ def build(folder, seed=None, images_per_domain=IMAGES_PER_DOMAIN):
             jobs = [(str(temporary), i * images_per_domain + k + 1, f"{name}{k + 1:02d}.tiff", name, seed)
                     for i, name in enumerate(DOMAINS) for k in range(images_per_domain)]
             with ProcessPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-                made = list(cli.progress(pool.map(make_image, jobs), total=len(jobs), desc="demo dataset",
+                made = list(common.progress(pool.map(make_image, jobs), total=len(jobs), desc="demo dataset",
                                          unit="images"))
-            runs.write_json(temporary / "MIDOG.json", as_midog(made, seed))
+            common.write_json(temporary / "MIDOG.json", as_midog(made, seed))
             temporary.chmod(0o755)
             if folder.exists():
                 folder.rmdir()
@@ -410,11 +409,11 @@ def main():
     if args.seed is not None and args.seed < 0:
         raise UserError(f"--seed {args.seed}: 0 or more")
     path = build(args.out, args.seed)
-    content = runs.read_json(path)
+    content = common.read_json(path)
     mitotic = sum(a["category_id"] == 1 for a in content["annotations"])
     print(f"{path.parent}: {len(content['images'])} images, {mitotic} mitotic figures, "
           f"{len(content['annotations']) - mitotic} look-alikes (synthetic)")
 
 
 if __name__ == "__main__":
-    cli.command(main)
+    common.command(main)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from onnx_models import FAMILIES, classifier, patches, register, write_model
 
-import emit
 import models
+from onnx_model import graph
 
 VITS = [name for name in FAMILIES if name != "resnet50"]
 
@@ -137,7 +137,7 @@ def test_half_precision_survives_large_activations(family, tmp_path):
                 model.encoder.blocks[0].mlp.fc1.weight.mul_(3e4)
                 model.encoder.blocks[0].mlp.fc2.weight.mul_(3e-5 if family == "gelu" else 1e-9)
         expected = torch_numbers(model, images)[0]
-        with emit.activation_peaks(model.encoder) as peaks, torch.inference_mode():
+        with graph.activation_peaks(model.encoder) as peaks, torch.inference_mode():
             model(torch.from_numpy(images))
         assert max(peaks[0, "attn"], peaks[0, "mlp"], peaks[1, "attn"], peaks[1, "mlp"]) > 1e4
         write_model(tmp_path / "m.onnx", model, "fp16", peaks=peaks)
@@ -167,7 +167,7 @@ def test_bytes_survive_channels_that_stand_out(family, tmp_path):
                 block.mlp.fc1.bias[-7] += 1000  # of which GELU leaves as much
                 block.mlp.fc2.weight[:, -7] /= 1000
     expected = torch_numbers(model, images)[1]
-    with emit.activation_peaks(model.encoder) as peaks, torch.inference_mode():
+    with graph.activation_peaks(model.encoder) as peaks, torch.inference_mode():
         model(torch.from_numpy(patches(8, seed=1)))
     off = []
     for seen in (None, peaks):

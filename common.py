@@ -1,9 +1,17 @@
-"""What every command shares: errors of the user, progress, tables. No torch."""
+"""What every command shares: errors of the user, progress, tables, files that appear whole. No torch."""
 
+import contextlib
 import errno
+import json
 import os
+import re
 import sys
+import tempfile
 import time
+from pathlib import Path
+
+import filelock
+import numpy as np
 
 
 class UserError(Exception):
@@ -114,3 +122,78 @@ def table(rows, header, right=()):
         return "  ".join(cell.rjust(width) if i in right else cell.ljust(width)
                          for i, (cell, width) in enumerate(zip(cells, widths))).rstrip()
     return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
+
+
+# ---------------------------------------------------------------- files
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """Yield a temporary path beside `path`; on success it replaces `path` in one step, on an error it is removed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        # mkstemp makes private files; a result is as readable as any other file of the user's.
+        temporary.chmod(0o666 & ~_umask())
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        code = re.search(r"\(os error (\d+)\)$", str(error))
+        if code:  # a library in Rust (safetensors) wrote the file: what the system said stands in the text alone
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+        raise
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@contextlib.contextmanager
+def exclusive(path):
+    """Hold the lock file `path`, waiting for it; any end of the process releases it."""
+    with filelock.FileLock(path):
+        yield
+
+
+def write_text(path, text):
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, default=_plain) + "\n")
+
+
+def _plain(value):
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+
+
+def read_json(path):
+    """The content of a JSON file; UserError where it is missing or broken."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a readable JSON file ({error}); delete it or restore it") from None
+
+
+def file_name(text):
+    """`text` as the name of a file or folder: nothing in it leads elsewhere."""
+    return "".join(c if c.isalnum() or c in "-_.+" else "_" for c in str(text)).lstrip(".")

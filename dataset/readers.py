@@ -18,7 +18,7 @@ import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cli import UserError
+from common import UserError
 
 MAX_BYTES = 1 << 29  # of a JSON or CSV file, unpacked: MIDOG++ has 3 MB; Python needs ten times the file's size
 MAX_COORDINATE = 1e7  # px; the largest scans have some 4e5

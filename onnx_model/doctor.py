@@ -13,8 +13,8 @@ import numpy as np
 import onnxruntime
 from onnx import TensorProto, helper
 
-import classify
-import cli
+import common
+from onnx_model import session
 
 # What ONNX Runtime's CUDA provider links against; torch brings all of them but libcurand.
 LIBRARIES = {"12": ("libcudart.so.12", "libcublas.so.12", "libcublasLt.so.12", "libcufft.so.11", "libcurand.so.10",
@@ -50,7 +50,7 @@ def libraries():
     content = provider.read_bytes() if provider.stat().st_size < 1 << 30 else b""
     wanted = LIBRARIES["13" if b"libcublas.so.13" in content else "12"]
     if hasattr(onnxruntime, "preload_dlls"):
-        with classify.muted():
+        with session.muted():
             onnxruntime.preload_dlls()
     found = {}
     for name in wanted:
@@ -86,17 +86,17 @@ def expected(x):
 def try_device(path, device):
     """(works, text) of really running the tiny model on a device."""
     try:
-        session, _, note = classify.open_session(path, device)
+        opened, _, _ = session.open_session(path, device)
         x = np.random.default_rng(0).standard_normal((2, 4, 64)).astype(np.float32)
-        y, = session.run(None, {"x": x})
-    except cli.UserError as error:
+        y, = opened.run(None, {"x": x})
+    except common.UserError as error:
         text = str(error).removeprefix(f"--device {device}: ")
         return False, text.removesuffix(" (python export.py --doctor says which)")
     except Exception as error:  # a provider that loads and then fails has many ways to say so
         return False, str(error).split("\n")[0][:100]
     if not np.allclose(y, expected(x), atol=1e-3):
         return False, "runs, but its numbers are wrong"
-    return True, f"runs ({', '.join(session.get_providers())})"
+    return True, f"runs ({', '.join(opened.get_providers())})"
 
 
 def report():
@@ -121,7 +121,7 @@ def report():
     rows.append(("onnx", version("onnx")))
     import openslide
     rows.append(("openslide", f"{openslide.__library_version__}, python {version('openslide-python')}"))
-    if not devices and classify.nvidia_device():
+    if not devices and session.nvidia_device():
         devices = ["a device in /dev, but no driver that answers"]
     rows.append(("GPU", "; ".join(devices) or "none that nvidia-smi sees"))
     found = libraries()

@@ -22,9 +22,8 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-import cli
-import runs
-from cli import UserError
+import common
+from common import UserError
 
 CHUNK = 1 << 18
 TIMEOUT = 60  # s without a byte
@@ -39,7 +38,7 @@ def addresses(name):
         files = [f"{i:03d}.png" for i in range(1, 406)]
         files += ["MIDOG2022_training_png.json", "MIDOG2022_training_png.sqlite"]
         return {file: f"https://zenodo.org/records/6547151/files/{file}" for file in files}
-    table = runs.read_json(Path(__file__).with_name("addresses.json"))
+    table = common.read_json(Path(__file__).with_name("addresses.json"))
     if name not in table:
         raise UserError(f"--download {name}: {', '.join(sorted([*table, 'midog2022']))} can be fetched")
     return {file: table[name]["base"].format(id=id) for file, id in table[name]["files"].items()}
@@ -80,7 +79,7 @@ def fetch(name, folder, workers=4, only=None, files=None, pause=1.0):
             if known - have > free:
                 raise UserError(f"{folder}: {(known - have) / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; "
                                 "make room or set MITOSIS_ROOT to another disk")
-            bar = cli.progress(total=round(known / 1e6), desc=name, unit="MB")
+            bar = common.progress(total=round(known / 1e6), desc=name, unit="MB")
             jobs = {pool.submit(_fetch_one, url, folder / file, sizes[file], stop, pause, _Megabytes(bar)): file
                     for file, url in todo.items()}
             for job in as_completed(jobs):

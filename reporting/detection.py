@@ -10,12 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-import candidates as formats
-import cli
-import data
-import runs
-import slides
-from cli import UserError
+import common
+from common import UserError
+from dataset import candidates as formats
+from dataset import slides
+from dataset.annotations import by_image, near_pairs
 
 RADIUS = 7.5  # µm
 
@@ -27,7 +26,7 @@ def matched(x, y, score, figures_x, figures_y, radius):
     starts at it, and one that adds nothing never will. → (order [n], found [n] bool); cumulate `found` for the sizes.
     """
     order = np.argsort(-np.asarray(score, np.float64), kind="stable")
-    first, second = data.near_pairs(np.asarray(x, np.float64), np.asarray(y, np.float64),
+    first, second = near_pairs(np.asarray(x, np.float64), np.asarray(y, np.float64),
                                     np.asarray(figures_x, np.float64), np.asarray(figures_y, np.float64), radius)
     near = [[] for _ in order]
     for i, j in zip(first.tolist(), second.tolist()):
@@ -129,7 +128,7 @@ def images_of(found, probability, annotations, ids=None, mpp=None):
     def stem(name):
         return Path(str(name)).name.rsplit(".", 1)[0].lower()
     table, twice = {}, set()
-    for image, rows in data.by_image(annotations).items():
+    for image, rows in by_image(annotations).items():
         if stem(image) in table:
             twice.add(stem(image))
         table[stem(image)] = image, rows
@@ -206,17 +205,17 @@ def table(rows, threshold):
                      for key in ("precision", "recall", "f1")] +
                     [f"{stages['best']['f1']:.3f} @ {stages['best']['threshold']:.2f}"])
     header = ("domain", "images", "figures", "cand.", "P before", "R", "F1", "P after", "R", "F1", "best F1")
-    return cli.table(text, header, right=range(1, 11)), records
+    return common.table(text, header, right=range(1, 11)), records
 
 
 def write(out, rows, threshold):
     """detection.csv (by domain) and detection_curve.csv (all thresholds) into the folder `out`."""
     _, records = table(rows, threshold)
-    with runs.atomic(Path(out) / "detection.csv") as temporary, open(temporary, "w", newline="") as file:
+    with common.atomic(Path(out) / "detection.csv") as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, records[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(records)
-    with runs.atomic(Path(out) / "detection_curve.csv") as temporary, open(temporary, "w", newline="") as file:
+    with common.atomic(Path(out) / "detection_curve.csv") as temporary, open(temporary, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("domain", "threshold", "tp", "fp", "fn"))
         for domain, _, curve in rows:

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-import runs
-from cli import UserError
+import common
+from common import UserError
 
 BLOCK = 16 << 20  # bytes read at a time for the checksum
 
@@ -68,7 +68,7 @@ def _index(path):
     index_file = files(path)[1]
     if not index_file.exists():
         return None
-    index = runs.read_json(index_file)
+    index = common.read_json(index_file)
     if not isinstance(index, dict) or not {"shape", "dtype", "fingerprint", "complete"} <= set(index) or not (
             isinstance(index["fingerprint"], dict)):
         raise UserError(f"{index_file}: not the index of a store; delete it")
@@ -130,7 +130,7 @@ class Writer:
         array_file.parent.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.path.with_name(self.path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            with runs.exclusive(self.path.with_name(self.path.name + ".enter")):
+            with common.exclusive(self.path.with_name(self.path.name + ".enter")):
                 alone = self._take(fcntl.LOCK_EX)
                 if not alone and not (self.shared and self._take(fcntl.LOCK_SH)):
                     raise UserError(f"{self.path}: another process fills it; wait for it or stop it")
@@ -181,7 +181,7 @@ class Writer:
             file.write(self.header)
             file.truncate(len(self.header) + self.bytes)
         done_file.write_bytes(bytes(self.shape[0]))
-        runs.write_json(index_file, self.index)
+        common.write_json(index_file, self.index)
 
     @property
     def todo(self):
@@ -210,7 +210,7 @@ class Writer:
             if left:
                 raise ValueError(f"{left} rows are not written")
             array_file, index_file, done_file = files(self.path)
-            runs.write_json(index_file, {**self.index, "complete": True, "checksum": _checksum(array_file)})
+            common.write_json(index_file, {**self.index, "complete": True, "checksum": _checksum(array_file)})
             done_file.unlink(missing_ok=True)
 
     def _close(self):

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-import crops
-import data as datasets
-import figures
-import resample
-import runs
-from cli import UserError
+import common
+import flags as data_flags
+from common import UserError
+from dataset.annotations import KNOWN, root_folder
+from dataset.patches import Patches
+from reporting import bootstrap, figures
 
 METHODS = {"full": "end-to-end", "probe": "linear probe", "lora": "LoRA"}  # in the order of the paper's tables
 METRICS = {"balanced_accuracy": "balanced accuracy", "weighted_f1": "weighted F1", "auroc": "AUROC"}
@@ -78,7 +78,7 @@ def as_html(table):
 
 def write_csv(path, rows, header=None):
     """Rows (dicts) as CSV; None is an empty cell, numbers keep all digits."""
-    with runs.atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    with common.atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, header or list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -147,7 +147,7 @@ def in_order(found):
 
 def interval_name(cases):
     """The heading of a column of intervals; with few cases it says what such intervals held in simulations."""
-    few = resample.measured(min(cases, default=resample.FEW_CASES))
+    few = bootstrap.measured(min(cases, default=bootstrap.FEW_CASES))
     return "95% interval" + (f" (measured: {few:.0%})" if few else "")
 
 
@@ -173,7 +173,7 @@ def full_table(name, title, named, trust, paper):
     notes = ["Mean ± standard deviation over the repeats, threshold 0.5, best in bold. The interval is of the mean "
              f"over the repeats, by drawing the test set's {', '.join(map(str, cases)) or 'few'} cases anew; it holds "
              "the chance of the test set, not that of training."]
-    notes += [note for note in {resample.coverage_note(n) for n in cases} if note]
+    notes += [note for note in {bootstrap.coverage_note(n) for n in cases} if note]
     notes += missing({label: {run.fold for run in own} for label, own in named.items()}, folds, "repeats")
     if paper and "midog2022" in {run.data for own in named.values() for run in own}:
         notes.append("The paper's rows of linear probes and of ResNet50 are the same for CCMCT and MIDOG 2022: "
@@ -306,10 +306,10 @@ def trusted(named, replicates):
         repeats = [run.rows("test") for run in own]
         if any(not np.array_equal(rows[0], repeats[0][0]) for rows in repeats):
             continue  # collect() keeps one test set per section; a table by domain may still come here
-        parts, cases = resample.replicate([(label_, p, case) for _, label_, p, case, _ in repeats], replicates)
+        parts, cases = bootstrap.replicate([(label_, p, case) for _, label_, p, case, _ in repeats], replicates)
         if not np.isfinite(parts["auroc"][0]):
             continue  # a test set without one of the classes
-        found[label] = {"interval": resample.interval(*parts["auroc"][1:], cases), "cases": cases, "parts": parts,
+        found[label] = {"interval": bootstrap.interval(*parts["auroc"][1:], cases), "cases": cases, "parts": parts,
                         "ids": repeats[0][0], "folds": {run.fold for run in own}}
     return found
 
@@ -325,11 +325,11 @@ def paired_tests(trust):
                 a, b = trust[first], trust[second]
                 if not np.array_equal(a["ids"], b["ids"]):
                     continue
-                difference, between, p = resample.paired(a["parts"][metric], b["parts"][metric], a["cases"])
+                difference, between, p = bootstrap.paired(a["parts"][metric], b["parts"][metric], a["cases"])
                 own.append({"metric": metric, "first": first, "second": second, "difference": difference,
                             "low": between and between[0], "high": between and between[1], "p": p,
                             "cases": a["cases"], "repeats_first": len(a["folds"]), "repeats_second": len(b["folds"])})
-        for row, corrected in zip(own, resample.holm([row["p"] for row in own])):
+        for row, corrected in zip(own, bootstrap.holm([row["p"] for row in own])):
             row["p_holm"] = corrected
         rows += own
     return rows
@@ -353,8 +353,8 @@ def tests_table(name, title, tests, trust):
     notes = [f"Differences of the mean AUROC over the repeats; cases resampled in pairs. p after Holm is corrected for "
              f"all {pairs} pairs of models (tests.csv has them all, and the other metrics). Patches of a case are not "
              "independent: DeLong's test would be wrong here."]
-    if cases < resample.FEW_CASES:
-        notes.append(resample.coverage_note(cases) + "; read the p values with the same care.")
+    if cases < bootstrap.FEW_CASES:
+        notes.append(bootstrap.coverage_note(cases) + "; read the p values with the same care.")
     return Table(name, title, ["models", "difference", interval_name([cases]), "p", "p after Holm"], rows, notes)
 
 
@@ -368,14 +368,14 @@ def dataset_of(run, args):
     """(Annotations, flags) of a run's dataset as the run read it, or as the flags say; UserError where it is not here.
     """
     kept = {"data": run.data} | run.source
-    if run.data in datasets.KNOWN and os.path.isabs(str(kept["data"])) and not Path(kept["data"]).exists():
+    if run.data in KNOWN and os.path.isabs(str(kept["data"])) and not Path(kept["data"]).exists():
         kept["data"] = run.data  # trained on another machine: here it is found by its name
     if args.data:
         kept["images"] = None  # those of the other place
-    kept |= {name: getattr(args, name) for name in datasets.SOURCE if getattr(args, name, None)}
-    if kept["data"] == "demo" and not (datasets.root_folder() / "demo").is_dir():
-        raise UserError(f"the demo dataset is not in {datasets.root_folder()}")  # it would be made otherwise
-    annotations, flags = datasets.from_source(kept)
+    kept |= {name: getattr(args, name) for name in data_flags.SOURCE if getattr(args, name, None)}
+    if kept["data"] == "demo" and not (root_folder() / "demo").is_dir():
+        raise UserError(f"the demo dataset is not in {root_folder()}")  # it would be made otherwise
+    annotations, flags = data_flags.from_source(kept)
     if annotations.fingerprint() != run.fingerprint:
         raise UserError(f"{annotations.source} holds other annotations than the runs were made with")
     return annotations, flags
@@ -392,12 +392,12 @@ def gallery(path, found, args):
     try:
         annotations, flags = dataset_of(own[0], args)
         rows = annotations.rows(ids)
-        patches = crops.Patches(annotations, fit=own[0].flags.get("fit") or "resize", mpp=own[0].flags.get("mpp"),
+        patches = Patches(annotations, fit=own[0].flags.get("fit") or "resize", mpp=own[0].flags.get("mpp"),
                                 source_mpp=flags.source_mpp)
         image = draw_errors(patches, rows, ids, y, p, domain)
     except (UserError, OSError) as error:
         return None, f"no gallery of errors for {name}: {error}"
-    with runs.atomic(path) as temporary:
+    with common.atomic(path) as temporary:
         image.save(temporary, format="PNG")
     return (f"{name}: the most confident errors of {label} on the test set, mean over {len(own)} repeats, by domain. "
             "Left: look-alikes called mitotic figures; right: mitotic figures missed. p: probability of a mitotic "
@@ -449,7 +449,7 @@ def write(found, problems, rows, args):
                                "model on real tissue."))
         for by, seed in sorted({(run.by, run.flags.get("seed") or 0) for run in here}, key=_main_first):
             own = [run for run in here if (run.by, run.flags.get("seed") or 0) == (by, seed)]
-            name = runs.file_name(data + (f"_by_{by}" if by != "case" else "") + (f"_seed{seed}" if seed else ""))
+            name = common.file_name(data + (f"_by_{by}" if by != "case" else "") + (f"_seed{seed}" if seed else ""))
             where = f"{data}, split by {by}" + (f", seed {seed}" if seed else "")
             if by == "annotation":
                 where += " (leaks: patches of the test slides were trained on)"
@@ -460,14 +460,14 @@ def write(found, problems, rows, args):
                 cross_section(parts, out, name, where, crossed, paper)
         compared = leak_rows(here)
         if compared:
-            parts.append(Table(f"leak_{runs.file_name(data)}",
+            parts.append(Table(f"leak_{common.file_name(data)}",
                                f"What the leak is worth: AUROC on {data} by case and by annotation",
                                ["model", "by case", "by annotation", "difference"],
                                [[label, mean_sd(both["case"]), mean_sd(both["annotation"]), f"{b - a:+.3f}"]
                                 for label, a, b, both in compared],
                                ["By annotation, as the paper's published code draws, patches of one slide are in "
                                 "training and in test. The test sets differ, so part of the difference is chance."]))
-            parts.append(("figure", figures.leak(out / f"leak_{runs.file_name(data)}", [row[:3] for row in compared]),
+            parts.append(("figure", figures.leak(out / f"leak_{common.file_name(data)}", [row[:3] for row in compared]),
                           f"{data}: AUROC with cases kept apart (filled) and with the leak (hollow)."))
     if tests:
         write_csv(out / "tests.csv", tests)
@@ -475,9 +475,9 @@ def write(found, problems, rows, args):
         (out / "tests.csv").unlink(missing_ok=True)
     for part in parts:
         if isinstance(part, Table):
-            runs.write_text(out / f"{part.name}.md", markdown(part))
-            runs.write_text(out / f"{part.name}.tex", latex(part))
-    runs.write_text(out / "index.html", page(parts, problems, len(found), out))
+            common.write_text(out / f"{part.name}.md", markdown(part))
+            common.write_text(out / f"{part.name}.tex", latex(part))
+    common.write_text(out / "index.html", page(parts, problems, len(found), out))
     return out / "index.html"
 
 
@@ -556,7 +556,7 @@ def cross_section(parts, out, name, where, found, paper):
 
 def legend(data, domains):
     """What the short names of the domains stand for, as a sentence; "" where they say it themselves."""
-    known = datasets.KNOWN[data].domains if data in datasets.KNOWN else {}
+    known = KNOWN[data].domains if data in KNOWN else {}
     said = {short: name if short != name else known[name][2] if name in known else ""
             for name, short in figures.short_names(domains).items()}
     said = [f"{short}: {text}" for short, text in sorted(said.items()) if text]

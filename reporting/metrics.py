@@ -7,7 +7,7 @@ AUROC and balanced accuracy of a summary need both classes, average precision an
 
 import numpy as np
 
-from cli import UserError
+from common import UserError
 
 ECE_BINS = 15
 

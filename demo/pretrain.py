@@ -1,6 +1,6 @@
-"""Pretraining of the demo's small encoder (demo_encoder.safetensors, shipped with the repository).
+"""Pretraining of the demo's small encoder (demo/encoder.safetensors, shipped with the repository).
 
-    python demo_encoder.py          writes demo_encoder.safetensors anew: about 25 minutes on 2 cores
+    python -m demo.pretrain         writes demo/encoder.safetensors anew: about 25 minutes on 2 cores
 
 A ViT of the same code as the real encoders learns on synthetic tissue of other seeds than the demo's. Its class token
 learns what the nucleus in the middle of a patch looks like (area, axes, density, texture, raggedness of the edge, …)
@@ -22,16 +22,15 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import augment
-import cli
-import demo
+import common
 import models
-import runs
+from demo import synthetic
 
 SEED = 20_000  # far from the seeds that a demo dataset is made with
 CENTRE, OTHERS = 6, 28  # patch tokens that are kept while training: 6 × 6 in the middle, and a few elsewhere
 CELL = 4  # px: side of the squares that the patch tokens say the stains of
 JITTER = 0.2
-DENSE = demo.MITOTIC_PER_IMAGE + demo.LOOK_ALIKES_PER_IMAGE  # the last nuclei of an image, few and dense
+DENSE = synthetic.MITOTIC_PER_IMAGE + synthetic.LOOK_ALIKES_PER_IMAGE  # the last nuclei of an image, few and dense
 
 
 def paint(number):
@@ -40,16 +39,16 @@ def paint(number):
     (pixels uint8 [S, S, 3], stains float16 [S / CELL, S / CELL, 3], places [n, 2], targets [n, T])
     """
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([SEED, number])))
-    a, b = (demo.DOMAINS[name] for name in rng.choice(list(demo.DOMAINS), 2, replace=False))
+    a, b = (synthetic.DOMAINS[name] for name in rng.choice(list(synthetic.DOMAINS), 2, replace=False))
     t = rng.random()
 
     def between(name):
         first, second = (np.array(getattr(domain, name)) for domain in (a, b))
         mixed = first * t + second * (1 - t)
         return tuple(mixed) if mixed.ndim else float(mixed)
-    pixels, tissue = demo.paint(rng, demo.Domain(*(between(f.name) for f in fields(a))))
+    pixels, tissue = synthetic.paint(rng, synthetic.Domain(*(between(f.name) for f in fields(a))))
     stains = np.stack([tissue.H, tissue.E, tissue.P], axis=-1) * tissue.gap[..., None]
-    side = demo.SIZE // CELL
+    side = synthetic.SIZE // CELL
     stains = stains.reshape(side, CELL, side, CELL, 3).mean((1, 3)).astype(np.float16)
     places = np.array([(x, y) for x, y, _ in tissue.nuclei], np.float32)
     own = np.stack([attributes for _, _, attributes in tissue.nuclei])
@@ -116,14 +115,14 @@ def some_tokens(encoder, images, generator):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default=str(Path(__file__).parent / "demo_encoder.safetensors"), metavar="PATH")
+    parser.add_argument("--out", default=str(Path(__file__).parent / "encoder.safetensors"), metavar="PATH")
     parser.add_argument("--images", type=int, default=150, help="images that are painted (default: 150)")
     parser.add_argument("--steps", type=int, default=1200, help="steps of 64 patches (default: 1200)")
     args = parser.parse_args()
     torch.manual_seed(SEED)
 
     with ProcessPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        painted = list(cli.progress(pool.map(paint, range(args.images)), total=args.images, desc="painting",
+        painted = list(common.progress(pool.map(paint, range(args.images)), total=args.images, desc="painting",
                                     unit="images"))
     index = np.cumsum([0] + [len(places) for _, _, places, _ in painted])
     targets = np.concatenate([t for *_, t in painted])
@@ -144,7 +143,7 @@ def main():
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, total_steps=args.steps, pct_start=0.1)
     rng, generator = np.random.default_rng(SEED), torch.Generator().manual_seed(SEED)
     recent, start = [], time.time()
-    with cli.progress(total=args.steps, desc="pretraining", unit="steps") as bar:
+    with common.progress(total=args.steps, desc="pretraining", unit="steps") as bar:
         for _ in range(args.steps):
             images, stains, wanted = batch_of(painted, index, targets, rng, 64)
             images = recolour(images.to(device).permute(0, 3, 1, 2).float() / 255, rng)
@@ -164,13 +163,13 @@ def main():
             bar.set_postfix_str(f"unexplained: nuclei {left[0]:.3f}, stains {left[1]:.3f}", refresh=False)
             bar.update()
     state = {name: tensor.detach().half().contiguous().cpu() for name, tensor in encoder.state_dict().items()}
-    with runs.atomic(args.out) as temporary:
+    with common.atomic(args.out) as temporary:
         save_file(state, temporary, metadata={
-            "licence": "MIT", "made by": f"demo_encoder.py --images {args.images} --steps {args.steps}",
+            "licence": "MIT", "made by": f"demo/pretrain.py --images {args.images} --steps {args.steps}",
             "unexplained variance": f"nuclei {left[0]:.3f}, stains {left[1]:.3f}"})
     print(f"{args.out}: unexplained variance of nuclei {left[0]:.3f}, of stains {left[1]:.3f}; "
           f"{time.time() - start:.0f} s")
 
 
 if __name__ == "__main__":
-    cli.command(main)
+    common.command(main)

@@ -1,6 +1,6 @@
 """Does an exported model give torch's numbers? On every provider that runs here, for several batch sizes. No torch.
 
-    python parity.py MODEL.onnx FOLDER      what export.py runs, in a process of its own, so that the memory of torch's
+    python -m onnx_model.parity MODEL.onnx FOLDER      what export.py runs, in a process of its own, so that the memory of torch's
                                             model is free by then; prints the report as JSON
 
 FOLDER holds patches.npy (uint8 [n, 224, 224, 3]), probability.npy (torch's, in float32, with adapters unmerged) and
@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-import classify
-import cli
-import evaluate
+import common
+from onnx_model import session
+from reporting.metrics import auroc
 
 BATCHES = {1: 4, 2: 8, 7: 14, 64: None}  # batch size → patches that it is tried on; None: all
 WANTED = {"fp32": "largest |Δp| ≤ 1e-5", "fp16": "largest |Δp| ≤ 5e-3", "int8": "AUROC not lower by more than 0.005"}
@@ -35,7 +35,7 @@ def measure(classifier, patches, probability, labels, threshold):
         difference = np.abs(got.astype(np.float64) - expected)
         change = None
         if count is None and len(set(labels[known].tolist())) == 2:
-            change = float(evaluate.auroc(labels[known], got[known]) - evaluate.auroc(labels[known], expected[known]))
+            change = float(auroc(labels[known], got[known]) - auroc(labels[known], expected[known]))
         rows.append({"provider": classifier.session.get_providers()[0], "batch": batch, "patches": n,
                      "largest": float(difference.max()) if np.isfinite(got).all() else float("inf"),
                      "mean": float(difference.mean()) if np.isfinite(got).all() else float("inf"),
@@ -80,7 +80,7 @@ def main():
         patches, probability, labels = patches[:2], probability[:2], labels[:2]
     rows = []
     for device in ("cpu",) if args.quick else ("cpu", "auto"):
-        classifier = classify.Classifier(args.model, device, batch_size=max(BATCHES), warm_up=False)
+        classifier = session.Classifier(args.model, device, batch_size=max(BATCHES), warm_up=False)
         if rows and classifier.device == "cpu":
             continue
         rows += measure(classifier, patches, probability, labels, classifier.threshold)
@@ -89,4 +89,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.command(main)
+    common.command(main)

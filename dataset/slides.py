@@ -14,7 +14,7 @@ import numpy as np
 import openslide
 from PIL import Image
 
-from cli import UserError
+from common import UserError
 
 OPEN_SLIDES = 8             # handles kept open per process
 DECODED_BYTES = 1 << 30     # of decoded images kept per process; the newest is kept whatever its size
