@@ -1,12 +1,13 @@
-"""Augmentation of training patches: batched, on the device, the parameters of each sample from a key of its own.
+"""Augmentation of training patches: batched, on the device, the parameters of each sample from a
+key of its own.
 
     python augment.py --data D --gallery out.png      augmented samples of each class and domain
 
-The paper's operations (its published code gives the probabilities): rotation by any angle (p 0.5), flips (p 0.5 each),
-colour jitter of brightness, contrast, saturation and hue by 0.1 in random order (p 0.5), Gaussian blur of 5 px, sigma
-0.1 to 1 (p 0.1). A patch is rotated within a larger crop, so that no corner is black; `--stain-jitter` adds jitter of
-the stains in optical density (Tellez et al. 2018).
-"""
+The paper's operations (its published code gives the probabilities): rotation by any angle (p 0.5),
+flips (p 0.5 each), colour jitter of brightness, contrast, saturation and hue by 0.1 in random order
+(p 0.5), Gaussian blur of 5 px, sigma 0.1 to 1 (p 0.1). A patch is rotated within a larger crop, so
+that no corner is black; `--stain-jitter` adds jitter of the stains in optical density (Tellez et
+al. 2018)."""
 
 import argparse
 import math
@@ -20,9 +21,10 @@ import flags
 from common import UserError
 from dataset.patches import Patches
 
-# Share of the samples that each operation changes, in the order of the random numbers that decide on it.
+# Share of the samples that each operation changes, in the order of the random numbers that decide
+# on it.
 PROBABILITY = {"rotate": 0.5, "hflip": 0.5, "vflip": 0.5, "jitter": 0.5, "blur": 0.1, "stain": 0.5}
-JITTER = 0.1            # brightness, contrast, saturation: 1 ± JITTER; hue: ± JITTER turns
+JITTER = 0.1  # brightness, contrast, saturation: 1 ± JITTER; hue: ± JITTER turns
 BLUR, SIGMA = 5, (0.1, 1.0)  # px
 GREY = (0.2989, 0.587, 0.114)  # ITU-R 601, as torchvision rounds it
 # Absorbance of haematoxylin, eosin and DAB (Ruifrok and Johnston 2001), rows of length one.
@@ -31,11 +33,14 @@ HED = HED / np.linalg.norm(HED, axis=1, keepdims=True)
 
 
 def margin(size=224):
-    """Side (px) of the crop to read for a training patch of `size`: its corners stay inside at any angle."""
+    """Side (px) of the crop to read for a training patch of `size`: its corners stay inside at any
+    angle.
+    """
     return math.ceil(size * math.sqrt(2) / 32) * 32
 
 
 # ---------------------------------------------------------------- parameters
+
 
 def _mix(x):
     """Finaliser of splitmix64 (Steele et al. 2014) on a uint64 array."""
@@ -47,17 +52,22 @@ def _mix(x):
 def uniform(seed, step, samples, n):
     """Random numbers [B, n] in [0, 1), those of a sample a pure function of (seed, step, sample)."""
     with np.errstate(over="ignore"):
-        key = _mix(np.asarray(samples).astype(np.uint64) + _mix(np.uint64(step) + _mix(np.array(seed, np.uint64))))
-        words = _mix(key[:, None] + np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+        key = _mix(
+            np.asarray(samples).astype(np.uint64)
+            + _mix(np.uint64(step) + _mix(np.array(seed, np.uint64)))
+        )
+        words = _mix(
+            key[:, None] + np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        )
     return (words >> np.uint64(11)).astype(np.float64) / 2**53
 
 
 def parameters(seed, step, samples, stain=0.0):
     """What happens to each sample: dict of arrays [B] (`order` [B, 4], `stains` [B, 3, 2]).
 
-    Booleans rotate, hflip, vflip, jitter, blur, stain; angle (degrees), brightness, contrast, saturation (factors),
-    hue (turns), sigma (px), order of the four colour operations, factor and shift of each stain.
-    """
+    Booleans rotate, hflip, vflip, jitter, blur, stain; angle (degrees), brightness, contrast,
+    saturation (factors), hue (turns), sigma (px), order of the four colour operations, factor and
+    shift of each stain."""
     u = uniform(seed, step, samples, 24)
     out = {name: u[:, i] < p for i, (name, p) in enumerate(PROBABILITY.items())}
     out["stain"] &= stain > 0
@@ -73,6 +83,7 @@ def parameters(seed, step, samples, stain=0.0):
 
 
 # ---------------------------------------------------------------- operations, images float [B, 3, S, S] in [0, 1]
+
 
 def _column(values, like):
     return torch.as_tensor(values, dtype=like.dtype, device=like.device).view(-1, 1, 1, 1)
@@ -101,26 +112,38 @@ def hue(x, turns):
     value, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     chroma = value - low
     r, g, b = x.split(1, dim=1)
-    sixth = torch.where(value == r, g - b, torch.where(value == g, (b - r).add_(chroma, alpha=2),
-                                                       (r - g).add_(chroma, alpha=4)))
+    sixth = torch.where(
+        value == r,
+        g - b,
+        torch.where(value == g, (b - r).add_(chroma, alpha=2), (r - g).add_(chroma, alpha=4)),
+    )
     sixth.div_(torch.where(chroma == 0, 1, chroma)).add_(6 * turns)  # 6 h
-    # Each channel of a hue h: value - chroma * clip(2 - |k - 2|, 0, 1), k = (n + 6 h) mod 6, n = 5, 3, 1; with
-    # d = n + 6 h - 2, which lies between -4 and 10, the modulo is ||d - 3| - 3| in the place of |d|.
+    # Each channel of a hue h: value - chroma * clip(2 - |k - 2|, 0, 1), k = (n + 6 h) mod 6, n = 5,
+    # 3, 1; with d = n + 6 h - 2, which lies between -4 and 10, the modulo is ||d - 3| - 3| in the
+    # place of |d|.
     d = torch.tensor([0.0, -2.0, -4.0], device=x.device).view(1, 3, 1, 1) + sixth  # d - 3
     d.abs_().sub_(3).abs_().clamp_(1, 2)
     return torch.addcmul(value.sub_(chroma, alpha=2), chroma, d)
 
 
-COLOUR = ((brightness, "brightness"), (contrast, "contrast"), (saturation, "saturation"), (hue, "hue"))
+COLOUR = (
+    (brightness, "brightness"),
+    (contrast, "contrast"),
+    (saturation, "saturation"),
+    (hue, "hue"),
+)
 
 
 def blur(x, sigma):
     """Gaussian blur with a kernel of BLUR px, reflected at the border; sigma [n] px."""
     half = BLUR // 2
     t = torch.arange(BLUR, dtype=torch.float32, device=x.device) - half
-    kernel = torch.exp(-0.5 * (t / torch.as_tensor(sigma, dtype=torch.float32, device=x.device)[:, None]) ** 2)
+    kernel = torch.exp(
+        -0.5 * (t / torch.as_tensor(sigma, dtype=torch.float32, device=x.device)[:, None]) ** 2
+    )
     kernel = (kernel / kernel.sum(1, keepdim=True))[:, :, None, None, None]  # [n, BLUR, 1, 1, 1]
-    # Shifted sums, not a convolution: cuDNN would compute that in TF32, and a GPU's images would not be a CPU's.
+    # Shifted sums, not a convolution: cuDNN would compute that in TF32, and a GPU's images would
+    # not be a CPU's.
     for axis in (3, 2):
         length = x.shape[axis]
         padded = F.pad(x, (half, half, 0, 0) if axis == 3 else (0, 0, half, half), mode="reflect")
@@ -131,13 +154,17 @@ def blur(x, sigma):
 
 
 def rotated(x, angle, size):
-    """The middle `size` px of x [n, 3, S, S] turned by `angle` [n] degrees counter-clockwise, bilinear."""
+    """The middle `size` px of x [n, 3, S, S] turned by `angle` [n] degrees counter-clockwise,
+    bilinear.
+    """
     if x.shape[-1] < margin(size):  # a ready-made patch has no margin: reflect it
         before = (margin(size) - x.shape[-1]) // 2
         x = F.pad(x, (before, margin(size) - x.shape[-1] - before) * 2, mode="reflect")
     radians = torch.deg2rad(torch.as_tensor(angle, dtype=torch.float32, device=x.device))
     cos, sin = (f(radians)[:, None] * (size / x.shape[-1]) for f in (torch.cos, torch.sin))
-    t = (torch.arange(size, device=x.device) * 2 + 1) / size - 1  # centres of the pixels, as F.affine_grid has them
+    t = (
+        torch.arange(size, device=x.device) * 2 + 1
+    ) / size - 1  # centres of the pixels, as F.affine_grid has them
     grid = torch.empty(len(x), size, size, 2, device=x.device)
     torch.sub((cos * t)[:, None, :], (sin * t)[:, :, None], out=grid[..., 0])
     torch.add((sin * t)[:, None, :], (cos * t)[:, :, None], out=grid[..., 1])
@@ -145,19 +172,26 @@ def rotated(x, angle, size):
 
 
 def stain_jitter(x, stains):
-    """Scale and shift haematoxylin, eosin and the rest: stains [n, 3, 2] (factor, shift), in optical density."""
-    to_rgb, to_stains, stains = (torch.as_tensor(values, dtype=torch.float32, device=x.device)
-                                 for values in (HED, np.linalg.inv(HED), stains))
+    """Scale and shift haematoxylin, eosin and the rest: stains [n, 3, 2] (factor, shift), in
+    optical density.
+    """
+    to_rgb, to_stains, stains = (
+        torch.as_tensor(values, dtype=torch.float32, device=x.device)
+        for values in (HED, np.linalg.inv(HED), stains)
+    )
     density = -torch.log(x.clamp(min=1 / 255)).movedim(1, -1)  # [n, S, S, 3]
     amounts = (density @ to_stains) * stains[:, None, None, :, 0] + stains[:, None, None, :, 1]
     return torch.exp(-(amounts @ to_rgb)).clamp_(0, 1).movedim(-1, 1)
 
 
 def augment(images, keys, size=224, stain=0.0):
-    """Augmented patches float32 [B, 3, size, size] in [0, 1] of crops uint8 [B, S, S, 3], S ≥ size, on their device.
+    """Augmented patches float32 [B, 3, size, size] in [0, 1] of crops uint8 [B, S, S, 3], S ≥ size,
+    on their device.
 
-    keys    (seed, step, samples): numbers that everything random is a function of, `samples` [B] one per sample, so
-            that a sample's augmentation does not depend on its batch, on the device or on the number of processes
+    keys    (seed, step, samples): numbers that everything random is a function of, `samples` [B]
+            one per sample, so
+            that a sample's augmentation does not depend on its batch, on the device or on the
+            number of processes
     stain   half width of the stain jitter; 0: none (the paper's)
     """
     p = parameters(*keys, stain)
@@ -165,15 +199,19 @@ def augment(images, keys, size=224, stain=0.0):
     if S < size:
         raise ValueError(f"crops of {S} px are smaller than the patches of {size} px")
     start = (S - size) // 2
-    x = images[:, start:start + size, start:start + size].permute(0, 3, 1, 2).float().div_(255)
+    x = images[:, start : start + size, start : start + size].permute(0, 3, 1, 2).float().div_(255)
     x = x.contiguous()
 
-    # index_select and index_copy_ move whole images: several times as fast as x[rows] and x[rows] = … on the CPU.
+    # index_select and index_copy_ move whole images: several times as fast as x[rows] and x[rows] =
+    # … on the CPU.
     def change(chosen, operation, *names):
         """x[chosen] = operation(x[chosen], the parameters of these samples)."""
         if chosen.any():
             rows = torch.from_numpy(np.flatnonzero(chosen)).to(x.device)
-            x.index_copy_(0, rows, operation(x.index_select(0, rows), *(p[name][chosen] for name in names)))
+            x.index_copy_(
+                0, rows, operation(x.index_select(0, rows), *(p[name][chosen] for name in names))
+            )
+
     if p["rotate"].any():
         rows = torch.from_numpy(np.flatnonzero(p["rotate"])).to(x.device)
         # Contiguous, because channels that lie beside each other are sampled half as fast.
@@ -184,23 +222,30 @@ def augment(images, keys, size=224, stain=0.0):
     change(p["stain"], stain_jitter, "stains")
     for place in range(4):
         for number, (operation, name) in enumerate(COLOUR):
-            change(p["jitter"] & (p["order"][:, place] == number),
-                   lambda x, value, operation=operation: operation(x, _column(value, x)), name)
+            change(
+                p["jitter"] & (p["order"][:, place] == number),
+                lambda x, value, operation=operation: operation(x, _column(value, x)),
+                name,
+            )
     change(p["blur"], blur, "sigma")
     return x
 
 
 # ---------------------------------------------------------------- the gallery
 
+
 def gallery(annotations, patches, path, seed=0, columns=8, stain=0.0):
     """One row per domain and class: a patch as it is, then augmented samples of it."""
     from PIL import Image, ImageDraw
+
     picked = []
     for domain in np.unique(annotations.domain):
         for label in (1, 0):
             rows = np.flatnonzero((annotations.domain == domain) & (annotations.label == label))
             if len(rows):
-                picked.append((domain, label, rows[int(uniform(seed, 0, [len(picked)], 1)[0, 0] * len(rows))]))
+                picked.append(
+                    (domain, label, rows[int(uniform(seed, 0, [len(picked)], 1)[0, 0] * len(rows))])
+                )
     size, side, left = 224, 112, 150
     sheet = Image.new("RGB", (left + columns * (side + 4), 22 + len(picked) * (side + 4)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -208,28 +253,45 @@ def gallery(annotations, patches, path, seed=0, columns=8, stain=0.0):
     draw.text((left + side + 4, 5), "augmented", fill="black")
     for line, (domain, label, row) in enumerate(picked):
         large = patches.read([row], margin(size))
-        views = augment(torch.from_numpy(np.repeat(large, columns - 1, 0)), (seed, line, range(columns - 1)), size,
-                        stain)
+        views = augment(
+            torch.from_numpy(np.repeat(large, columns - 1, 0)),
+            (seed, line, range(columns - 1)),
+            size,
+            stain,
+        )
         start = (margin(size) - size) // 2
-        views = [large[0, start:start + size, start:start + size],
-                 *(views.movedim(1, -1) * 255 + 0.5).to(torch.uint8).numpy()]
+        views = [
+            large[0, start : start + size, start : start + size],
+            *(views.movedim(1, -1) * 255 + 0.5).to(torch.uint8).numpy(),
+        ]
         top = 22 + line * (side + 4)
         draw.text((6, top + 40), f"{domain}"[:22] or "–", fill="black")
         draw.text((6, top + 56), "mitotic figure" if label else "look-alike", fill="black")
         for column, view in enumerate(views):
-            sheet.paste(Image.fromarray(view).resize((side, side), Image.Resampling.BOX),
-                        (left + column * (side + 4), top))
+            sheet.paste(
+                Image.fromarray(view).resize((side, side), Image.Resampling.BOX),
+                (left + column * (side + 4), top),
+            )
     with common.atomic(path) as temporary:
         sheet.save(temporary, format="PNG")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     flags.add_arguments(parser)
     parser.add_argument("--gallery", required=True, metavar="PNG", help="picture to write")
-    parser.add_argument("--stain-jitter", type=float, default=0.0, metavar="S", help="stain jitter, e.g. 0.05 "
-                        "(default: 0, none)")
-    parser.add_argument("--seed", type=int, default=0, help="other patches, other augmentations (default: 0)")
+    parser.add_argument(
+        "--stain-jitter",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="stain jitter, e.g. 0.05 (default: 0, none)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="other patches, other augmentations (default: 0)"
+    )
     args = parser.parse_args()
     if not 0 <= args.stain_jitter < 1:
         raise UserError(f"--stain-jitter {args.stain_jitter}: a number in [0, 1)")

@@ -1,4 +1,6 @@
-"""What every command shares: errors of the user, progress, tables, files that appear whole. No torch."""
+"""What every command shares: errors of the user, progress, tables, files that appear whole. No
+torch.
+"""
 
 import contextlib
 import errno
@@ -15,11 +17,15 @@ import numpy as np
 
 
 class UserError(Exception):
-    """A mistake of the user, or bad input: one line that says what is wrong and what to do. Exit status 2."""
+    """A mistake of the user, or bad input: one line that says what is wrong and what to do. Exit
+    status 2.
+    """
 
 
 def command(main):
-    """Run `main()` as a command line program: users' mistakes end with one line on stderr, never a traceback."""
+    """Run `main()` as a command line program: users' mistakes end with one line on stderr, never a
+    traceback.
+    """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without µ or ± shows a question mark
@@ -30,8 +36,11 @@ def command(main):
     except UserError as error:
         fail(str(error))
     except KeyboardInterrupt:
-        print("stopped; what was finished is kept, the same command with --resume (where it has one) continues",
-              file=sys.stderr)
+        print(
+            "stopped; what was finished is kept, the same command with --resume (where it has "
+            "one) continues",
+            file=sys.stderr,
+        )
         sys.exit(130)
     except BrokenPipeError:  # `... | head`: the reader went away, which is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -43,15 +52,23 @@ def command(main):
             raise
         fail("out of GPU memory: use a smaller --batch-size")
     except OSError as error:
-        # Only what the user can mend is shortened to a line; any other OSError is a bug and keeps its traceback.
-        advice = {errno.ENOSPC: "the disk is full: make room, then run the same command again",
-                  errno.EDQUOT: "the disk quota is used up: make room, then run the same command again",
-                  errno.EACCES: "no permission", errno.EPERM: "no permission", errno.EROFS: "read-only file system",
-                  errno.ENOENT: "no such file or folder", errno.EISDIR: "this is a folder, a file is needed",
-                  errno.ENOTDIR: "this is a file, a folder is needed",
-                  errno.EEXIST: "is there already, and is no folder", errno.EBUSY: "in use by the system",
-                  errno.ENAMETOOLONG: "too long a name", errno.EIO: "the disk cannot be read or written",
-                  errno.ESTALE: "the network drive has lost this file: try again"}.get(error.errno)
+        # Only what the user can mend is shortened to a line; any other OSError is a bug and keeps
+        # its traceback.
+        advice = {
+            errno.ENOSPC: "the disk is full: make room, then run the same command again",
+            errno.EDQUOT: "the disk quota is used up: make room, then run the same command again",
+            errno.EACCES: "no permission",
+            errno.EPERM: "no permission",
+            errno.EROFS: "read-only file system",
+            errno.ENOENT: "no such file or folder",
+            errno.EISDIR: "this is a folder, a file is needed",
+            errno.ENOTDIR: "this is a file, a folder is needed",
+            errno.EEXIST: "is there already, and is no folder",
+            errno.EBUSY: "in use by the system",
+            errno.ENAMETOOLONG: "too long a name",
+            errno.EIO: "the disk cannot be read or written",
+            errno.ESTALE: "the network drive has lost this file: try again",
+        }.get(error.errno)
         if advice is None:
             raise
         fail(f"{error.filename}: {advice}" if error.filename else advice)
@@ -63,7 +80,8 @@ def fail(message):
 
 
 def progress(items=None, total=None, desc="", unit="it"):
-    """A progress bar over `items` (or, without items, an object with .update(n), .set_postfix_str(s) and .close()).
+    """A progress bar over `items` (or, without items, an object with .update(n),
+    .set_postfix_str(s) and .close()).
 
     On a terminal it is tqdm's bar; elsewhere (log files, CI) a plain line every ten seconds.
     """
@@ -71,6 +89,7 @@ def progress(items=None, total=None, desc="", unit="it"):
         total = len(items)
     if sys.stderr.isatty():
         from tqdm import tqdm
+
         return tqdm(items, total=total, desc=desc, unit=unit, dynamic_ncols=True, smoothing=0.1)
     return PlainProgress(items, total, desc, unit)
 
@@ -103,8 +122,12 @@ class PlainProgress:
             rate = self.n / (now - self.start)
             left = f", {(self.total - self.n) / rate:.0f} s left" if self.total and rate else ""
             of = f"/{self.total}" if self.total else ""
-            print(f"{self.desc}: {self.n}{of} {self.unit}, {rate:.1f} {self.unit}/s{left} {self.note}".rstrip(),
-                  file=sys.stderr, flush=True)
+            print(
+                f"{self.desc}: {self.n}{of} {self.unit}, {rate:.1f} {self.unit}/s{left} "
+                f"{self.note}".rstrip(),
+                file=sys.stderr,
+                flush=True,
+            )
 
     def set_postfix_str(self, note, refresh=True):
         self.note = note
@@ -114,13 +137,18 @@ class PlainProgress:
 
 
 def table(rows, header, right=()):
-    """Rows of strings as text in aligned columns; `right`: indices of the columns to align to the right."""
+    """Rows of strings as text in aligned columns; `right`: indices of the columns to align to the
+    right.
+    """
     rows = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [list(header), *rows]) for i in range(len(header))]
 
     def line(cells):
-        return "  ".join(cell.rjust(width) if i in right else cell.ljust(width)
-                         for i, (cell, width) in enumerate(zip(cells, widths))).rstrip()
+        return "  ".join(
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths))
+        ).rstrip()
+
     return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
 
 
@@ -129,7 +157,9 @@ def table(rows, header, right=()):
 
 @contextlib.contextmanager
 def atomic(path):
-    """Yield a temporary path beside `path`; on success it replaces `path` in one step, on an error it is removed."""
+    """Yield a temporary path beside `path`; on success it replaces `path` in one step, on an error
+    it is removed.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
@@ -147,7 +177,9 @@ def atomic(path):
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         code = re.search(r"\(os error (\d+)\)$", str(error))
-        if code:  # a library in Rust (safetensors) wrote the file: what the system said stands in the text alone
+        # a library in Rust (safetensors) wrote the file: what the system said stands in the text
+        # alone
+        if code:
             raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
         raise
 
@@ -191,7 +223,9 @@ def read_json(path):
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a readable JSON file ({error}); delete it or restore it") from None
+        raise UserError(
+            f"{path}: not a readable JSON file ({error}); delete it or restore it"
+        ) from None
 
 
 def file_name(text):

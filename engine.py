@@ -22,10 +22,15 @@ CROPS_IN_MEMORY = 4 << 30  # bytes of validation patches that are kept decoded
 
 
 def learning_rate(step, total, peak):
-    """One-cycle: peak / 25 up to peak in 30% of the steps, down to peak / 250,000, by cosines (torch's OneCycleLR)."""
+    """One-cycle: peak / 25 up to peak in 30% of the steps, down to peak / 250,000, by cosines
+    (torch's OneCycleLR).
+    """
     first, top, last = peak / 25, 0.3 * total - 1, total - 1
-    low, high, share = (first, peak, step / top) if step <= top else (
-        first / 1e4, peak, (last - step) / max(last - top, 1e-9))
+    low, high, share = (
+        (first, peak, step / top)
+        if step <= top
+        else (first / 1e4, peak, (last - step) / max(last - top, 1e-9))
+    )
     return low + (high - low) * (1 - math.cos(math.pi * share)) / 2
 
 
@@ -60,46 +65,76 @@ def start_processes(args):
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if args.batch_size % world() or args.epoch_size % args.batch_size:
-            raise UserError(f"--batch-size {args.batch_size} --epoch-size {args.epoch_size}: with {world()} processes "
-                            "these must divide the batch, and the batch the epoch")
+            raise UserError(
+                f"--batch-size {args.batch_size} --epoch-size {args.epoch_size}: with {world()} "
+                "processes "
+                "these must divide the batch, and the batch the epoch"
+            )
     return device
 
 
 @contextlib.contextmanager
 def others_may_fail():
-    """A process that is gone makes the next exchange of all others fail: that ends them with one line."""
+    """A process that is gone makes the next exchange of all others fail: that ends them with one
+    line.
+    """
     try:
         yield
     except RuntimeError as error:
         if world() == 1 or not re.search("gloo|nccl|connection|peer", str(error), re.IGNORECASE):
             raise
-        raise UserError("another process of this job has ended; the same command with --resume continues after the "
-                        "last finished pseudo-epoch") from error
+        raise UserError(
+            "another process of this job has ended; the same command with --resume continues "
+            "after the "
+            "last finished pseudo-epoch"
+        ) from error
 
 
 def load_base(args, dtype, device):
     """The encoder that all runs of this command start from.
 
-    LoRA's frozen weights are held where and in the precision they are used; end to end keeps float32 under autocast.
-    """
-    return models.load_encoder(args.model, args.weights, *((device, dtype) if args.lora else ("cpu", torch.float32)),
-                               args.pool, args.layer, args.revision)
+    LoRA's frozen weights are held where and in the precision they are used; end to end keeps
+    float32 under autocast."""
+    return models.load_encoder(
+        args.model,
+        args.weights,
+        *((device, dtype) if args.lora else ("cpu", torch.float32)),
+        args.pool,
+        args.layer,
+        args.revision,
+    )
 
 
 def make_model(args, base, device, seed):
     """PatchClassifier ready for training, and what is trained of it: {name: parameter}."""
     spec = models.find_encoder(args.model)
     # LoRA leaves the weights as they are: one copy of them serves every run.
-    encoder = copy.deepcopy(base, {id(p): p for p in base.parameters()} if args.lora else {}).to(device)
+    encoder = copy.deepcopy(base, {id(p): p for p in base.parameters()} if args.lora else {}).to(
+        device
+    )
     torch.manual_seed(seed)
     if args.lora:
-        lora.add_lora(encoder, args.rank, args.alpha, args.dropout, tuple(args.targets), args.dora, args.rslora)
+        lora.add_lora(
+            encoder,
+            args.rank,
+            args.alpha,
+            args.dropout,
+            tuple(args.targets),
+            args.dora,
+            args.rslora,
+        )
     if args.checkpointing:
         if not spec.depth:
             raise UserError(f"--checkpointing works on transformer blocks, {args.model} has none")
-        for block in encoder.blocks:  # LoRA's masks are hashed, so that no random state has to be kept
-            block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False,
-                                              preserve_rng_state=False)
+        for (
+            block
+        ) in encoder.blocks:  # LoRA's masks are hashed, so that no random state has to be kept
+            block.forward = functools.partial(
+                torch.utils.checkpoint.checkpoint,
+                block.forward,
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
     model = models.PatchClassifier(encoder).to(device)
     if world() > 1 and not spec.depth:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -121,44 +156,64 @@ class Engine:
 
     def __init__(self, args, model, parameters, sampler, patches, device, dtype, seed):
         self.args, self.model, self.parameters = args, model, parameters
-        self.sampler, self.patches, self.device, self.dtype, self.seed = sampler, patches, device, dtype, seed
-        self.optimizer = torch.optim.Adam(parameters.values(), lr=args.lr, fused=device.type in ("cpu", "cuda"))
+        self.sampler, self.patches, self.device, self.dtype, self.seed = (
+            sampler,
+            patches,
+            device,
+            dtype,
+            seed,
+        )
+        self.optimizer = torch.optim.Adam(
+            parameters.values(), lr=args.lr, fused=device.type in ("cpu", "cuda")
+        )
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.steps_per_epoch = math.ceil(args.epoch_size / args.batch_size)
         self.parts = args.accumulate
         trained = model
         if world() > 1:
             trained = torch.nn.parallel.DistributedDataParallel(
-                model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
+                model,
+                device_ids=[device] if device.type == "cuda" else None,
+                broadcast_buffers=False,
+            )
         self.trained = torch.compile(trained) if args.compile else trained
 
     def epoch(self, number, bar, validated=""):
-        """Train one pseudo-epoch; returns its mean loss (over all processes). validated: for the progress bar."""
+        """Train one pseudo-epoch; returns its mean loss (over all processes). validated: for the
+        progress bar.
+        """
         sample = self.sampler.epoch(number)
         B, share = self.args.batch_size, self.args.batch_size // world()
-        # Of every batch this process takes a fixed part; the numbers of the samples stay those of the whole batch.
+        # Of every batch this process takes a fixed part; the numbers of the samples stay those of
+        # the whole batch.
         places = np.arange(len(sample))
         places = places[(places % B) // share == rank()]
         reader = SampleReader(self.patches, sample, augment.margin(models.SIZE))
         losses, watched = [], 0
         self.model.train()
-        with models.reading(reader, places, range(0, len(places), share), share, self.device) as batches:
+        with models.reading(
+            reader, places, range(0, len(places), share), share, self.device
+        ) as batches:
             for start, images in batches:
-                own = places[start:start + share]
+                own = places[start : start + share]
                 step = number * self.steps_per_epoch + int(own[0]) // B
                 whole = min(B, len(sample) - int(own[0]) // B * B)  # the last batch may be smaller
                 losses.append(self.step(step, images, own % B, sample["label"][own], whole))
                 if len(losses) % WATCH == 0 or start + share >= len(places):
                     recent = self.watch(losses, watched, sample, places, share, number)
-                    bar.set_postfix_str(f"epoch {number + 1}/{self.args.epochs}, loss {recent:.3f}{validated}",
-                                        refresh=False)
+                    bar.set_postfix_str(
+                        f"epoch {number + 1}/{self.args.epochs}, loss {recent:.3f}{validated}",
+                        refresh=False,
+                    )
                     watched = len(losses)
                 bar.update(len(own) * world())
         mean = torch.stack(losses).cpu().double().numpy().sum(keepdims=True)
         return float(total_over_processes(mean)[0] / len(sample))
 
     def step(self, step, images, samples, labels, whole):
-        """One optimiser step on this process's part of a batch of `whole` patches; returns the sum of its losses."""
+        """One optimiser step on this process's part of a batch of `whole` patches; returns the sum
+        of its losses.
+        """
         labels = torch.from_numpy(labels.astype(np.float32)).to(self.device, non_blocking=True)
         images = images.to(self.device, non_blocking=True)
         for group in self.optimizer.param_groups:
@@ -168,13 +223,20 @@ class Engine:
                 total = self.backward(step, images, samples, labels, whole)
                 break
             except torch.OutOfMemoryError:
-                # Half the patches at once, same gradient. Several processes would have to agree on it: they stop.
+                # Half the patches at once, same gradient. Several processes would have to agree on
+                # it: they stop.
                 if world() > 1 or 2 * self.parts > len(labels):
-                    raise UserError(f"out of memory on {self.device} with {len(labels) // self.parts} patches at once; "
-                                    "use --accumulate, --checkpointing or --dtype bf16") from None
+                    raise UserError(
+                        f"out of memory on {self.device} with {len(labels) // self.parts} patches "
+                        "at once; "
+                        "use --accumulate, --checkpointing or --dtype bf16"
+                    ) from None
                 self.parts *= 2
-                models.note(f"the batch does not fit: gradients are accumulated over {self.parts} parts of it from "
-                            f"here on (--accumulate {self.parts})")
+                models.note(
+                    f"the batch does not fit: gradients are accumulated over {self.parts} parts "
+                    "of it from "
+                    f"here on (--accumulate {self.parts})"
+                )
                 torch.cuda.empty_cache()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -186,36 +248,48 @@ class Engine:
         size = math.ceil(len(labels) / self.parts)
         for first in range(0, len(labels), size):
             part = slice(first, first + size)
-            patches = augment.augment(images[part], (self.seed, step, samples[part]), models.SIZE,
-                                      self.args.stain_jitter)
+            patches = augment.augment(
+                images[part], (self.seed, step, samples[part]), models.SIZE, self.args.stain_jitter
+            )
             if self.args.lora:
                 lora.set_step(self.model.encoder, self.seed, step, samples[part])
             last = first + size >= len(labels)
-            autocast = torch.autocast(self.device.type, self.dtype,
-                                      enabled=not self.args.lora and self.dtype != torch.float32)
+            autocast = torch.autocast(
+                self.device.type,
+                self.dtype,
+                enabled=not self.args.lora and self.dtype != torch.float32,
+            )
             with contextlib.nullcontext() if last or world() == 1 else self.trained.no_sync():
                 with autocast:
                     logits = self.trained(patches)
-                loss = F.binary_cross_entropy_with_logits(logits.float(), labels[part], reduction="sum")
-                # The mean over the whole batch; DDP averages over processes, which the factor undoes.
+                loss = F.binary_cross_entropy_with_logits(
+                    logits.float(), labels[part], reduction="sum"
+                )
+                # The mean over the whole batch; DDP averages over processes, which the factor
+                # undoes.
                 self.scaler.scale(loss * (world() / whole)).backward()
             total += loss.detach()
         return total
 
     def watch(self, losses, first, sample, places, share, epoch):
-        """Mean of the losses since the step `first` of the epoch. UserError at the first one that is not a finite
-        number, with where it was and what to do."""
+        """Mean of the losses since the step `first` of the epoch. UserError at the first one that
+        is not a finite number, with where it was and what to do."""
         recent = torch.stack(losses[first:]).cpu()
         if recent.isfinite().all():
-            return recent.sum().item() / len(places[first * share:len(losses) * share])
+            return recent.sum().item() / len(places[first * share : len(losses) * share])
         bad = first + int((~recent.isfinite()).nonzero()[0, 0])
-        own = sample[places[bad * share:(bad + 1) * share]]
+        own = sample[places[bad * share : (bad + 1) * share]]
         table = self.sampler.annotations
-        names = [str(table.id[row]) if row >= 0 else f"random ({x:.0f}, {y:.0f})"
-                 for row, x, y in zip(own["row"], own["x"], own["y"])]
+        names = [
+            str(table.id[row]) if row >= 0 else f"random ({x:.0f}, {y:.0f})"
+            for row, x, y in zip(own["row"], own["x"], own["y"])
+        ]
         step = epoch * self.steps_per_epoch + int(places[bad * share]) // self.args.batch_size
-        raise UserError(f"the loss is not a finite number at step {step}, patches {', '.join(names[:16])}: try a "
-                        "smaller --lr, --dtype bf16 or fp32; --resume goes back to the last pseudo-epoch")
+        raise UserError(
+            f"the loss is not a finite number at step {step}, patches {', '.join(names[:16])}: "
+            "try a "
+            "smaller --lr, --dtype bf16 or fp32; --resume goes back to the last pseudo-epoch"
+        )
 
 
 def validation_loss(labels, logits):
@@ -246,9 +320,13 @@ class Decoded:
 
 
 def predict_together(model, patches, count, args, dtype, progress=None):
-    """Logits [count] of models.predict, each process doing a part. dtype: of autocast, for a model in float32."""
+    """Logits [count] of models.predict, each process doing a part. dtype: of autocast, for a model
+    in float32.
+    """
     logits, own = np.zeros(count), np.arange(rank(), count, world())
     if len(own):
         with lora.folded(model):
-            logits[own] = models.predict(model, patches, own, max(args.batch_size, 64), dtype=dtype, progress=progress)
+            logits[own] = models.predict(
+                model, patches, own, max(args.batch_size, 64), dtype=dtype, progress=progress
+            )
     return total_over_processes(logits)

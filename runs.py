@@ -2,9 +2,8 @@
 
     runs/<data>/<model>-<probe|lora|full>[-choices]/<frac0.1-fold0 | domainA-fold0>/
 
-A run is finished when `metrics.json` stands in it: that file is written last. Everything appears whole or not at
-all, so a sweep is a shell loop that can be killed and restarted anywhere.
-"""
+A run is finished when `metrics.json` stands in it: that file is written last. Everything appears
+whole or not at all, so a sweep is a shell loop that can be killed and restarted anywhere."""
 
 import csv
 import fcntl
@@ -25,8 +24,11 @@ PREDICTION_COLUMNS = ("set", "id", "case", "domain", "label", "logit", "probabil
 
 # ---------------------------------------------------------------- the folder
 
+
 def run_path(root, data, model, method, frac, fold, domain=None, suffixes=()):
-    """Folder of a run. `method`: probe | lora | full; `suffixes`: choices that are not the default, e.g. ("r8",)."""
+    """Folder of a run. `method`: probe | lora | full; `suffixes`: choices that are not the default,
+    e.g. ("r8",).
+    """
     name = "-".join([model, method, *suffixes])
     share = f"domain{domain}" if domain else f"frac{frac:g}"
     if domain and frac != 1:
@@ -45,13 +47,23 @@ def environment():
             versions[name] = getattr(sys.modules[name], "__version__", "?")
     here = Path(__file__).resolve().parent
     try:
-        git = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--match="],
-                             capture_output=True, text=True, timeout=10, check=False)
+        git = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--match="],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
         commit = git.stdout.strip() or "unknown"
     except (OSError, subprocess.SubprocessError):
         commit = "unknown"
-    return {"versions": versions, "commit": commit, "machine": f"{platform.machine()} {platform.system()}",
-            "cpus": os.cpu_count(), "argv": sys.argv}
+    return {
+        "versions": versions,
+        "commit": commit,
+        "machine": f"{platform.machine()} {platform.system()}",
+        "cpus": os.cpu_count(),
+        "argv": sys.argv,
+    }
 
 
 def differing(old, new):
@@ -63,7 +75,10 @@ def differing(old, new):
             if (part, key) == ("flags", "weights"):
                 continue  # what the weights are is compared by their hash, not where they lie
             # Through JSON, so that tuples equal lists and numpy's numbers equal Python's.
-            was, now = (json.dumps(d.get(key), default=common._plain, sort_keys=True) for d in (before, after))
+            was, now = (
+                json.dumps(d.get(key), default=common._plain, sort_keys=True)
+                for d in (before, after)
+            )
             if was != now:
                 flag = f"--{key.replace('_', '-')}" if part == "flags" else f"{part} {key}"
                 found.append(f"{flag} (was {was}, now {now})")
@@ -71,7 +86,9 @@ def differing(old, new):
 
 
 class Run:
-    """An opened run folder; holds its lock until close() (or the end of the process, however it ends)."""
+    """An opened run folder; holds its lock until close() (or the end of the process, however it
+    ends).
+    """
 
     def __init__(self, path, config, finished, lock):
         self.path, self.config, self.finished, self._lock = path, config, finished, lock
@@ -87,7 +104,11 @@ class Run:
         """Append a row (dict) to log.csv as one whole line; the header is written with the first."""
         path = self.path / "log.csv"
         new = not path.exists() or path.stat().st_size == 0
-        text = ("" if not new else ",".join(row) + "\n") + ",".join(_cell(value) for value in row.values()) + "\n"
+        text = (
+            ("" if not new else ",".join(row) + "\n")
+            + ",".join(_cell(value) for value in row.values())
+            + "\n"
+        )
         # One write call: a kill leaves the line out, or whole.
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         try:
@@ -96,11 +117,13 @@ class Run:
             os.close(handle)
 
     def truncate_log(self, rows):
-        """Keep the first `rows` rows of log.csv: what was logged after the last checkpoint is done again."""
+        """Keep the first `rows` rows of log.csv: what was logged after the last checkpoint is done
+        again.
+        """
         path = self.path / "log.csv"
         if path.exists():
             lines = path.read_text().splitlines(keepends=True)
-            common.write_text(path, "".join(lines[:rows + 1]) if rows else "")
+            common.write_text(path, "".join(lines[: rows + 1]) if rows else "")
 
     def finish(self, metrics):
         """Write metrics.json, which makes the run finished, then drop the checkpoint."""
@@ -120,12 +143,13 @@ def _cell(value):
 
 
 def open_run(path, config, resume=False, force=False):
-    """Open or make the run folder `path` for `config` (parts "flags", "data", "encoder" are compared).
+    """Open or make the run folder `path` for `config` (parts "flags", "data", "encoder" are
+    compared).
 
-    Returns a locked Run. `.finished` is True where the same configuration is already done: there is nothing to do.
-    UserError: another process works on it; finished or begun with another configuration (the flags are named);
-    begun and neither `resume` nor `force` given. `force` clears the folder.
-    """
+    Returns a locked Run. `.finished` is True where the same configuration is already done: there is
+    nothing to do. UserError: another process works on it; finished or begun with another
+    configuration (the flags are named); begun and neither `resume` nor `force` given. `force`
+    clears the folder."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o666)
@@ -133,7 +157,9 @@ def open_run(path, config, resume=False, force=False):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(lock)
-        raise UserError(f"{path}: another process works on this run; wait for it or stop it") from None
+        raise UserError(
+            f"{path}: another process works on this run; wait for it or stop it"
+        ) from None
     try:
         for rest in path.glob(".*.tmp"):  # of a process killed while it wrote
             if rest.is_file():  # export.py works in a folder, and may be alive
@@ -145,13 +171,19 @@ def open_run(path, config, resume=False, force=False):
             differences = differing(old, config)
             finished = (path / "metrics.json").exists()
             if differences:
-                raise UserError(f"{path}: this run was {'done' if finished else 'begun'} with other settings: "
-                                f"{'; '.join(differences)}. Repeat it with --force, or choose another --runs folder")
+                raise UserError(
+                    f"{path}: this run was {'done' if finished else 'begun'} with other settings: "
+                    f"{'; '.join(differences)}. Repeat it with --force, or choose another --runs "
+                    "folder"
+                )
             if finished:
                 return Run(path, old, True, lock)
             if not resume:
-                raise UserError(f"{path}: this run was begun and is not finished; continue it with --resume, or "
-                                "start it over with --force")
+                raise UserError(
+                    f"{path}: this run was begun and is not finished; continue it with --resume, "
+                    "or "
+                    "start it over with --force"
+                )
             return Run(path, old, False, lock)
         _clear(path)  # a folder without a configuration holds remains at most
         # Through JSON once, so that a new and a reopened run hold equal values.
@@ -164,7 +196,9 @@ def open_run(path, config, resume=False, force=False):
 
 
 def _clear(path):
-    (path / "metrics.json").unlink(missing_ok=True)  # first: killed after it, the folder is unfinished
+    (path / "metrics.json").unlink(
+        missing_ok=True
+    )  # first: killed after it, the folder is unfinished
     for old in path.iterdir():
         if old.name != "lock" and old.is_file():
             old.unlink()
@@ -172,16 +206,24 @@ def _clear(path):
 
 # ---------------------------------------------------------------- predictions
 
+
 def write_predictions(path, rows):
-    """Write predictions.csv. rows: dict of equally long arrays, one per PREDICTION_COLUMNS; all digits are kept."""
+    """Write predictions.csv. rows: dict of equally long arrays, one per PREDICTION_COLUMNS; all
+    digits are kept.
+    """
     columns = [rows[name] for name in PREDICTION_COLUMNS]
     if len({len(column) for column in columns}) != 1:
         raise ValueError("the columns differ in length")
-    with common.atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    with (
+        common.atomic(path) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(PREDICTION_COLUMNS)
         for name, id, case, domain, label, logit, probability in zip(*columns):
-            writer.writerow([name, id, case, domain, int(label), repr(float(logit)), repr(float(probability))])
+            writer.writerow(
+                [name, id, case, domain, int(label), repr(float(logit)), repr(float(probability))]
+            )
 
 
 def predictions(sets):
@@ -190,15 +232,22 @@ def predictions(sets):
     for name, table, rows, logits in sets:
         logits = np.asarray(logits, np.float64)
         probability = 1 / (1 + np.exp(-logits.clip(-700, 700)))
-        for key, values in (("set", [name] * len(rows)), ("id", table.id[rows]), ("case", table.case[rows]),
-                            ("domain", table.domain[rows]), ("label", table.label[rows]), ("logit", logits),
-                            ("probability", probability)):
+        for key, values in (
+            ("set", [name] * len(rows)),
+            ("id", table.id[rows]),
+            ("case", table.case[rows]),
+            ("domain", table.domain[rows]),
+            ("label", table.label[rows]),
+            ("logit", logits),
+            ("probability", probability),
+        ):
             columns[key].extend(values)
     return {name: np.asarray(values) for name, values in columns.items()}
 
 
 def add_predictions(path, columns):
-    """Put sets into the predictions.csv of a finished run, in the place of its own of the same names.
+    """Put sets into the predictions.csv of a finished run, in the place of its own of the same
+    names.
 
     Returns all columns, old and new.
     """
@@ -210,7 +259,8 @@ def add_predictions(path, columns):
 
 
 def pending_tests(path, tests):
-    """Those of `tests` (Annotations of --test) on which the finished run at `path` has no results yet.
+    """Those of `tests` (Annotations of --test) on which the finished run at `path` has no results
+    yet.
 
     UserError where it has some on another dataset of the same name.
     """
@@ -219,24 +269,41 @@ def pending_tests(path, tests):
         if other.name not in metrics["sets"]:
             pending.append(other)
         elif metrics.get("tests", {}).get(other.name, other.fingerprint()) != other.fingerprint():
-            raise UserError(f"{path}: has results on another dataset called {other.name}, or on these annotations "
-                            "before they were changed; rename the file, or repeat the run with --force")
+            raise UserError(
+                f"{path}: has results on another dataset called {other.name}, or on these "
+                "annotations "
+                "before they were changed; rename the file, or repeat the run with --force"
+            )
     return pending
 
 
 def finish_tests(path, metrics, tests):
-    """Write metrics.json of a run with further test sets. Whoever dies before it computes them again."""
+    """Write metrics.json of a run with further test sets. Whoever dies before it computes them
+    again.
+    """
     old = common.read_json(Path(path) / "metrics.json")
     known = old.get("tests", {}) | {other.name: other.fingerprint() for other in tests}
     common.write_json(Path(path) / "metrics.json", {**old, **metrics, "tests": known})
 
 
 def metric_rows(path, metrics, only=None):
-    """Rows (run, set, patches, balanced accuracy, weighted F1, AUROC) of the table that train.py and probe.py print."""
+    """Rows (run, set, patches, balanced accuracy, weighted F1, AUROC) of the table that train.py
+    and probe.py print.
+    """
+
     def text(value):
         return "–" if value is None else f"{value:.3f}"
-    return [(str(path), name, values["n"], *(text(values[k]) for k in ("balanced_accuracy", "weighted_f1", "auroc")))
-            for name, values in metrics["sets"].items() if name != "val" and (only is None or name in only)]
+
+    return [
+        (
+            str(path),
+            name,
+            values["n"],
+            *(text(values[k]) for k in ("balanced_accuracy", "weighted_f1", "auroc")),
+        )
+        for name, values in metrics["sets"].items()
+        if name != "val" and (only is None or name in only)
+    ]
 
 
 def read_predictions(path):
@@ -245,16 +312,23 @@ def read_predictions(path):
         with open(path, newline="", encoding="utf-8") as file:
             reader = csv.reader(file)
             if tuple(next(reader, ())) != PREDICTION_COLUMNS:
-                raise UserError(f"{path}: not a predictions file (columns {', '.join(PREDICTION_COLUMNS)} expected)")
+                raise UserError(
+                    f"{path}: not a predictions file (columns {', '.join(PREDICTION_COLUMNS)} "
+                    "expected)"
+                )
             rows, number = [], 1
             for number, row in enumerate(reader, start=2):
                 try:
                     name, id, case, domain, label, logit, probability = row
                     if label not in ("0", "1"):
                         raise ValueError
-                    rows.append((name, id, case, domain, int(label), float(logit), float(probability)))
+                    rows.append(
+                        (name, id, case, domain, int(label), float(logit), float(probability))
+                    )
                 except ValueError:
-                    raise UserError(f"{path}, line {number}: not a row of predictions; the file is damaged") from None
+                    raise UserError(
+                        f"{path}, line {number}: not a row of predictions; the file is damaged"
+                    ) from None
         with open(path, "rb") as file:
             file.seek(-1, os.SEEK_END)
             if file.read() != b"\n":  # a last number without its last digits would go unseen
@@ -265,4 +339,7 @@ def read_predictions(path):
         raise UserError(f"{path}: not a readable CSV file ({error})") from None
     columns = list(zip(*rows)) if rows else [()] * len(PREDICTION_COLUMNS)
     types = (str, str, str, str, np.int8, np.float64, np.float64)
-    return {name: np.array(column, dtype=kind) for name, column, kind in zip(PREDICTION_COLUMNS, columns, types)}
+    return {
+        name: np.array(column, dtype=kind)
+        for name, column, kind in zip(PREDICTION_COLUMNS, columns, types)
+    }

@@ -2,10 +2,10 @@
 
     python bench/encode.py [--quick] [--model dinov2-s] [--batch-size 16]
 
-The variants take turns batch by batch, so that a machine that slows down slows all of them; medians are compared.
-Memory is the peak of a fresh process (CPU) or of the allocator (GPU) during one batch. On a GPU ViT-g is measured at
-batch 128 in bf16, with the share of the rate that the machine reaches in a plain matrix product of that precision.
-"""
+The variants take turns batch by batch, so that a machine that slows down slows all of them; medians
+are compared. Memory is the peak of a fresh process (CPU) or of the allocator (GPU) during one
+batch. On a GPU ViT-g is measured at batch 128 in bf16, with the share of the rate that the machine
+reaches in a plain matrix product of that precision."""
 
 import argparse
 import contextlib
@@ -31,7 +31,9 @@ GPU_MODEL, GPU_BATCH = "h-optimus-0", 128
 
 
 def pair(name, device):
-    """Our encoder and timm's with equal weights, fp32, in evaluation mode; both give the class token's embedding."""
+    """Our encoder and timm's with equal weights, fp32, in evaluation mode; both give the class
+    token's embedding.
+    """
     ours = models.load_encoder(name, "random", device, pool="cls")
     theirs = references.timm_model(name, img_size=224).to_empty(device=device)
     theirs.load_state_dict(ours.state_dict())
@@ -46,8 +48,13 @@ def variants(name, device, compiled):
     def autocast(x):
         with torch.autocast(device, torch.bfloat16):
             return theirs(x)
-    found = {"timm fp32": theirs, "timm bf16 autocast": autocast, "ours fp32": ours,
-             "ours bf16": lambda x: half(x.bfloat16())}
+
+    found = {
+        "timm fp32": theirs,
+        "timm bf16 autocast": autocast,
+        "ours fp32": ours,
+        "ours bf16": lambda x: half(x.bfloat16()),
+    }
     if device == "cuda":
         found.pop("timm fp32"), found.pop("ours fp32")
     if compiled:
@@ -66,7 +73,8 @@ def wait(device):
 
 
 def times(functions, images, device, rounds, limit=float("inf")):
-    """Seconds per batch of every function, in turns; those that fail (no compiler) are left out, with a line.
+    """Seconds per batch of every function, in turns; those that fail (no compiler) are left out,
+    with a line.
 
     Rounds end early, after four, where they take longer than `limit` seconds in all.
     """
@@ -76,7 +84,9 @@ def times(functions, images, device, rounds, limit=float("inf")):
             for _ in range(2):
                 function(images)
             works[label] = function
-        except Exception as error:  # whatever a compiler throws; eager variants have nothing to throw
+        except (
+            Exception
+        ) as error:  # whatever a compiler throws; eager variants have nothing to throw
             if "compiled" not in label:
                 raise
             print(f"{label}: left out ({type(error).__name__})", file=sys.stderr)
@@ -94,12 +104,14 @@ def times(functions, images, device, rounds, limit=float("inf")):
 
 
 def flops(spec):
-    """Floating point operations of an image in the matrix products (a multiplication and an addition are two)."""
+    """Floating point operations of an image in the matrix products (a multiplication and an
+    addition are two).
+    """
     tokens = (224 // spec.patch) ** 2 + 1 + spec.registers
     fc2 = spec.hidden // 2 if spec.mlp == "swiglu" else spec.hidden
     linear = spec.dim * (4 * spec.dim + spec.hidden + fc2)
-    embed = (224 // spec.patch) ** 2 * spec.dim * 3 * spec.patch ** 2
-    return 2 * (spec.depth * (tokens * linear + 2 * tokens ** 2 * spec.dim) + embed)
+    embed = (224 // spec.patch) ** 2 * spec.dim * 3 * spec.patch**2
+    return 2 * (spec.depth * (tokens * linear + 2 * tokens**2 * spec.dim) + embed)
 
 
 @torch.inference_mode()
@@ -108,23 +120,31 @@ def matmul_rate(device, dtype, rounds):
     size = 8192 if device == "cuda" else 1536
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     seconds = times({"product": lambda x: a @ b}, None, device, rounds)["product"]
-    return 2 * size ** 3 / statistics.median(seconds)
+    return 2 * size**3 / statistics.median(seconds)
 
 
 def cpu_memory(name, label, batch):
-    """Peak memory (MiB) of a fresh process that loads one variant and runs a batch, above that of the imports."""
-    out = subprocess.run([sys.executable, __file__, "--memory", label, "--model", name, "--batch-size", str(batch)],
-                         check=True, capture_output=True, text=True)
+    """Peak memory (MiB) of a fresh process that loads one variant and runs a batch, above that of
+    the imports.
+    """
+    out = subprocess.run(
+        [sys.executable, __file__, "--memory", label, "--model", name, "--batch-size", str(batch)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     return float(out.stdout)
 
 
 def peak():
-    """Peak memory of this process, MiB. Linux: VmHWM, since ru_maxrss is handed down by the parent process."""
+    """Peak memory of this process, MiB. Linux: VmHWM, since ru_maxrss is handed down by the parent
+    process.
+    """
     try:
         status = Path("/proc/self/status").read_text()
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2 ** 10
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**10
     except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20  # macOS: bytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS: bytes
 
 
 @torch.inference_mode()
@@ -133,7 +153,11 @@ def memory_child(name, label, batch):
     images = torch.randn(batch, 3, 224, 224)
     before = peak()
     with torch.device("meta"):
-        network = models.build(models.ENCODERS[name], pool="cls") if ours else references.timm_model(name, img_size=224)
+        network = (
+            models.build(models.ENCODERS[name], pool="cls")
+            if ours
+            else references.timm_model(name, img_size=224)
+        )
     network = network.eval()
     if label == "ours bf16":
         network, images = network.bfloat16(), images.bfloat16()
@@ -151,17 +175,25 @@ def gpu_memory(function, images):
     before = torch.cuda.memory_allocated()
     function(images)
     torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few rounds, nothing compiled")
     parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
-    parser.add_argument("--model", help=f"encoder (default: dinov2-s on the CPU, {GPU_MODEL} on a GPU)")
-    parser.add_argument("--batch-size", type=int, help=f"default: 16 on the CPU, {GPU_BATCH} on a GPU")
-    parser.add_argument("--rounds", type=int, help="batches per variant (default: 12, with --quick 4)")
-    parser.add_argument("--seconds", type=float, default=120, help="of rounds, from the fourth on (default: 120)")
+    parser.add_argument(
+        "--model", help=f"encoder (default: dinov2-s on the CPU, {GPU_MODEL} on a GPU)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, help=f"default: 16 on the CPU, {GPU_BATCH} on a GPU"
+    )
+    parser.add_argument(
+        "--rounds", type=int, help="batches per variant (default: 12, with --quick 4)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=120, help="of rounds, from the fourth on (default: 120)"
+    )
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -172,33 +204,52 @@ def main():
     rounds = args.rounds or (4 if args.quick else 12)
     functions = variants(name, device, compiled=not args.quick)
     images = torch.randn(batch, 3, 224, 224, device=device)
-    torch.set_grad_enabled(False)  # inference_mode does not go with torch.compile: "Cannot set version_counter"
+    torch.set_grad_enabled(
+        False
+    )  # inference_mode does not go with torch.compile: "Cannot set version_counter"
     seconds = times(functions, images, device, rounds, args.seconds)
     rate = {label: batch / statistics.median(s) for label, s in seconds.items()}
     reference = "timm bf16 autocast" if device == "cuda" else "timm fp32"
-    product = {dtype: matmul_rate(device, dtype, rounds) for dtype in
-               ((torch.bfloat16,) if device == "cuda" else (torch.float32, torch.bfloat16))}
+    product = {
+        dtype: matmul_rate(device, dtype, rounds)
+        for dtype in ((torch.bfloat16,) if device == "cuda" else (torch.float32, torch.bfloat16))
+    }
     expected = functions[reference](images).float()
-    print(f"{name}, batch {batch}, {device}, torch {torch.__version__}, {torch.get_num_threads()} threads; "
-          f"{flops(models.ENCODERS[name]) / 1e9:.1f} GFLOP an image; medians of {len(seconds[reference])} batches in "
-          "turns\n")
-    print(f"| variant | images/s | × {reference} | spread | of the matrix-product rate | peak MiB | difference |")
+    print(
+        f"{name}, batch {batch}, {device}, torch {torch.__version__}, {torch.get_num_threads()} "
+        "threads; "
+        f"{flops(models.ENCODERS[name]) / 1e9:.1f} GFLOP an image; medians of "
+        f"{len(seconds[reference])} batches in "
+        "turns\n"
+    )
+    print(
+        f"| variant | images/s | × {reference} | spread | of the matrix-product rate | peak MiB | "
+        "difference |"
+    )
     print("|---|---|---|---|---|---|---|")
     for label, s in seconds.items():
         found = functions[label](images).float()
         off = ((found - expected).norm() / expected.norm()).item()
-        share = flops(models.ENCODERS[name]) * rate[label] / product[
-            torch.bfloat16 if "bf16" in label else torch.float32]
+        share = (
+            flops(models.ENCODERS[name])
+            * rate[label]
+            / product[torch.bfloat16 if "bf16" in label else torch.float32]
+        )
         if device == "cuda":
             memory = f"{gpu_memory(functions[label], images):,.0f}"
         else:
             memory = "–" if "compiled" in label else f"{cpu_memory(name, label, batch):,.0f}"
         spread = (max(s) - min(s)) / statistics.median(s)
-        print(f"| {label} | {rate[label]:.1f} | {rate[label] / rate[reference]:.2f} | ±{50 * spread:.0f}% | "
-              f"{share:.2f} | {memory} | {off:.0e} |")
-    print("\nMatrix product alone: " + ", ".join(f"{models.name_of(d)} {r / 1e12:.2f} TFLOP/s"
-                                                 for d, r in product.items()) +
-          ". Memory: on the CPU parameters and activations, on a GPU activations.")
+        print(
+            f"| {label} | {rate[label]:.1f} | {rate[label] / rate[reference]:.2f} | "
+            f"±{50 * spread:.0f}% | "
+            f"{share:.2f} | {memory} | {off:.0e} |"
+        )
+    print(
+        "\nMatrix product alone: "
+        + ", ".join(f"{models.name_of(d)} {r / 1e12:.2f} TFLOP/s" for d, r in product.items())
+        + ". Memory: on the CPU parameters and activations, on a GPU activations."
+    )
 
 
 if __name__ == "__main__":

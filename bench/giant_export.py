@@ -1,10 +1,11 @@
-"""Export of an encoder of 1.1 billion parameters (random weights, a LoRA run): seconds and peak memory.
+"""Export of an encoder of 1.1 billion parameters (random weights, a LoRA run): seconds and peak
+memory.
 
     python bench/giant_export.py [--model h-optimus-0] [--precision fp16] [--patches 64] [--quick]
 
-Memory is the resident memory of export.py and the process that checks the file, together, sampled ten times a second.
-Status 1 where the peak is over 1.6 times the float32 size of the encoder, or the result is not complete.
-"""
+Memory is the resident memory of export.py and the process that checks the file, together, sampled
+ten times a second. Status 1 where the peak is over 1.6 times the float32 size of the encoder, or
+the result is not complete."""
 
 import argparse
 import json
@@ -20,7 +21,10 @@ import torch
 from safetensors.torch import save_file
 
 HERE = Path(__file__).resolve().parent.parent
-sys.path[:1] = [str(HERE), str(HERE / "tests")]  # not this folder: its onnx.py and classify.py would hide the real ones
+sys.path[:1] = [
+    str(HERE),
+    str(HERE / "tests"),
+]  # not this folder: its onnx.py and classify.py would hide the real ones
 
 from onnx_models import dataset  # noqa: E402
 
@@ -40,25 +44,46 @@ def make_run(path, name, images):
         lora.add_lora(network)
     size = sum(p.numel() for n, p in network.named_parameters() if "lora_" not in n) * 4
     generator = torch.Generator().manual_seed(0)
-    state = {f"encoder.{key}": torch.randn(value.shape, generator=generator) * 0.02
-             for key, value in lora.lora_state_dict(network).items()}
+    state = {
+        f"encoder.{key}": torch.randn(value.shape, generator=generator) * 0.02
+        for key, value in lora.lora_state_dict(network).items()
+    }
     state["head.weight"] = torch.randn(1, network.embed_dim, generator=generator) * 0.05
     state["head.bias"] = torch.zeros(1)
     path.mkdir(parents=True)
     save_file(state, path / "model.safetensors")
     table = data.load_dataset(images)
     data.make_split(table).save(path / "split.json")
-    flags = {"data": "blobs", "model": name, "method": "lora", "weights": "random", "frac": 1.0, "fold": 0,
-             "fit": "resize", "rank": 16, "alpha": 16, "dropout": 0.1, "targets": list(lora.TARGETS)}
-    common.write_json(path / "config.json", {"flags": flags, "data": {"name": "blobs"},
-                                           "encoder": {"name": name, "weights_hash": "random"},
-                                           "source": {"data": str(images), "fit": "resize"}})
+    flags = {
+        "data": "blobs",
+        "model": name,
+        "method": "lora",
+        "weights": "random",
+        "frac": 1.0,
+        "fold": 0,
+        "fit": "resize",
+        "rank": 16,
+        "alpha": 16,
+        "dropout": 0.1,
+        "targets": list(lora.TARGETS),
+    }
+    common.write_json(
+        path / "config.json",
+        {
+            "flags": flags,
+            "data": {"name": "blobs"},
+            "encoder": {"name": name, "weights_hash": "random"},
+            "source": {"data": str(images), "fit": "resize"},
+        },
+    )
     common.write_json(path / "metrics.json", {})
     return size
 
 
 def watch(command):
-    """Run a command → (status, output, seconds, peak bytes of it and its children together, of the largest alone)."""
+    """Run a command → (status, output, seconds, peak bytes of it and its children together, of the
+    largest alone).
+    """
     with tempfile.TemporaryFile("w+") as output:
         start, total, single = time.perf_counter(), 0, 0
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
@@ -82,7 +107,9 @@ def main():
     parser.add_argument("--precision", default="fp16", help="default: fp16")
     parser.add_argument("--patches", type=int, default=64, help="to compare on (default: 64)")
     parser.add_argument("--folder", help="where to work (default: a temporary folder)")
-    parser.add_argument("--quick", action="store_true", help="vit-b and 8 patches (the limit says little there)")
+    parser.add_argument(
+        "--quick", action="store_true", help="vit-b and 8 patches (the limit says little there)"
+    )
     args = parser.parse_args()
     if args.quick:
         args.model, args.patches = "vit-b", 8
@@ -92,19 +119,37 @@ def main():
         size = make_run(folder / "run", args.model, images)
         out = folder / "giant.onnx"
         status, text, seconds, total, single = watch(
-            [sys.executable, str(HERE / "export.py"), str(folder / "run"), "--precision", args.precision, "--patches",
-             str(args.patches), "--out", str(out), "--device", "cpu"])
+            [
+                sys.executable,
+                str(HERE / "export.py"),
+                str(folder / "run"),
+                "--precision",
+                args.precision,
+                "--patches",
+                str(args.patches),
+                "--out",
+                str(out),
+                "--device",
+                "cpu",
+            ]
+        )
         print(text)
         if status:
             return 1
         report = json.loads((folder / "giant.parity.json").read_text())["parity"]
         files = sum(p.stat().st_size for p in folder.glob("giant.onnx*"))
         loaded = session.open_session(out, "cpu")[2]
-        print("| model | precision | float32 size | files | seconds | peak memory | of the float32 size | largest "
-              "process | largest Δp |\n|---|---|---|---|---|---|---|---|---|")
-        print(f"| {args.model} | {args.precision} | {size / 1e9:.2f} GB | {files / 1e9:.2f} GB | {seconds:.0f} | "
-              f"{total / 1e9:.2f} GB | {total / size:.2f}× | {single / 1e9:.2f} GB | "
-              f"{max(row['largest'] for row in report['measured']):.1e} |")
+        print(
+            "| model | precision | float32 size | files | seconds | peak memory | of the float32 "
+            "size | largest "
+            "process | largest Δp |\n|---|---|---|---|---|---|---|---|---|"
+        )
+        print(
+            f"| {args.model} | {args.precision} | {size / 1e9:.2f} GB | {files / 1e9:.2f} GB | "
+            f"{seconds:.0f} | "
+            f"{total / 1e9:.2f} GB | {total / size:.2f}× | {single / 1e9:.2f} GB | "
+            f"{max(row['largest'] for row in report['measured']):.1e} |"
+        )
         print(f"the session loads: {loaded}")
         return int(total > LIMIT * size and not args.quick)
     finally:

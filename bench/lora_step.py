@@ -1,15 +1,21 @@
 """Seconds and memory of one training step: timm + peft, and ours, on the same machine in one run.
 
-    python bench/lora_step.py [--quick]           ViT-S/16 on the CPU; ViT-g/14 with registers in bf16 on a GPU
-    python bench/lora_step.py --memory-only --device cuda      H-optimus-0 on a small card: the peaks alone
-    python bench/lora_step.py --count [--model M]              the peak on a GPU counted, without one
-    python bench/lora_step.py --together 5      is a step of 5 × 16 patches faster than five of 16? If not, training
-                                                five adapters side by side on one frozen encoder cannot be either
+    python bench/lora_step.py [--quick]           ViT-S/16 on the CPU; ViT-g/14 with registers in
+    bf16 on a GPU
+    python bench/lora_step.py --memory-only --device cuda      H-optimus-0 on a small card: the
+    peaks alone
+    python bench/lora_step.py --count [--model M]              the peak on a GPU counted, without
+    one
+    python bench/lora_step.py --together 5      is a step of 5 × 16 patches faster than five of 16?
+    If not, training
+                                                five adapters side by side on one frozen encoder
+                                                cannot be either
 
-A step: forward and backward pass of a batch of 16, LoRA of rank 16 with dropout 0.1 on qkv, proj, fc1, fc2 and one
-logit, fused Adam on what is trained. Weights are noise, images too; reading and augmentation are bench/patches.py's.
-The variants take turns step by step; medians are compared. Memory is the peak of a fresh process that does nothing
-else (CPU: above that of the imports; GPU: of the allocator).
+A step: forward and backward pass of a batch of 16, LoRA of rank 16 with dropout 0.1 on qkv, proj,
+fc1, fc2 and one logit, fused Adam on what is trained. Weights are noise, images too; reading and
+augmentation are bench/patches.py's. The variants take turns step by step; medians are compared.
+Memory is the peak of a fresh process that does nothing else (CPU: above that of the imports; GPU:
+of the allocator).
 
 peft is used as its users do: float32 weights, with and without autocast, dropout by torch.
 """
@@ -57,14 +63,18 @@ VARIANTS = {
 def theirs(name, device, method):
     """timm's network with a head of one logit, adapted by peft."""
     import peft
+
     network = references.timm_model(name, img_size=224).to_empty(device=device)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.normal_(0, 0.02)
     if method == "lora":
-        network = peft.get_peft_model(network, peft.LoraConfig(r=16, lora_alpha=16, lora_dropout=0.1,
-                                                               target_modules=BLOCKS))
-    return torch.nn.Sequential(network, torch.nn.Linear(models.ENCODERS[name].dim, 1, device=device))
+        network = peft.get_peft_model(
+            network, peft.LoraConfig(r=16, lora_alpha=16, lora_dropout=0.1, target_modules=BLOCKS)
+        )
+    return torch.nn.Sequential(
+        network, torch.nn.Linear(models.ENCODERS[name].dim, 1, device=device)
+    )
 
 
 def ours(name, device, dtype):
@@ -79,18 +89,27 @@ class Step:
     def __init__(self, label, name, device, batch):
         whose, method, dtype, compiled = VARIANTS[label]
         self.device, self.batch, self.count = device, batch, 0
-        self.model = (theirs(name, device, method) if whose == "peft" else ours(name, device, dtype)).train()
+        self.model = (
+            theirs(name, device, method) if whose == "peft" else ours(name, device, dtype)
+        ).train()
         if "checkpointing" in label:
             for block in self.model.encoder.blocks:
-                block.forward = (lambda f: lambda x, first=False: torch.utils.checkpoint.checkpoint(
-                    f, x, first, use_reentrant=False, preserve_rng_state=False))(block.forward)
+                block.forward = (
+                    lambda f: (
+                        lambda x, first=False: torch.utils.checkpoint.checkpoint(
+                            f, x, first, use_reentrant=False, preserve_rng_state=False
+                        )
+                    )
+                )(block.forward)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.parameters = sum(p.numel() for p in trained)
         self.optimizer = torch.optim.Adam(trained, lr=1e-4, fused=True)
         self.images = torch.rand(batch, 3, 224, 224, device=device)
         self.labels = (torch.arange(batch, device=device) % 2).float()
         self.encoder = self.model.encoder if whose == "ours" else None
-        self.autocast = torch.autocast(device, dtype, enabled=whose == "peft" and dtype != torch.float32)
+        self.autocast = torch.autocast(
+            device, dtype, enabled=whose == "peft" and dtype != torch.float32
+        )
         self.forward = torch.compile(self.model) if compiled else self.model
 
     def __call__(self):
@@ -112,18 +131,34 @@ def memory_child(name, label, device, batch):
     step = Step(label, name, device, batch)
     for _ in range(2):
         step()
-    print(torch.cuda.max_memory_allocated() / 2 ** 20 if device == "cuda" else peak() - before)
+    print(torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else peak() - before)
 
 
 def memory(name, label, device, batch):
     """MiB, or None where the variant does not run."""
-    out = subprocess.run([sys.executable, __file__, "--memory", label, "--model", name, "--batch-size", str(batch),
-                          "--device", device], capture_output=True, text=True)
+    out = subprocess.run(
+        [
+            sys.executable,
+            __file__,
+            "--memory",
+            label,
+            "--model",
+            name,
+            "--batch-size",
+            str(batch),
+            "--device",
+            device,
+        ],
+        capture_output=True,
+        text=True,
+    )
     return float(out.stdout.split()[-1]) if out.returncode == 0 else None
 
 
 class Counter(TorchDispatchMode):
-    """Bytes of all tensors that live, and the most at any time, in the blocks of 512 of torch's allocator for CUDA."""
+    """Bytes of all tensors that live, and the most at any time, in the blocks of 512 of torch's
+    allocator for CUDA.
+    """
 
     def __init__(self):
         super().__init__()
@@ -132,7 +167,10 @@ class Counter(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.live:
+            if (
+                isinstance(tensor, torch.Tensor)
+                and tensor.untyped_storage()._cdata not in self.live
+            ):
                 storage = tensor.untyped_storage()
                 self.live[storage._cdata] = size = math.ceil(storage.nbytes() / 512) * 512
                 weakref.finalize(storage, self.free, storage._cdata)
@@ -145,8 +183,9 @@ class Counter(TorchDispatchMode):
 
 
 def count(name, batch):
-    """Print the tensors of a step of LoRA in bf16, as on a GPU, of which nothing is computed: fake ones. They are on
-    the CPU, whose attention saves what a GPU's does; caches of libraries and what the allocator wastes come on top."""
+    """Print the tensors of a step of LoRA in bf16, as on a GPU, of which nothing is computed: fake
+    ones. They are on the CPU, whose attention saves what a GPU's does; caches of libraries and what
+    the allocator wastes come on top."""
     lora.MASK_KEPT_ON = ()
     with FakeTensorMode(allow_non_fake_inputs=True), Counter() as counter:
         torch.set_default_dtype(torch.bfloat16)
@@ -155,7 +194,9 @@ def count(name, batch):
         lora.add_lora(encoder)
         model = models.PatchClassifier(encoder).train()
         network = counter.now
-        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+        optimizer = torch.optim.Adam(
+            [p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True
+        )
         images, labels = torch.rand(batch, 3, 224, 224), torch.zeros(batch)
         for step in range(2):  # Adam's moments are there from the second on
             optimizer.zero_grad(set_to_none=True)
@@ -163,16 +204,24 @@ def count(name, batch):
             logits = model(images).view(-1)
             torch.nn.functional.binary_cross_entropy_with_logits(logits.float(), labels).backward()
             optimizer.step()
-    print(f"{name}, LoRA in bf16, batch {batch}: network and adapters {network / 2 ** 30:.2f} GiB, the most at any "
-          f"time of a step {counter.peak / 2 ** 30:.2f} GiB")
+    print(
+        f"{name}, LoRA in bf16, batch {batch}: network and adapters {network / 2**30:.2f} GiB, "
+        "the most at any "
+        f"time of a step {counter.peak / 2**30:.2f} GiB"
+    )
 
 
 def together(name, device, batch, count, rounds):
-    """Seconds of `count` steps of `batch`, and of one of count × batch, in turns. Adapters of their own for each part
-    of a batch would add small products to the second, so their ratio bounds what they could gain."""
-    print(f"{name}, {device}, {torch.get_num_threads()} threads; medians of {rounds} rounds in turns\n\n"
-          f"| variant | {count} steps of {batch}, s | one of {count * batch}, s | ratio |\n|---|---|---|---|")
-    for label in ("ours fp32", "ours bf16")[device == "cuda":]:
+    """Seconds of `count` steps of `batch`, and of one of count × batch, in turns. Adapters of their
+    own for each part of a batch would add small products to the second, so their ratio bounds what
+    they could gain."""
+    print(
+        f"{name}, {device}, {torch.get_num_threads()} threads; medians of {rounds} rounds in "
+        "turns\n\n"
+        f"| variant | {count} steps of {batch}, s | one of {count * batch}, s | ratio "
+        "|\n|---|---|---|---|"
+    )
+    for label in ("ours fp32", "ours bf16")[device == "cuda" :]:
         apart, whole = Step(label, name, device, batch), Step(label, name, device, count * batch)
         seconds = [], []
         for number in range(-1, rounds):
@@ -186,20 +235,31 @@ def together(name, device, batch, count, rounds):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="three turns, nothing compiled")
     parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
-    parser.add_argument("--model", help="encoder (default: lunit-s16, a ViT-S/16, on the CPU, h-optimus-0 on a GPU)")
+    parser.add_argument(
+        "--model", help="encoder (default: lunit-s16, a ViT-S/16, on the CPU, h-optimus-0 on a GPU)"
+    )
     parser.add_argument("--batch-size", type=int, default=16, help="default: 16")
     parser.add_argument("--rounds", type=int, help="steps per variant (default: 8, with --quick 3)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, metavar="V", help="these alone")
     parser.add_argument("--memory-only", action="store_true", help="no times")
-    parser.add_argument("--count", action="store_true", help="instead: the memory of a step on a GPU, counted")
-    parser.add_argument("--together", type=int, metavar="N", help="instead: N batches one by one and in one step")
+    parser.add_argument(
+        "--count", action="store_true", help="instead: the memory of a step on a GPU, counted"
+    )
+    parser.add_argument(
+        "--together", type=int, metavar="N", help="instead: N batches one by one and in one step"
+    )
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    name, batch = args.model or ("h-optimus-0" if device == "cuda" else "lunit-s16"), args.batch_size
+    name, batch = (
+        args.model or ("h-optimus-0" if device == "cuda" else "lunit-s16"),
+        args.batch_size,
+    )
     if args.memory:
         return memory_child(name, args.memory, device, batch)
     if args.count:
@@ -207,8 +267,10 @@ def main():
     if args.together:
         return together(name, device, batch, args.together, args.rounds or 5)
     labels = args.variants or [
-        label for label, (_, _, dtype, compiled) in VARIANTS.items()
-        if not (compiled and args.quick) and not (device == "cuda" and dtype == torch.float32)]
+        label
+        for label, (_, _, dtype, compiled) in VARIANTS.items()
+        if not (compiled and args.quick) and not (device == "cuda" and dtype == torch.float32)
+    ]
     rounds, seconds, parameters = args.rounds or (3 if args.quick else 8), {}, {}
     if not args.memory_only:
         steps = {}
@@ -236,9 +298,16 @@ def main():
     # Frozen products: forward, and the gradient of the input; none of the weights.
     operations = 2 * batch * flops(models.ENCODERS[name])
     reference = labels[0]
-    print(f"{name}, batch {batch}, {device}, torch {torch.__version__}, {torch.get_num_threads()} threads; medians of "
-          f"{rounds} steps in turns; matrix product alone {rate / 1e12:.2f} TFLOP/s ({models.name_of(dtype)})\n")
-    print(f"| variant | trained | s per step | × {reference} | spread | of the product's rate | peak MiB |")
+    print(
+        f"{name}, batch {batch}, {device}, torch {torch.__version__}, {torch.get_num_threads()} "
+        "threads; medians of "
+        f"{rounds} steps in turns; matrix product alone {rate / 1e12:.2f} TFLOP/s "
+        f"({models.name_of(dtype)})\n"
+    )
+    print(
+        f"| variant | trained | s per step | × {reference} | spread | of the product's rate | "
+        "peak MiB |"
+    )
     print("|---|---|---|---|---|---|---|")
     for label in labels:
         used = memory(name, label, device, batch)
@@ -249,8 +318,11 @@ def main():
         median = statistics.median(seconds[label])
         spread = (max(seconds[label]) - min(seconds[label])) / median
         share = f"{operations / median / rate:.2f}" if VARIANTS[label][1] == "lora" else "–"
-        print(f"| {label} | {parameters[label] / 1e6:.2f} M | {median:.3f} | "
-              f"{statistics.median(seconds[reference]) / median:.2f} | ±{50 * spread:.0f}% | {share} | {used} |")
+        print(
+            f"| {label} | {parameters[label] / 1e6:.2f} M | {median:.3f} | "
+            f"{statistics.median(seconds[reference]) / median:.2f} | ±{50 * spread:.0f}% | "
+            f"{share} | {used} |"
+        )
 
 
 if __name__ == "__main__":

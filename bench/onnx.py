@@ -1,14 +1,15 @@
-"""Images per second of the exported model: against torch, and against what torch's own exporter writes, in one run.
+"""Images per second of the exported model: against torch, and against what torch's own exporter
+writes, in one run.
 
-    python bench/onnx.py                CPU: dinov2-s in fp32, fp16 and int8; GPU: h-optimus-0 in half precision
+    python bench/onnx.py                CPU: dinov2-s in fp32, fp16 and int8; GPU: h-optimus-0 in
+    half precision
     python bench/onnx.py --quick        the demo's encoder in few rounds
     python bench/onnx.py --weights W    with published weights instead of random ones
 
-All variants take the same uint8 patches and give probabilities. They take turns batch by batch, so that a machine that
-slows down slows all of them; medians are compared. What a precision costs is measured too: the head is an l2 probe
-fitted by torch on embeddings of the demo's training cases, and every variant is judged by its AUROC on the test cases.
-Status 1 where a goal is missed.
-"""
+All variants take the same uint8 patches and give probabilities. They take turns batch by batch, so
+that a machine that slows down slows all of them; medians are compared. What a precision costs is
+measured too: the head is an l2 probe fitted by torch on embeddings of the demo's training cases,
+and every variant is judged by its AUROC on the test cases. Status 1 where a goal is missed."""
 
 import argparse
 import copy
@@ -24,7 +25,10 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:1] = [str(ROOT), str(ROOT / "tests")]  # not this folder: its onnx.py and classify.py would hide the real ones
+sys.path[:1] = [
+    str(ROOT),
+    str(ROOT / "tests"),
+]  # not this folder: its onnx.py and classify.py would hide the real ones
 
 import onnx  # noqa: E402
 import onnxruntime  # noqa: E402
@@ -49,14 +53,21 @@ PLAIN = 18  # opset of the plain exporter's graph: there it writes attention as 
 
 # ---------------------------------------------------------------- a classifier that knows the demo
 
+
 def fit_head(model, count):
     """Fit the head on `count` of the demo's training patches → (test patches, their labels)."""
     annotations, choices = flags.from_source({"data": "demo", "fit": "resize"})
     split, generator = data.make_split(annotations), np.random.default_rng(0)
-    train, test = (generator.permutation(annotations.rows(ids))[:count] for ids in (split.train, split.test))
+    train, test = (
+        generator.permutation(annotations.rows(ids))[:count] for ids in (split.train, split.test)
+    )
     reader = Patches(annotations, size=models.SIZE, fit=choices.fit)
-    embeddings = models.predict(model, reader.read(train), output="embedding", progress="fitting the head")
-    fit, = logistic.fit(embeddings, annotations.label[train], [(np.arange(len(train)), 1.0)], "l2", standardize=True)
+    embeddings = models.predict(
+        model, reader.read(train), output="embedding", progress="fitting the head"
+    )
+    (fit,) = logistic.fit(
+        embeddings, annotations.label[train], [(np.arange(len(train)), 1.0)], "l2", standardize=True
+    )
     with torch.no_grad():
         model.head.weight.copy_(torch.from_numpy(fit.weight)[None])
         model.head.bias.fill_(fit.bias)
@@ -64,6 +75,7 @@ def fit_head(model, count):
 
 
 # ---------------------------------------------------------------- the variants: uint8 patches → probabilities
+
 
 def write_plain(path, model):
     """What torch.onnx.export makes of `model`, with metadata, so that it runs as the others do."""
@@ -76,49 +88,82 @@ def write_plain(path, model):
 
         def forward(self, patches):
             return torch.sigmoid(self.model(patches))
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.onnx.export(Probability().eval(), (images.to(device),), path, input_names=["patches"], verbose=False,
-                          output_names=["probability"], dynamo=True, opset_version=PLAIN, external_data=True,
-                          dynamic_shapes=({0: torch.export.Dim("N", min=1, max=4096)},))
+        torch.onnx.export(
+            Probability().eval(),
+            (images.to(device),),
+            path,
+            input_names=["patches"],
+            verbose=False,
+            output_names=["probability"],
+            dynamo=True,
+            opset_version=PLAIN,
+            external_data=True,
+            dynamic_shapes=({0: torch.export.Dim("N", min=1, max=4096)},),
+        )
     proto = onnx.load(path, load_external_data=False)
     kinds = [node.op_type for node in proto.graph.node]
-    assert "Attention" not in kinds and kinds.count("Softmax") == len(model.encoder.blocks), "attention is not loose"
+    assert "Attention" not in kinds and kinds.count("Softmax") == len(model.encoder.blocks), (
+        "attention is not loose"
+    )
     proto.metadata_props.add(key="format", value=session.FORMAT)
-    for key, value in {**METADATA, "input": "uint8", "precision": "as torch's", "opset": PLAIN}.items():
+    for key, value in {
+        **METADATA,
+        "input": "uint8",
+        "precision": "as torch's",
+        "opset": PLAIN,
+    }.items():
         proto.metadata_props.add(key=key, value=json.dumps(value))
     onnx.save(proto, path)
 
 
 def runtime(path, device, threads):
-    classifier = session.Classifier(path, device, threads=threads, batch_size=max(BATCHES), warm_up=False)
+    classifier = session.Classifier(
+        path, device, threads=threads, batch_size=max(BATCHES), warm_up=False
+    )
     assert classifier.device.startswith(device), classifier.note
     return classifier
 
 
 def torch_variant(model, onednn=False, compiled=False):
-    """onednn: float32 products as models.linear makes them on CPUs, which others who run torch do not."""
+    """onednn: float32 products as models.linear makes them on CPUs, which others who run torch do
+    not.
+    """
     network = torch.compile(model, dynamic=False) if compiled else model
 
     @torch.no_grad()  # inference_mode does not go with torch.compile: "Cannot set version_counter"
     def run(patches):
         models.ONEDNN = onednn
         return torch.sigmoid(network(patches))
+
     return run
 
 
 def variants(model, seen, device, threads, folder, compiled):
-    """{label: function uint8 [N, 224, 224, 3] → probabilities [N]}, the reference first; `seen`: some real patches."""
+    """{label: function uint8 [N, 224, 224, 3] → probabilities [N]}, the reference first; `seen`:
+    some real patches.
+    """
     with graph.activation_peaks(model.encoder) as peaks:
         models.predict(model, seen, progress=None)
     half, float32 = copy.deepcopy(model), model.cpu()
     half.encoder.to(torch.bfloat16)
-    found = {} if device == "cuda" else {"torch fp32": torch_variant(float32),
-                                         "torch fp32 by oneDNN": torch_variant(float32, models.ONEDNN)}
+    found = (
+        {}
+        if device == "cuda"
+        else {
+            "torch fp32": torch_variant(float32),
+            "torch fp32 by oneDNN": torch_variant(float32, models.ONEDNN),
+        }
+    )
     found["torch bf16"] = torch_variant(half)
     if compiled:
-        found |= {f"{label}, compiled": torch_variant(network, compiled=True)
-                  for label, network in (("torch fp32", float32), ("torch bf16", half)) if label in found}
+        found |= {
+            f"{label}, compiled": torch_variant(network, compiled=True)
+            for label, network in (("torch fp32", float32), ("torch bf16", half))
+            if label in found
+        }
     for precision in ("fp16",) if device == "cuda" else ("fp32", "fp16", "int8"):
         path = folder / f"{precision}.onnx"
         write_model(path, float32, precision, inline=False, peaks=dict(peaks))
@@ -127,7 +172,9 @@ def variants(model, seen, device, threads, folder, compiled):
     path = folder / "plain.onnx"
     write_plain(path, half if device == "cuda" else float32)
     half.encoder.to(torch.bfloat16)
-    found[f"plain exporter's graph {'fp16' if device == 'cuda' else 'fp32'}"] = runtime(path, device, threads)
+    found[f"plain exporter's graph {'fp16' if device == 'cuda' else 'fp32'}"] = runtime(
+        path, device, threads
+    )
     return found
 
 
@@ -157,23 +204,44 @@ def seconds_per_batch(functions, patches, device, rounds):
 
 
 def probabilities(function, patches, device):
-    parts = [function(given(function, patches[i:i + 64], device)) for i in range(0, len(patches), 64)]
-    return np.concatenate([part if isinstance(part, np.ndarray) else part.float().cpu().numpy() for part in parts])
+    parts = [
+        function(given(function, patches[i : i + 64], device)) for i in range(0, len(patches), 64)
+    ]
+    return np.concatenate(
+        [part if isinstance(part, np.ndarray) else part.float().cpu().numpy() for part in parts]
+    )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="encoder (default: dinov2-s on the CPU, h-optimus-0 on a GPU)")
-    parser.add_argument("--weights", default="random", help="its published weights (default: random)")
+    parser.add_argument(
+        "--model", help="encoder (default: dinov2-s on the CPU, h-optimus-0 on a GPU)"
+    )
+    parser.add_argument(
+        "--weights", default="random", help="its published weights (default: random)"
+    )
     parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the CPU (default: all)")
-    parser.add_argument("--rounds", type=int, nargs=len(BATCHES), metavar="N",
-                        help=f"per batch size {BATCHES} (default: 20 10 5; --quick: 5 3 2)")
-    parser.add_argument("--patches", type=int, default=512, help="to fit the head on (default: 512)")
-    parser.add_argument("--quick", action="store_true", help="the demo's encoder, few rounds, nothing compiled")
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count(), help="of the CPU (default: all)"
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        nargs=len(BATCHES),
+        metavar="N",
+        help=f"per batch size {BATCHES} (default: 20 10 5; --quick: 5 3 2)",
+    )
+    parser.add_argument(
+        "--patches", type=int, default=512, help="to fit the head on (default: 512)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="the demo's encoder, few rounds, nothing compiled"
+    )
     args = parser.parse_args()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    name = args.model or ("demo" if args.quick else "h-optimus-0" if device == "cuda" else "dinov2-s")
+    name = args.model or (
+        "demo" if args.quick else "h-optimus-0" if device == "cuda" else "dinov2-s"
+    )
     weights = None if name == "demo" else args.weights
     rounds = args.rounds or ((5, 3, 2) if args.quick else (20, 10, 5))
     torch.set_num_threads(args.threads)
@@ -181,43 +249,75 @@ def main():
     patches, labels = fit_head(model, args.patches)
 
     with tempfile.TemporaryDirectory() as folder:
-        functions = variants(model, patches[:16], device, args.threads, Path(folder), compiled=not args.quick)
-        areas = {label: evaluate.auroc(labels, probabilities(f, patches, device)) for label, f in functions.items()}
+        functions = variants(
+            model, patches[:16], device, args.threads, Path(folder), compiled=not args.quick
+        )
+        areas = {
+            label: evaluate.auroc(labels, probabilities(f, patches, device))
+            for label, f in functions.items()
+        }
         rate = {label: [] for label in functions}
         for batch, count in zip(BATCHES, rounds):
-            times = seconds_per_batch(functions, np.resize(patches, (batch, *patches.shape[1:])), device, count)
+            times = seconds_per_batch(
+                functions, np.resize(patches, (batch, *patches.shape[1:])), device, count
+            )
             for label, seconds in times.items():
                 rate[label].append(batch / statistics.median(seconds))
     first = next(iter(functions))
-    print(f"\n{name} ({weights or 'shipped'} weights), {device}, {args.threads} threads, torch {torch.__version__}, "
-          f"onnxruntime {onnxruntime.__version__}; images/s, medians of {'/'.join(map(str, rounds))} batches in turns; "
-          f"AUROC on {len(labels)} test patches of the demo\n")
-    print("| variant | " + " | ".join(f"batch {batch}" for batch in BATCHES) + f" | × {first}, batch {BATCHES[-1]} | "
-          "AUROC | change |\n" + "|---" * (len(BATCHES) + 4) + "|")
+    print(
+        f"\n{name} ({weights or 'shipped'} weights), {device}, {args.threads} threads, torch "
+        f"{torch.__version__}, "
+        f"onnxruntime {onnxruntime.__version__}; images/s, medians of "
+        f"{'/'.join(map(str, rounds))} batches in turns; "
+        f"AUROC on {len(labels)} test patches of the demo\n"
+    )
+    print(
+        "| variant | "
+        + " | ".join(f"batch {batch}" for batch in BATCHES)
+        + f" | × {first}, batch {BATCHES[-1]} | "
+        "AUROC | change |\n" + "|---" * (len(BATCHES) + 4) + "|"
+    )
     for label, values in rate.items():
-        print(f"| {label} | " + " | ".join(f"{value:.1f}" for value in values)
-              + f" | {values[-1] / rate[first][-1]:.2f} | {areas[label]:.4f} | {areas[label] - areas[first]:+.4f} |")
+        print(
+            f"| {label} | "
+            + " | ".join(f"{value:.1f}" for value in values)
+            + f" | {values[-1] / rate[first][-1]:.2f} | {areas[label]:.4f} | "
+            f"{areas[label] - areas[first]:+.4f} |"
+        )
     print()
     return goals(rate, areas, device) and not args.quick
 
 
 def goals(rate, areas, device):
     """Print what was wanted and what it came to → True where something is missed."""
+
     def over(a, b, i=-1):
         return rate[a][i] / rate[b][i]
+
     if device == "cuda":
         plain = "plain exporter's graph fp16"
-        rows = [("ONNX Runtime fp16", "torch bf16, compiled", 0.9), ("ONNX Runtime fp16", plain, 1.3)]
+        rows = [
+            ("ONNX Runtime fp16", "torch bf16, compiled", 0.9),
+            ("ONNX Runtime fp16", plain, 1.3),
+        ]
     else:
-        rows = [("ONNX Runtime fp32", "torch fp32", 1.0), ("ONNX Runtime fp32", "torch fp32, compiled", 1.0),
-                ("ONNX Runtime int8", "torch fp32", 2.3), ("ONNX Runtime int8", "torch fp32, compiled", 2.3)]
+        rows = [
+            ("ONNX Runtime fp32", "torch fp32", 1.0),
+            ("ONNX Runtime fp32", "torch fp32, compiled", 1.0),
+            ("ONNX Runtime int8", "torch fp32", 2.3),
+            ("ONNX Runtime int8", "torch fp32, compiled", 2.3),
+        ]
     missed = False
     for a, b, wanted in rows:
         if a in rate and b in rate:
             missed |= over(a, b) < wanted
-            print(f"{a} against {b}: " + ", ".join(f"{over(a, b, i):.2f}× at batch {batch}"
-                                                   for i, batch in enumerate(BATCHES))
-                  + f" (wanted at batch {BATCHES[-1]}: {wanted}×)")
+            print(
+                f"{a} against {b}: "
+                + ", ".join(
+                    f"{over(a, b, i):.2f}× at batch {batch}" for i, batch in enumerate(BATCHES)
+                )
+                + f" (wanted at batch {BATCHES[-1]}: {wanted}×)"
+            )
     return missed
 
 

@@ -1,14 +1,19 @@
-"""Fitting the paper's grid of 20 probes (4 fractions x 5 folds) from stored embeddings: ours against a loop.
+"""Fitting the paper's grid of 20 probes (4 fractions x 5 folds) from stored embeddings: ours
+against a loop.
 
-    l2    scikit-learn's LogisticRegression, one fit after the other, at the same C, run until its loss is within 1e-6
+    l2    scikit-learn's LogisticRegression, one fit after the other, at the same C, run until its
+          loss is within 1e-6
           of ours (or until its iterations are used up, which is said)
-    uni   torch.optim.LBFGS on the formula as published: Linear(d, 2), cross-entropy + 1/C 1/2 |W|, float32
+    uni   torch.optim.LBFGS on the formula as published: Linear(d, 2), cross-entropy + 1/C 1/2 |W|,
+          float32
 
-The embeddings are synthetic, with a spectrum like a ViT's: variances over three orders of magnitude, an offset.
-Ours is timed whole. The loop is timed fold by fold until --seconds are used up, at least one fold of every fraction;
-folds that are not timed are taken to last as long as those of their fraction that are, and the table says how many.
+The embeddings are synthetic, with a spectrum like a ViT's: variances over three orders of
+magnitude, an offset. Ours is timed whole. The loop is timed fold by fold until --seconds are used
+up, at least one fold of every fraction; folds that are not timed are taken to last as long as those
+of their fraction that are, and the table says how many.
 
-    python bench/probe.py                  20,000 x 1,536 and 58,000 x 2,560: about 8 minutes on 2 cores
+    python bench/probe.py                  20,000 x 1,536 and 58,000 x 2,560: about 8 minutes on 2
+    cores
     python bench/probe.py --seconds inf    every reference fit: more than an hour
     python bench/probe.py --quick          4,000 x 384
 """
@@ -41,16 +46,19 @@ def embeddings(n, d, seed=0):
     z = np.empty(n, np.float32)
     for i in range(0, n, 4096):
         Z = rng.normal(size=(min(4096, n - i), d)).astype(np.float32) * scales
-        z[i:i + 4096] = Z @ direction
-        X[i:i + 4096] = Z @ basis + offset
+        z[i : i + 4096] = Z @ direction
+        X[i : i + 4096] = Z @ basis + offset
     z *= 2.5 / z.std()
     return X, (1 / (1 + np.exp(-z)) > rng.random(n)).astype(int)
 
 
 def grid(n, seed=0):
     rng = np.random.default_rng(seed)
-    pools = [rng.permutation(n)[:int(0.64 * n)] for _ in range(5)]
-    return {frac: [np.sort(pool[:max(20, int(frac * len(pool)))]) for pool in pools] for frac in (0.001, 0.01, 0.1, 1)}
+    pools = [rng.permutation(n)[: int(0.64 * n)] for _ in range(5)]
+    return {
+        frac: [np.sort(pool[: max(20, int(frac * len(pool)))]) for pool in pools]
+        for frac in (0.001, 0.01, 0.1, 1)
+    }
 
 
 class Peak:
@@ -79,14 +87,16 @@ class Peak:
 def l2_loss(weight, bias, X, y, rows, C):
     loss = 0.0
     for i in range(0, len(rows), 4096):
-        own = rows[i:i + 4096]
+        own = rows[i : i + 4096]
         z = X[own].astype(np.float64) @ weight + bias
         loss += np.logaddexp(0, (1 - 2 * y[own]) * z).sum()
     return loss / len(rows) + weight @ weight / (2 * C * len(rows))
 
 
 def sklearn_fit(X, y, rows, C, target, tolerances):
-    """(seconds, loss, the tolerance used): the first tolerance with which its loss is within 1e-6 of `target`."""
+    """(seconds, loss, the tolerance used): the first tolerance with which its loss is within 1e-6
+    of `target`.
+    """
     own, labels = X[rows], y[rows]
     for tol in tolerances:
         start = time.perf_counter()
@@ -104,8 +114,15 @@ def torch_fit(X, y, rows):
     torch.nn.init.zeros_(layer.weight)
     torch.nn.init.zeros_(layer.bias)
     C = logistic.uni_C(X.shape[1])
-    optimizer = torch.optim.LBFGS(layer.parameters(), lr=1, max_iter=1000, tolerance_grad=1e-7, tolerance_change=1e-9,
-                                  history_size=100, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        layer.parameters(),
+        lr=1,
+        max_iter=1000,
+        tolerance_grad=1e-7,
+        tolerance_change=1e-9,
+        history_size=100,
+        line_search_fn="strong_wolfe",
+    )
 
     def objective():
         return torch.nn.functional.cross_entropy(layer(own), labels) + 0.5 / C * layer.weight.norm()
@@ -115,21 +132,36 @@ def torch_fit(X, y, rows):
         loss = objective()
         loss.backward()
         return loss
+
     start = time.perf_counter()
     optimizer.step(closure)
     return time.perf_counter() - start, objective().item()
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="4,000 x 384 only")
-    parser.add_argument("--size", nargs="+", default=["20000x1536", "58000x2560"], help="rows x dimensions")
-    parser.add_argument("--seconds", type=float, default=60,
-                        help="of the reference's fits, for every row of the table (default: 60)")
+    parser.add_argument(
+        "--size", nargs="+", default=["20000x1536", "58000x2560"], help="rows x dimensions"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=60,
+        help="of the reference's fits, for every row of the table (default: 60)",
+    )
     args = parser.parse_args()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU; goal: l2 >= 5x, uni >= 2x\n")
-    print("| embeddings | probe | ours, 20 probes (s) | peak memory above the array (GB) | loop (s) | ratio | "
-          "largest excess of ours / of the loop |")
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU; goal: l2 >= 5x, uni "
+        ">= 2x\n"
+    )
+    print(
+        "| embeddings | probe | ours, 20 probes (s) | peak memory above the array (GB) | loop (s) "
+        "| ratio | "
+        "largest excess of ours / of the loop |"
+    )
     print("|---|---|---|---|---|---|---|")
     for size in ["4000x384"] if args.quick else args.size:
         n, d = map(int, size.split("x"))
@@ -154,7 +186,9 @@ def main():
                         if penalty == "l2":
                             target = l2_loss(fits[index].weight, fits[index].bias, X, y, rows, C)
                             taken, loss, tol = sklearn_fit(X, y, rows, C, target, tolerances)
-                            tolerances = [t for t in tolerances if t <= tol]  # what one fold needs, the others do too
+                            tolerances = [
+                                t for t in tolerances if t <= tol
+                            ]  # what one fold needs, the others do too
                             short += loss - target > 1e-6
                         else:
                             target = fits[index].loss
@@ -165,10 +199,18 @@ def main():
                     index += 1
                 timed.append(len(seconds))
                 loop += np.mean(seconds) * len(folds)
-            note = f" (timed {' + '.join(map(str, timed))} of 5 + 5 + 5 + 5 fits)" if sum(timed) < index else ""
+            note = (
+                f" (timed {' + '.join(map(str, timed))} of 5 + 5 + 5 + 5 fits)"
+                if sum(timed) < index
+                else ""
+            )
             note += f" ({short} fits did not reach our loss)" if short else ""
-            print(f"| {n:,} x {d:,} | {penalty} | {ours:.1f} | {gb:.2f} | {loop:.1f}{note} | {loop / ours:.1f} | "
-                  f"{max(fit.excess for fit in fits):.0e} / {worst:.0e} |", flush=True)
+            print(
+                f"| {n:,} x {d:,} | {penalty} | {ours:.1f} | {gb:.2f} | {loop:.1f}{note} | "
+                f"{loop / ours:.1f} | "
+                f"{max(fit.excess for fit in fits):.0e} / {worst:.0e} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

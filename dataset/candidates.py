@@ -1,10 +1,14 @@
-"""Candidates of a detector: read from the format they come in, written back in it with probability and class. No torch.
+"""Candidates of a detector: read from the format they come in, written back in it with probability
+and class. No torch.
 
     MIDOG JSON          every annotation (bbox = corners); gains "probability" and "class"
-    challenge JSON      "Multiple points" in millimetres, what detectors of the MIDOG challenge write
-    CSV                 columns x, y and, for several images, filename; gains the columns probability and class
+    challenge JSON      "Multiple points" in millimetres, what detectors of the MIDOG challenge
+    write
+    CSV                 columns x, y and, for several images, filename; gains the columns
+                        probability and class
     SlideRunner SQLite  every annotation; gains the table Predictions
-    QuPath GeoJSON      points and shapes (their middle); gains a measurement and a coloured classification
+    QuPath GeoJSON      points and shapes (their middle); gains a measurement and a coloured
+    classification
 
 Everything else in the file is kept as it is. The file that was read is never written to.
 """
@@ -28,21 +32,23 @@ NAME_COLUMNS = ("filename", "file_name", "image", "slide")
 
 @dataclass
 class Candidates:
-    kind: str          # midog | challenge | csv | sqlite | geojson
+    kind: str  # midog | challenge | csv | sqlite | geojson
     path: Path
-    ids: list          # how each is named in messages
-    images: list       # file name of the image of each; None where the format has none
-    x: np.ndarray      # centre, level 0 px ("challenge": mm)
+    ids: list  # how each is named in messages
+    images: list  # file name of the image of each; None where the format has none
+    x: np.ndarray  # centre, level 0 px ("challenge": mm)
     y: np.ndarray
-    content: object    # what the file held, for writing it back
-    places: list       # where in `content` each comes from
+    content: object  # what the file held, for writing it back
+    places: list  # where in `content` each comes from
 
     def __len__(self):
         return len(self.ids)
 
 
 def read(path):
-    """The candidates in a file; UserError where it is none of the formats, or a candidate has no place."""
+    """The candidates in a file; UserError where it is none of the formats, or a candidate has no
+    place.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"--candidates {path}: no such file")
@@ -50,7 +56,10 @@ def read(path):
         start = file.read(16)
     if start == b"SQLite format 3\0":
         return read_sqlite(path)
-    if path.suffix.lower() in (".json", ".geojson") or start.lstrip(b"\xef\xbb\xbf \r\n\t")[:1] in (b"{", b"["):
+    if path.suffix.lower() in (".json", ".geojson") or start.lstrip(b"\xef\xbb\xbf \r\n\t")[:1] in (
+        b"{",
+        b"[",
+    ):
         content = common.read_json(path)
         if isinstance(content, dict) and "annotations" in content and "images" in content:
             return read_midog(path, content)
@@ -67,7 +76,10 @@ def write(candidates, path, probability, threshold, names, relabel=False):
     """
     path = Path(path)
     if path.exists() and path.samefile(candidates.path):
-        raise UserError(f"--out {path}: is the file of the candidates itself; it is never written to, choose another")
+        raise UserError(
+            f"--out {path}: is the file of the candidates itself; it is never written to, choose "
+            "another"
+        )
     scores = [None if math.isnan(p) else (float(p), int(p >= threshold)) for p in probability]
     WRITERS[candidates.kind](candidates, path, scores, names, relabel)
 
@@ -84,11 +96,20 @@ def places(path, kind, rows, content):
             raise UserError(f"{path}: candidate {name} has no place (x, y must be numbers)")
         x.append(a)
         y.append(b)
-    return Candidates(kind, path, [str(row[0]) for row in rows], [row[1] for row in rows], np.array(x), np.array(y),
-                      content, [row[4] for row in rows])
+    return Candidates(
+        kind,
+        path,
+        [str(row[0]) for row in rows],
+        [row[1] for row in rows],
+        np.array(x),
+        np.array(y),
+        content,
+        [row[4] for row in rows],
+    )
 
 
 # ---------------------------------------------------------------- JSON
+
 
 def read_midog(path, content):
     try:
@@ -96,15 +117,33 @@ def read_midog(path, content):
         rows = []
         for i, annotation in enumerate(content["annotations"]):
             name, box = annotation.get("id", i), annotation.get("bbox")
-            if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, (int, float)) for v in box):
+            if (
+                not isinstance(box, list)
+                or len(box) != 4
+                or not all(isinstance(v, (int, float)) for v in box)
+            ):
                 raise UserError(f"{path}: annotation {name} has no bbox of four numbers")
             if box[2] < box[0] or box[3] < box[1]:
-                raise UserError(f"{path}: the bbox of annotation {name} is not [x1, y1, x2, y2]; MIDOG's boxes are "
-                                "corners (COCO's [x, y, width, height] must be converted)")
+                raise UserError(
+                    f"{path}: the bbox of annotation {name} is not [x1, y1, x2, y2]; MIDOG's "
+                    "boxes are "
+                    "corners (COCO's [x, y, width, height] must be converted)"
+                )
             if annotation["image_id"] not in files:
-                raise UserError(f"{path}: annotation {name} belongs to image {annotation['image_id']}, which is not "
-                                "in the list of images")
-            rows.append((name, files[annotation["image_id"]], (box[0] + box[2]) / 2, (box[1] + box[3]) / 2, i))
+                raise UserError(
+                    f"{path}: annotation {name} belongs to image {annotation['image_id']}, which "
+                    "is not "
+                    "in the list of images"
+                )
+            rows.append(
+                (
+                    name,
+                    files[annotation["image_id"]],
+                    (box[0] + box[2]) / 2,
+                    (box[1] + box[3]) / 2,
+                    i,
+                )
+            )
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not MIDOG's JSON ({type(error).__name__}: {error})") from None
     return places(path, "midog", rows, content)
@@ -134,30 +173,54 @@ def write_challenge(candidates, path, scores, names, relabel):
     points = content["points"] = [dict(p) for p in content["points"]]
     for place, score in zip(candidates.places, scores):
         if score:  # the challenge's own two names
-            points[place].update(probability=score[0], name="mitotic figure" if score[1] else "non-mitotic figure")
+            points[place].update(
+                probability=score[0], name="mitotic figure" if score[1] else "non-mitotic figure"
+            )
     common.write_json(path, content)
 
 
 def challenge(x, y, probability, threshold, mpp):
-    """Points in level-0 px → the MIDOG challenge's output: all of them, with name by threshold, in millimetres."""
-    points = [{"name": "mitotic figure" if p >= threshold else "non-mitotic figure",
-               "point": [float(a) * mpp / 1000, float(b) * mpp / 1000, 0], "probability": float(p)}
-              for a, b, p in zip(x, y, probability)]
-    return {"name": "Points of interest", "type": "Multiple points", "points": points,
-            "version": {"major": 1, "minor": 0}}
+    """Points in level-0 px → the MIDOG challenge's output: all of them, with name by threshold, in
+    millimetres.
+    """
+    points = [
+        {
+            "name": "mitotic figure" if p >= threshold else "non-mitotic figure",
+            "point": [float(a) * mpp / 1000, float(b) * mpp / 1000, 0],
+            "probability": float(p),
+        }
+        for a, b, p in zip(x, y, probability)
+    ]
+    return {
+        "name": "Points of interest",
+        "type": "Multiple points",
+        "points": points,
+        "version": {"major": 1, "minor": 0},
+    }
 
 
 def read_geojson(path, content):
-    features = content.get("features") if isinstance(content, dict) and content.get("type") == "FeatureCollection" \
-        else [content] if isinstance(content, dict) and content.get("type") == "Feature" else content
-    if not isinstance(features, list) or not all(isinstance(f, dict) and "geometry" in f for f in features):
-        raise UserError(f"{path}: neither MIDOG's JSON (images, annotations) nor GeoJSON (features)")
+    features = (
+        content.get("features")
+        if isinstance(content, dict) and content.get("type") == "FeatureCollection"
+        else [content]
+        if isinstance(content, dict) and content.get("type") == "Feature"
+        else content
+    )
+    if not isinstance(features, list) or not all(
+        isinstance(f, dict) and "geometry" in f for f in features
+    ):
+        raise UserError(
+            f"{path}: neither MIDOG's JSON (images, annotations) nor GeoJSON (features)"
+        )
     rows, pieces = [], []
     for i, feature in enumerate(features):
         geometry, name = feature["geometry"] or {}, feature.get("id", i)
         check_feature(path, name, geometry, feature.get("properties"))
         coordinates = geometry.get("coordinates")
-        if geometry.get("type") == "MultiPoint":  # QuPath's points: each gets a class, so each becomes a feature
+        if (
+            geometry.get("type") == "MultiPoint"
+        ):  # QuPath's points: each gets a class, so each becomes a feature
             for j, point in enumerate(coordinates or []):
                 one = {**feature, "geometry": {**geometry, "type": "Point", "coordinates": point}}
                 if "id" in feature and len(coordinates) > 1:
@@ -171,11 +234,15 @@ def read_geojson(path, content):
 
 
 def check_feature(path, name, geometry, properties):
-    """UserError where a part of a feature that is read or written is of another type than GeoJSON's."""
+    """UserError where a part of a feature that is read or written is of another type than
+    GeoJSON's.
+    """
     if not isinstance(geometry, dict):
         raise UserError(f"{path}: the geometry of feature {name} is no object")
     if geometry.get("type") == "MultiPoint" and not isinstance(geometry.get("coordinates"), list):
-        raise UserError(f"{path}: feature {name} has no coordinates (a MultiPoint has a list of points)")
+        raise UserError(
+            f"{path}: feature {name} has no coordinates (a MultiPoint has a list of points)"
+        )
     if not isinstance(properties or {}, dict):
         raise UserError(f"{path}: the properties of feature {name} are no object")
     for key, types in (("measurements", (dict, list)), ("metadata", dict)):
@@ -188,7 +255,11 @@ def middle(path, name, coordinates):
     points, todo = [], [coordinates]
     while todo:
         item = todo.pop()
-        if isinstance(item, list) and len(item) >= 2 and all(isinstance(v, (int, float)) for v in item):
+        if (
+            isinstance(item, list)
+            and len(item) >= 2
+            and all(isinstance(v, (int, float)) for v in item)
+        ):
             points.append(item[:2])
         elif isinstance(item, list):
             todo += item
@@ -212,16 +283,24 @@ def write_geojson(candidates, path, scores, names, relabel):
             properties["measurements"] = {**(measurements or {}), key: score[0]}
         if properties.get("classification"):
             given = properties["classification"]
-            properties["metadata"] = {**(properties.get("metadata") or {}), "class of the candidate":
-                                      str(given.get("name", given) if isinstance(given, dict) else given)}
+            properties["metadata"] = {
+                **(properties.get("metadata") or {}),
+                "class of the candidate": str(
+                    given.get("name", given) if isinstance(given, dict) else given
+                ),
+            }
         properties["classification"] = {"name": names[score[1]], "color": list(COLOURS[score[1]])}
         pieces[place]["properties"] = properties
-    whole = {**content, "features": pieces} if isinstance(content, dict) and "features" in content else \
-        {"type": "FeatureCollection", "features": pieces}
+    whole = (
+        {**content, "features": pieces}
+        if isinstance(content, dict) and "features" in content
+        else {"type": "FeatureCollection", "features": pieces}
+    )
     common.write_json(path, whole)
 
 
 # ---------------------------------------------------------------- CSV
+
 
 def read_csv(path):
     try:
@@ -234,8 +313,11 @@ def read_csv(path):
     header = [column.strip() for column in table[0]] if table else []
     lower = [column.lower() for column in header]
     if "x" not in lower or "y" not in lower:
-        raise UserError(f"{path}: not a file of candidates: wanted is MIDOG JSON, GeoJSON, SlideRunner SQLite, or a "
-                        "CSV file with the columns x and y (and filename)")
+        raise UserError(
+            f"{path}: not a file of candidates: wanted is MIDOG JSON, GeoJSON, SlideRunner "
+            "SQLite, or a "
+            "CSV file with the columns x and y (and filename)"
+        )
     x, y = lower.index("x"), lower.index("y")
     name = next((lower.index(c) for c in NAME_COLUMNS if c in lower), None)
     rows = []
@@ -246,9 +328,13 @@ def read_csv(path):
             raise UserError(f"{path}, row {i}: {len(row)} columns, the header has {len(header)}")
         rows.append((f"row {i}", None if name is None else row[name].strip(), row[x], row[y], i))
     blank = [row[0] for row in rows if row[1] == ""]
-    if 0 < len(blank) < len(rows):  # a column that is all blank says nothing, one blank would lie on no image
+    if (
+        0 < len(blank) < len(rows)
+    ):  # a column that is all blank says nothing, one blank would lie on no image
         raise UserError(f"{path}, {blank[0]}: the {header[name]} is blank")
-    return places(path, "csv", [(row[0], row[1] or None, *row[2:]) for row in rows], (table, delimiter))
+    return places(
+        path, "csv", [(row[0], row[1] or None, *row[2:]) for row in rows], (table, delimiter)
+    )
 
 
 def write_csv(candidates, path, scores, names, relabel):
@@ -270,14 +356,19 @@ def write_csv(candidates, path, scores, names, relabel):
             table[place][columns[0]], table[place][columns[1]] = repr(score[0]), names[score[1]]
             if label is not None:
                 table[place][label] = str(score[1])
-    with common.atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    with (
+        common.atomic(path) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8") as file,
+    ):
         csv.writer(file, delimiter=delimiter, lineterminator="\n").writerows(table)
 
 
 # ---------------------------------------------------------------- SlideRunner
 
+
 def connect(path):
-    # immutable: neither a journal nor a lock beside somebody's database; not where a log waits to be merged
+    # immutable: neither a journal nor a lock beside somebody's database; not where a log waits to
+    # be merged
     name = urllib.parse.quote(str(Path(path).resolve()))
     immutable = "" if Path(f"{path}-wal").exists() else "&immutable=1"
     return sqlite3.connect(f"file:{name}?mode=ro{immutable}", uri=True)
@@ -290,10 +381,16 @@ def read_sqlite(path):
             columns = {row[1] for row in database.execute("PRAGMA table_info(Annotations)")}
             alive = "WHERE coalesce(a.deleted, 0) = 0" if "deleted" in columns else ""
             found = database.execute(
-                "SELECT a.uid, s.filename, min(c.coordinateX), max(c.coordinateX), min(c.coordinateY), "
-                "max(c.coordinateY) FROM Annotations a JOIN Annotations_coordinates c ON c.annoId = a.uid "
-                f"JOIN Slides s ON s.uid = a.slide {alive} GROUP BY a.uid ORDER BY a.uid").fetchall()
-            classes = {str(name).lower(): uid for uid, name in database.execute("SELECT uid, name FROM Classes")}
+                "SELECT a.uid, s.filename, min(c.coordinateX), max(c.coordinateX), "
+                "min(c.coordinateY), "
+                "max(c.coordinateY) FROM Annotations a JOIN Annotations_coordinates c ON c.annoId "
+                "= a.uid "
+                f"JOIN Slides s ON s.uid = a.slide {alive} GROUP BY a.uid ORDER BY a.uid"
+            ).fetchall()
+            classes = {
+                str(name).lower(): uid
+                for uid, name in database.execute("SELECT uid, name FROM Classes")
+            }
         finally:
             database.close()
     except sqlite3.Error as error:
@@ -301,19 +398,32 @@ def read_sqlite(path):
     rows = []
     for uid, name, left, right, top, bottom in found:
         known = None not in (left, right, top, bottom)
-        rows.append((uid, name, (left + right) / 2 if known else None, (top + bottom) / 2 if known else None, uid))
+        rows.append(
+            (
+                uid,
+                name,
+                (left + right) / 2 if known else None,
+                (top + bottom) / 2 if known else None,
+                uid,
+            )
+        )
     return places(path, "sqlite", rows, classes)
 
 
 def class_numbers(candidates, names, relabel):
-    """The database's numbers of the classes names[0 | 1], None where it has none: with `relabel` a UserError."""
+    """The database's numbers of the classes names[0 | 1], None where it has none: with `relabel` a
+    UserError.
+    """
     classes = candidates.content
     wanted = [classes.get(name.lower()) for name in names]
     wanted[0] = wanted[0] or classes.get("not mitotic figure") or classes.get("nonmitosis")
     wanted[1] = wanted[1] or classes.get("mitosis") or classes.get("mitose")
     if relabel and None in wanted:
-        raise UserError(f"{candidates.path}: its classes ({', '.join(classes)}) do not name both {names[1]} and "
-                        f"{names[0]}, so --relabel cannot tell their numbers")
+        raise UserError(
+            f"{candidates.path}: its classes ({', '.join(classes)}) do not name both {names[1]} "
+            "and "
+            f"{names[0]}, so --relabel cannot tell their numbers"
+        )
     return wanted
 
 
@@ -326,23 +436,37 @@ def write_sqlite(candidates, path, scores, names, relabel):
             source.backup(copy)
             # A table of its own: SlideRunner reads its tables by name, and looks at no other.
             copy.execute("DROP TABLE IF EXISTS Predictions")
-            copy.execute("CREATE TABLE Predictions (annoId INTEGER PRIMARY KEY, probability REAL, class TEXT, "
-                         "classId INTEGER)")
+            copy.execute(
+                "CREATE TABLE Predictions (annoId INTEGER PRIMARY KEY, probability REAL, class "
+                "TEXT, "
+                "classId INTEGER)"
+            )
             scored = [(place, *score) for place, score in zip(candidates.places, scores) if score]
-            copy.executemany("INSERT INTO Predictions VALUES (?, ?, ?, ?)",
-                             [(uid, p, names[c], wanted[c]) for uid, p, c in scored])
+            copy.executemany(
+                "INSERT INTO Predictions VALUES (?, ?, ?, ?)",
+                [(uid, p, names[c], wanted[c]) for uid, p, c in scored],
+            )
             if relabel:
-                copy.executemany("UPDATE Annotations SET agreedClass = ? WHERE uid = ?",
-                                 [(wanted[c], uid) for uid, _, c in scored])
+                copy.executemany(
+                    "UPDATE Annotations SET agreedClass = ? WHERE uid = ?",
+                    [(wanted[c], uid) for uid, _, c in scored],
+                )
             copy.commit()
         except sqlite3.Error as error:
             if "full" in str(error):
                 raise OSError(28, "disk full", str(path)) from None
-            raise UserError(f"{candidates.path}: cannot be copied with its predictions ({error})") from None
+            raise UserError(
+                f"{candidates.path}: cannot be copied with its predictions ({error})"
+            ) from None
         finally:
             source.close()
             copy.close()
 
 
-WRITERS = {"midog": write_midog, "challenge": write_challenge, "geojson": write_geojson, "csv": write_csv,
-           "sqlite": write_sqlite}
+WRITERS = {
+    "midog": write_midog,
+    "challenge": write_challenge,
+    "geojson": write_geojson,
+    "csv": write_csv,
+    "sqlite": write_sqlite,
+}

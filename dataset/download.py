@@ -1,7 +1,8 @@
-"""Fetching public datasets: resumable, several files at once. `python data.py --download NAME` calls it. No torch.
+"""Fetching public datasets: resumable, several files at once. `python data.py --download NAME`
+calls it. No torch.
 
-A file appears under its name when it is whole; until then it is a hidden .part file, which the next run continues by
-a range request. addresses.json holds the public addresses (figshare's file ids).
+A file appears under its name when it is whole; until then it is a hidden .part file, which the next
+run continues by a range request. addresses.json holds the public addresses (figshare's file ids).
 """
 
 import contextlib
@@ -40,16 +41,18 @@ def addresses(name):
         return {file: f"https://zenodo.org/records/6547151/files/{file}" for file in files}
     table = common.read_json(Path(__file__).with_name("addresses.json"))
     if name not in table:
-        raise UserError(f"--download {name}: {', '.join(sorted([*table, 'midog2022']))} can be fetched")
+        raise UserError(
+            f"--download {name}: {', '.join(sorted([*table, 'midog2022']))} can be fetched"
+        )
     return {file: table[name]["base"].format(id=id) for file, id in table[name]["files"].items()}
 
 
 def fetch(name, folder, workers=4, only=None, files=None, pause=1.0):
     """Fetch a dataset's files into `folder`. files: {name: address}, instead of the public ones.
 
-    only: a pattern that names must match. pause: s before the second try, doubled each time. UserError names the files
-    that could not be had; all others are there then, and the same command continues.
-    """
+    only: a pattern that names must match. pause: s before the second try, doubled each time.
+    UserError names the files that could not be had; all others are there then, and the same command
+    continues."""
     files = files if files is not None else addresses(name)
     if only:
         files = {file: url for file, url in files.items() if fnmatch.fnmatch(file, only)}
@@ -70,18 +73,30 @@ def fetch(name, folder, workers=4, only=None, files=None, pause=1.0):
         try:
             sizes = dict(zip(todo, pool.map(lambda url: _size(url, stop, pause), todo.values())))
             known = sum(size for size in sizes.values() if size)
-            have = sum(_part(folder, file).stat().st_size for file in todo if _part(folder, file).exists())
+            have = sum(
+                _part(folder, file).stat().st_size for file in todo if _part(folder, file).exists()
+            )
             without = sum(size is None for size in sizes.values())
-            print(f"{name}: {len(todo):,} files, {known / 1e9:.2f} GB"
-                  + (f" and {without:,} files of unknown size" if without else "")
-                  + (f"; {have / 1e9:.2f} GB of it is there" if have else ""), flush=True)
+            print(
+                f"{name}: {len(todo):,} files, {known / 1e9:.2f} GB"
+                + (f" and {without:,} files of unknown size" if without else "")
+                + (f"; {have / 1e9:.2f} GB of it is there" if have else ""),
+                flush=True,
+            )
             free = shutil.disk_usage(folder).free
             if known - have > free:
-                raise UserError(f"{folder}: {(known - have) / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; "
-                                "make room or set MITOSIS_ROOT to another disk")
+                raise UserError(
+                    f"{folder}: {(known - have) / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB "
+                    "are free; "
+                    "make room or set MITOSIS_ROOT to another disk"
+                )
             bar = common.progress(total=round(known / 1e6), desc=name, unit="MB")
-            jobs = {pool.submit(_fetch_one, url, folder / file, sizes[file], stop, pause, _Megabytes(bar)): file
-                    for file, url in todo.items()}
+            jobs = {
+                pool.submit(
+                    _fetch_one, url, folder / file, sizes[file], stop, pause, _Megabytes(bar)
+                ): file
+                for file, url in todo.items()
+            }
             for job in as_completed(jobs):
                 try:
                     job.result()
@@ -89,8 +104,9 @@ def fetch(name, folder, workers=4, only=None, files=None, pause=1.0):
                     errors[jobs[job]] = error
                 except OSError as error:  # the disk: the other files would fail as well
                     stop.set()
-                    raise UserError(f"{folder / jobs[job]}: {error.strerror or error}; what was fetched is "
-                                    "kept") from None
+                    raise UserError(
+                        f"{folder / jobs[job]}: {error.strerror or error}; what was fetched is kept"
+                    ) from None
             bar.close()
         except BaseException:
             stop.set()
@@ -110,7 +126,9 @@ def _lock(folder):
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"{folder}: another process fetches into this folder; wait for it or stop it") from None
+            raise UserError(
+                f"{folder}: another process fetches into this folder; wait for it or stop it"
+            ) from None
         yield
     finally:
         os.close(handle)
@@ -118,6 +136,7 @@ def _lock(folder):
 
 class _Megabytes:
     """Whole megabytes for the bar, out of bytes from several threads."""
+
     lock = threading.Lock()
 
     def __init__(self, bar):
@@ -138,6 +157,7 @@ def _part(folder, file):
 
 # ---------------------------------------------------------------- one file
 
+
 class _Redirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, request, fp, code, message, headers, url):
         if request.type == "https" and not url.lower().startswith("https:"):
@@ -155,7 +175,9 @@ def _open(url, headers):
 
 
 def _size(url, stop, pause):
-    """A file's size by the server's headers, or None. One byte is asked for: figshare's storage refuses HEAD."""
+    """A file's size by the server's headers, or None. One byte is asked for: figshare's storage
+    refuses HEAD.
+    """
     for attempt in range(3):
         if stop.is_set():
             return None
@@ -168,14 +190,16 @@ def _size(url, stop, pause):
             with error:
                 if error.code not in (408, 425, 429, 500, 502, 503, 504):
                     return None
-                _sleep(stop, _retry_after(error.headers), pause * 2 ** attempt)
+                _sleep(stop, _retry_after(error.headers), pause * 2**attempt)
         except (OSError, http.client.HTTPException):
-            _sleep(stop, None, pause * 2 ** attempt)
+            _sleep(stop, None, pause * 2**attempt)
     return None
 
 
 def _content_range(response):
-    """(first byte, total or None) of a 206 answer; (None, None) where the header is missing or makes no sense."""
+    """(first byte, total or None) of a 206 answer; (None, None) where the header is missing or
+    makes no sense.
+    """
     text = response.headers.get("Content-Range", "").strip()
     match = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", text)
     if not match:
@@ -229,20 +253,30 @@ def _fetch_one(url, path, size, stop, pause, report):
             continue
         except _Never as never:
             raise UserError(f"{path.name}: {never} ({url})") from None
-        except (http.client.HTTPException, TimeoutError, ConnectionError, ssl.SSLError, urllib.error.URLError) as error:
+        except (
+            http.client.HTTPException,
+            TimeoutError,
+            ConnectionError,
+            ssl.SSLError,
+            urllib.error.URLError,
+        ) as error:
             reason = f"{type(error).__name__} {error}".strip()
             now = part.stat().st_size if part.exists() else 0
             idle = 0 if now > before else idle + 1
             continue
-        wrong = f"{have:,} bytes came where the server had said {size:,}" if size is not None and have != size else \
-            damage(part, path.name)
+        wrong = (
+            f"{have:,} bytes came where the server had said {size:,}"
+            if size is not None and have != size
+            else damage(part, path.name)
+        )
         if wrong is None:
             facts.unlink(missing_ok=True)
             with open(part, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(part, path)
             return
-        # What the server called the whole file is none: the next try begins anew, and asks for the size again.
+        # What the server called the whole file is none: the next try begins anew, and asks for the
+        # size again.
         part.unlink(missing_ok=True)
         reason, broken, size = wrong, broken + 1, None
         _sleep(stop, None, pause)
@@ -262,27 +296,39 @@ class _Never(Exception):
 
 
 def _continue(url, part, facts, have, stop, report):
-    """One connection: append to `part` what is missing. Returns (total size or None, bytes that are there now)."""
+    """One connection: append to `part` what is missing. Returns (total size or None, bytes that are
+    there now).
+    """
     headers = {}
     if have:
         headers["Range"] = f"bytes={have}-"
         etag = facts.read_text() if facts.exists() else ""
         if etag:
-            headers["If-Range"] = etag  # a file that was changed meanwhile comes whole, not as a wrong tail
+            headers["If-Range"] = (
+                etag  # a file that was changed meanwhile comes whole, not as a wrong tail
+            )
     try:
         response = _open(url, headers)
     except urllib.error.HTTPError as error:
         with error:
             if error.code == 416:
-                total = re.fullmatch(r"bytes \*/(\d{1,18})", error.headers.get("Content-Range", "").strip())
+                total = re.fullmatch(
+                    r"bytes \*/(\d{1,18})", error.headers.get("Content-Range", "").strip()
+                )
                 if have and total and int(total[1]) == have:
                     return have, have  # the last connection had brought everything
                 part.unlink(missing_ok=True)
                 raise _Again("the server has another size than before (416)") from None
             if error.code in (408, 425, 429, 500, 502, 503, 504):
-                raise _Again(f"the server answers {error.code}", _retry_after(error.headers)) from None
-            hint = {401: "a login is needed", 403: "access is refused", 404: "it is not there any more",
-                    410: "it is not there any more"}.get(error.code, "the server refuses")
+                raise _Again(
+                    f"the server answers {error.code}", _retry_after(error.headers)
+                ) from None
+            hint = {
+                401: "a login is needed",
+                403: "access is refused",
+                404: "it is not there any more",
+                410: "it is not there any more",
+            }.get(error.code, "the server refuses")
             raise _Never(f"{hint} (status {error.code})") from None
     with response:
         if response.status == 206:
@@ -290,7 +336,9 @@ def _continue(url, part, facts, have, stop, report):
             if first != have:
                 part.unlink(missing_ok=True)
                 raise _Again("the server sent another part of the file than was asked for")
-        elif response.status == 200:  # ranges are not known there, or the file has changed: all of it comes
+        elif (
+            response.status == 200
+        ):  # ranges are not known there, or the file has changed: all of it comes
             total, have = _length(response), 0
         else:
             raise _Again(f"the server answers {response.status}")
@@ -322,8 +370,11 @@ def _continue(url, part, facts, have, stop, report):
 
 # ---------------------------------------------------------------- is it what its name says
 
+
 def damage(path, name):
-    """What is wrong with a fetched file by its format, or None. A login page or a cut-off image is noticed."""
+    """What is wrong with a fetched file by its format, or None. A login page or a cut-off image is
+    noticed.
+    """
     size = path.stat().st_size
     suffix = Path(name).suffix.lower()
     with open(path, "rb") as file:
@@ -356,7 +407,9 @@ def damage(path, name):
 
 
 def _whole_tiff(file, head, size):
-    """Whether a TIFF's (or BigTIFF's, as .svs may be) image directories and the pixels they list lie in the file."""
+    """Whether a TIFF's (or BigTIFF's, as .svs may be) image directories and the pixels they list
+    lie in the file.
+    """
     order = {b"II": "<", b"MM": ">"}.get(head[:2])
     if order is None or len(head) < 16 or head[2:4] not in (b"*\0", b"\0*", b"+\0", b"\0+"):
         return False
@@ -375,7 +428,9 @@ def _whole_tiff(file, head, size):
         """Of the directory's entry at `at`: a list of offsets or lengths."""
         kind, n = {3: "H", 4: "I", 16: "Q"}[read(at + 2, "H")[0]], read(at + 4, word)[0]
         beside = at + 4 + inline
-        return read(beside if struct.calcsize(kind) * n <= inline else read(beside, word)[0], kind, n)
+        return read(
+            beside if struct.calcsize(kind) * n <= inline else read(beside, word)[0], kind, n
+        )
 
     try:
         at, seen = read(8 if big else 4, word)[0], set()
@@ -387,7 +442,10 @@ def _whole_tiff(file, head, size):
             tags = {read(start + i * entry, "H")[0]: start + i * entry for i in range(n)}
             for offsets, lengths in ((273, 279), (324, 325)):  # strips, tiles
                 if offsets in tags and lengths in tags:
-                    ends = [o + length for o, length in zip(values(tags[offsets]), values(tags[lengths]))]
+                    ends = [
+                        o + length
+                        for o, length in zip(values(tags[offsets]), values(tags[lengths]))
+                    ]
                     if max(ends, default=0) > size:
                         return False
             at = read(start + n * entry, word)[0]

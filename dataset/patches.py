@@ -1,10 +1,11 @@
-"""Patches of a dataset: cut out of its images, out of the store of crops, or ready-made files. No torch.
+"""Patches of a dataset: cut out of its images, out of the store of crops, or ready-made files. No
+torch.
 
-The store of crops (`python data.py D --cache`) is one pass over the images, each decoded once: every annotation's
-window with the margin that rotation needs, and every position of the pool of random patches (sampler.random_pool), as
-one uint8 memory map. The sampler draws random patches from that pool also where there is no store, and the store keeps
-raw pixels of level 0: so patches are byte for byte the same with and without it, only the speed differs.
-"""
+The store of crops (`python data.py D --cache`) is one pass over the images, each decoded once:
+every annotation's window with the margin that rotation needs, and every position of the pool of
+random patches (sampler.random_pool), as one uint8 memory map. The sampler draws random patches from
+that pool also where there is no store, and the store keeps raw pixels of level 0: so patches are
+byte for byte the same with and without it, only the speed differs."""
 
 import csv
 import hashlib
@@ -31,27 +32,45 @@ TISSUE_SHARE = 0.25
 
 
 def margin(size=224):
-    """Side of the window that a patch of `size` px is rotated in without a corner outside (augment.margin)."""
+    """Side of the window that a patch of `size` px is rotated in without a corner outside
+    (augment.margin).
+    """
     return math.ceil(size * math.sqrt(2) / 32) * 32
 
 
 class Patches:
     """uint8 RGB patches of an annotation table, by row number.
 
-    fit: what becomes of ready-made patches smaller than `size`: "resize" (to size, keeping the aspect ratio) or "pad"
-    (white). Larger ones are cropped at the centre. mpp: resample images to these microns per pixel; source_mpp: those
-    of the images, where neither the annotations nor the files tell. jitter: the Sampler's, as far as it is used.
-    cache: folder of the store of crops (default: $MITOSIS_CACHE, else .crops beside the images); False: never use one.
+    fit: what becomes of ready-made patches smaller than `size`: "resize" (to size, keeping the
+    aspect ratio) or "pad" (white). Larger ones are cropped at the centre. mpp: resample images to
+    these microns per pixel; source_mpp: those of the images, where neither the annotations nor the
+    files tell. jitter: the Sampler's, as far as it is used. cache: folder of the store of crops
+    (default: $MITOSIS_CACHE, else .crops beside the images); False: never use one.
 
-    A store that is there and fresh is used; a stale or damaged one is not, which is said in one line. read_sample, the
-    reading of training, builds it where the images cannot be read at random and are too large to be kept decoded.
-    """
+    A store that is there and fresh is used; a stale or damaged one is not, which is said in one
+    line. read_sample, the reading of training, builds it where the images cannot be read at random
+    and are too large to be kept decoded."""
 
-    def __init__(self, annotations, size=224, fit="resize", mpp=None, source_mpp=None, workers=4, cache=None,
-                 jitter=0.0):
+    def __init__(
+        self,
+        annotations,
+        size=224,
+        fit="resize",
+        mpp=None,
+        source_mpp=None,
+        workers=4,
+        cache=None,
+        jitter=0.0,
+    ):
         if fit not in ("resize", "pad"):
             raise UserError(f"--fit {fit}: resize or pad")
-        self.annotations, self.size, self.fit, self.mpp, self.source_mpp = annotations, size, fit, mpp, source_mpp
+        self.annotations, self.size, self.fit, self.mpp, self.source_mpp = (
+            annotations,
+            size,
+            fit,
+            mpp,
+            source_mpp,
+        )
         self.workers, self.cache, self.jitter = workers, cache, jitter
         self.images, self.image_of = annotations.codes("image")
         self._wide, self._layout = {}, None
@@ -62,8 +81,11 @@ class Patches:
         self._process, self._threads, self._lock = os.getpid(), None, threading.Lock()
 
     def __getstate__(self):  # for processes that are spawned: they open the store themselves
-        return {key: value for key, value in vars(self).items()
-                if key not in ("_crops", "_threads", "_lock", "_process", "_looked", "_asked")}
+        return {
+            key: value
+            for key, value in vars(self).items()
+            if key not in ("_crops", "_threads", "_lock", "_process", "_looked", "_asked")
+        }
 
     def __setstate__(self, state):
         vars(self).update(state)
@@ -73,29 +95,47 @@ class Patches:
         return len(self.annotations)
 
     def read(self, rows, size=None):
-        """Annotated patches → uint8 [n, size, size, 3]. A larger `size` than the classifier's is a margin for
-        rotation; ready-made patches, which have none, are reflected at their border."""
+        """Annotated patches → uint8 [n, size, size, 3]. A larger `size` than the classifier's is a
+        margin for rotation; ready-made patches, which have none, are reflected at their border."""
         a = self.annotations
-        return self._all([(self.image_of[row], a.x[row], a.y[row], row) for row in np.asarray(rows).tolist()], size)
+        return self._all(
+            [(self.image_of[row], a.x[row], a.y[row], row) for row in np.asarray(rows).tolist()],
+            size,
+        )
 
     def read_sample(self, sample, size=None):
-        """Patches of a Sampler's epoch (or a part of it), annotated and random → uint8 [n, size, size, 3]."""
+        """Patches of a Sampler's epoch (or a part of it), annotated and random → uint8 [n, size,
+        size, 3].
+        """
         self._use_store(build=True)
         number = self.layout["number"] if self._crops is not None else 0
         first = len(self.annotations)
-        return self._all([(image, x, y, row if row >= 0 else first + image * number + pool if pool < number else None)
-                          for row, image, x, y, pool in
-                          zip(*(sample[name].tolist() for name in ("row", "image", "x", "y", "pool")))], size)
+        return self._all(
+            [
+                (
+                    image,
+                    x,
+                    y,
+                    row if row >= 0 else first + image * number + pool if pool < number else None,
+                )
+                for row, image, x, y, pool in zip(
+                    *(sample[name].tolist() for name in ("row", "image", "x", "y", "pool"))
+                )
+            ],
+            size,
+        )
 
     def tissue(self, sample):
-        """Which positions of a sample show tissue: a quarter of the patch at least is darker than glass in the green
-        channel. bool [n]; the Sampler's `accept` for --tissue."""
+        """Which positions of a sample show tissue: a quarter of the patch at least is darker than
+        glass in the green channel. bool [n]; the Sampler's `accept` for --tissue."""
         green = self.read_sample(sample, self.size)[..., 1]
         return (green < TISSUE_GREEN).mean((1, 2)) >= TISSUE_SHARE
 
     @property
     def window(self):
-        """Side in px of level 0 that a patch covers, the largest over the images: the Sampler's `window`."""
+        """Side in px of level 0 that a patch covers, the largest over the images: the Sampler's
+        `window`.
+        """
         return float(max(self.wide(i, self.size) for i in range(len(self.images))))
 
     def wide(self, image, size):
@@ -105,7 +145,9 @@ class Patches:
         if (image, size) not in self._wide:
             name = str(self.images[image])
             source = self.source_mpp or (self.annotations.mpp or {}).get(name)
-            self._wide[image, size] = slides.source_size(self.annotations.image_path(name), size, self.mpp, source)
+            self._wide[image, size] = slides.source_size(
+                self.annotations.image_path(name), size, self.mpp, source
+            )
         return self._wide[image, size]
 
     def _all(self, places, size):
@@ -125,10 +167,15 @@ class Patches:
                 left = slides.corner(x, wide) - layout["left"][row]
                 top = slides.corner(y, wide) - layout["top"][row]
                 if 0 <= min(left, top) and max(left, top) + wide <= layout["side"]:
-                    patches[i] = slides.resample(crops[row, top:top + wide, left:left + wide], size)
+                    patches[i] = slides.resample(
+                        crops[row, top : top + wide, left : left + wide], size
+                    )
                     return
             slide = slides.open_slide(self.annotations.image_path(self.images[image]))
-            patches[i] = slides.resample(slide.window(slides.corner(x, wide), slides.corner(y, wide), wide), size)
+            patches[i] = slides.resample(
+                slide.window(slides.corner(x, wide), slides.corner(y, wide), wide), size
+            )
+
         # Reading and decoding release the interpreter's lock, so threads help.
         for _ in (self._threads.map if self.workers > 1 else map)(one, range(len(places))):
             pass
@@ -137,14 +184,18 @@ class Patches:
     def _ready_made(self, path, size):
         width, height = slides.dimensions(path)
         wide = max(width, height) if self.fit == "resize" else max(width, height, self.size)
-        patch = slides.read(path, width / 2, height / 2, wide)  # square, white where the file is not
+        patch = slides.read(
+            path, width / 2, height / 2, wide
+        )  # square, white where the file is not
         if min(width, height) < self.size and self.fit == "resize":
             scale = self.size / min(width, height)
-            image = Image.fromarray(patch).resize((round(wide * scale),) * 2, Image.Resampling.BICUBIC)
+            image = Image.fromarray(patch).resize(
+                (round(wide * scale),) * 2, Image.Resampling.BICUBIC
+            )
             patch = np.asarray(image)
         have = min(len(patch), max(size, self.size))
         start = (len(patch) - have) // 2
-        patch = patch[start:start + have, start:start + have]
+        patch = patch[start : start + have, start : start + have]
         if have < size:
             before = (size - have) // 2
             patch = np.pad(patch, ((before, size - have - before),) * 2 + ((0, 0),), mode="reflect")
@@ -162,8 +213,11 @@ class Patches:
             try:
                 stat = self.annotations.image_path(image).stat()
             except FileNotFoundError:
-                raise UserError(f"{self.annotations.image_path(image)}: no such image; name the images' folder with "
-                                "--images") from None
+                raise UserError(
+                    f"{self.annotations.image_path(image)}: no such image; name the images' "
+                    "folder with "
+                    "--images"
+                ) from None
             digest.update(f"{image} {stat.st_size} {stat.st_mtime_ns}".encode())
         return digest.digest()
 
@@ -171,18 +225,35 @@ class Patches:
 
     @property
     def layout(self):
-        """What the store holds: side (px at level 0), number (random crops per image), and for each of its rows image
-        (number), left, top. The rows are those of the table, then `number` of each image's pool."""
+        """What the store holds: side (px at level 0), number (random crops per image), and for each
+        of its rows image (number), left, top. The rows are those of the table, then `number` of
+        each image's pool."""
         if self._layout is None:
             a, window = self.annotations, self.window
             side = max(self.wide(i, margin(self.size)) for i in range(len(self.images)))
             side += 2 * math.ceil(self.jitter * window)
             number = sampler.pool_size(a)
-            x, y = np.concatenate([[a.x, a.y], *(sampler.random_pool(a, name, number, window)
-                                                 for name in self.images.tolist())], axis=1)
-            left, top = (np.floor(c - side / 2 + 0.5).astype(np.int64) for c in (x, y))  # slides.corner
+            x, y = np.concatenate(
+                [
+                    [a.x, a.y],
+                    *(
+                        sampler.random_pool(a, name, number, window)
+                        for name in self.images.tolist()
+                    ),
+                ],
+                axis=1,
+            )
+            left, top = (
+                np.floor(c - side / 2 + 0.5).astype(np.int64) for c in (x, y)
+            )  # slides.corner
             image = np.r_[self.image_of, np.repeat(np.arange(len(self.images)), number)]
-            self._layout = {"side": side, "number": number, "image": image, "left": left, "top": top}
+            self._layout = {
+                "side": side,
+                "number": number,
+                "image": image,
+                "left": left,
+                "top": top,
+            }
         return self._layout
 
     def store_path(self):
@@ -190,12 +261,19 @@ class Patches:
         return Path(folder) / f"{self.annotations.name}-{self.layout['side']}"
 
     def store_fingerprint(self):
-        return {"version": 1, "annotations": self.annotations.fingerprint(), "side": self.layout["side"],
-                "random crops": self.layout["number"], "window": self.window,
-                "images": hashlib.sha256(self._image_files()).hexdigest()[:16]}
+        return {
+            "version": 1,
+            "annotations": self.annotations.fingerprint(),
+            "side": self.layout["side"],
+            "random crops": self.layout["number"],
+            "window": self.window,
+            "images": hashlib.sha256(self._image_files()).hexdigest()[:16],
+        }
 
     def _use_store(self, build=False):
-        """Open the store once where it is fresh; `build`: make it where random reads would be too slow without."""
+        """Open the store once where it is fresh; `build`: make it where random reads would be too
+        slow without.
+        """
         if self._process != os.getpid():  # threads do not survive a fork, and a lock may be held
             self._process, self._threads, self._lock = os.getpid(), None, threading.Lock()
         with self._lock:
@@ -206,8 +284,12 @@ class Patches:
             stale = self._open_store() if not self._looked else None
             self._looked = True
             if build and not self._asked and self._crops is None and (slow := self._too_slow()):
-                print(f"{self.annotations.name}: {slow}; a store of crops is built first (another place for it: "
-                      "MITOSIS_CACHE=DIR)", flush=True)
+                print(
+                    f"{self.annotations.name}: {slow}; a store of crops is built first (another "
+                    "place for it: "
+                    "MITOSIS_CACHE=DIR)",
+                    flush=True,
+                )
                 build_store(self, min(4, os.cpu_count() or 1))
                 self._open_store()
             elif stale:
@@ -218,30 +300,38 @@ class Patches:
         """Open the store where it is there and fresh; returns what is wrong with one that is not."""
         try:
             if memmap.files(self.store_path())[1].exists():  # the fingerprint looks at every image
-                self._crops = memmap.open_store(self.store_path(), self.store_fingerprint(), verify=False)
+                self._crops = memmap.open_store(
+                    self.store_path(), self.store_fingerprint(), verify=False
+                )
         except memmap.Missing:
             pass
         except (memmap.Stale, memmap.Damaged) as error:
             return str(error)
 
     def _too_slow(self):
-        """Why random reads need the store, or None: images that are decoded whole and do not fit in memory."""
+        """Why random reads need the store, or None: images that are decoded whole and do not fit in
+        memory.
+        """
         slow = total = 0
         for image in self.images:
             slide = slides.open_slide(self.annotations.image_path(image))
             if not slide.random_access:
                 slow, total = slow + 1, total + 3 * slide.width * slide.height
-        return (f"{slow:,} images of {total / 1e9:.1f} GB decoded cannot be read at random" if
-                total > slides.DECODED_BYTES else None)
+        return (
+            f"{slow:,} images of {total / 1e9:.1f} GB decoded cannot be read at random"
+            if total > slides.DECODED_BYTES
+            else None
+        )
 
 
 def build_store(patches, workers=2):
-    """Build the store of crops of a dataset where it is missing or stale, or continue it; returns its path.
+    """Build the store of crops of a dataset where it is missing or stale, or continue it; returns
+    its path.
 
-    patches: Patches, or Annotations. workers: processes; each decodes one image at a time, so memory is bounded by
-    about five times the largest image per process. Every image is decoded once. A kill costs the images in work.
-    Says before it starts what it needs on the disk. UserError: images broken (all are named), disk too small.
-    """
+    patches: Patches, or Annotations. workers: processes; each decodes one image at a time, so
+    memory is bounded by about five times the largest image per process. Every image is decoded
+    once. A kill costs the images in work. Says before it starts what it needs on the disk.
+    UserError: images broken (all are named), disk too small."""
     if not isinstance(patches, Patches):
         patches = Patches(patches)
     a = patches.annotations
@@ -249,7 +339,9 @@ def build_store(patches, workers=2):
         raise UserError(f"{a.name}: ready-made patches need no store of crops")
     path, layout, fingerprint = patches.store_path(), patches.layout, patches.store_fingerprint()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with common.exclusive(path.with_name(path.name + ".build")):  # a second process waits, and finds it done
+    with common.exclusive(
+        path.with_name(path.name + ".build")
+    ):  # a second process waits, and finds it done
         try:
             memmap.open_store(path, fingerprint)
             print(f"{path}: there, fresh and whole", flush=True)
@@ -262,9 +354,14 @@ def build_store(patches, workers=2):
                 file.unlink(missing_ok=True)
         side, rows = layout["side"], len(layout["left"])
         shape = (rows, side, side, 3)
-        print(f"crops of {a.name}: {len(a):,} annotated and {rows - len(a):,} random ones of {side} px out of "
-              f"{len(patches.images):,} images; {rows * side * side * 3 / 1e9:.1f} GB in {path.parent}, where "
-              f"{shutil.disk_usage(path.parent).free / 1e9:.1f} GB are free", flush=True)
+        print(
+            f"crops of {a.name}: {len(a):,} annotated and {rows - len(a):,} random ones of {side} "
+            "px out of "
+            f"{len(patches.images):,} images; {rows * side * side * 3 / 1e9:.1f} GB in "
+            f"{path.parent}, where "
+            f"{shutil.disk_usage(path.parent).free / 1e9:.1f} GB are free",
+            flush=True,
+        )
         with memmap.Writer(path, shape, np.uint8, fingerprint) as writer:
             todo = writer.todo
         if 0 < len(todo) < rows:
@@ -283,7 +380,9 @@ def _write_index(patches, path):
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["row", "image", "left", "top", "id", "label"])
-        for row, (image, left, top) in enumerate(zip(layout["image"], layout["left"], layout["top"])):
+        for row, (image, left, top) in enumerate(
+            zip(layout["image"], layout["left"], layout["top"])
+        ):
             annotated = (a.id[row], int(a.label[row])) if row < len(a) else ("", "")
             writer.writerow([row, patches.images[image], left, top, *annotated])
 
@@ -300,11 +399,15 @@ def _fill_all(patches, path, shape, fingerprint, todo, workers):
         else:
             broken = _fill_in_processes(patches, path, shape, fingerprint, tasks, workers, bar)
     if broken:
-        raise UserError(f"{len(broken):,} images cannot be read, the crops of the others are kept: {'; '.join(broken)}")
+        raise UserError(
+            f"{len(broken):,} images cannot be read, the crops of the others are kept: "
+            f"{'; '.join(broken)}"
+        )
 
 
 def _fill_in_processes(patches, path, shape, fingerprint, tasks, workers, bar):
-    # Forked, where possible: nothing is imported again, and a main module without a guard does no harm.
+    # Forked, where possible: nothing is imported again, and a main module without a guard does no
+    # harm.
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("fork" if "fork" in methods else "spawn")
     processes, pipes, broken, killed = [], [], [], []
@@ -313,8 +416,12 @@ def _fill_in_processes(patches, path, shape, fingerprint, tasks, workers, bar):
     try:
         for i in range(workers):
             receive, send = context.Pipe(duplex=False)
-            processes.append(context.Process(target=_work, args=(
-                send, os.getpid(), patches, path, shape, fingerprint, tasks[i::workers])))
+            processes.append(
+                context.Process(
+                    target=_work,
+                    args=(send, os.getpid(), patches, path, shape, fingerprint, tasks[i::workers]),
+                )
+            )
             processes[-1].start()
             send.close()
             pipes.append(receive)
@@ -339,9 +446,12 @@ def _fill_in_processes(patches, path, shape, fingerprint, tasks, workers, bar):
                 process.terminate()
                 process.join()
     if killed:
-        raise UserError(f"{len(killed)} of {workers} processes ended (exit status "
-                        f"{', '.join(str(p.exitcode) for p in killed)}; too little memory?) after {reported - before:,}"
-                        " crops; run the same command again, it continues; --workers 1 needs less memory")
+        raise UserError(
+            f"{len(killed)} of {workers} processes ended (exit status "
+            f"{', '.join(str(p.exitcode) for p in killed)}; too little memory?) after "
+            f"{reported - before:,}"
+            " crops; run the same command again, it continues; --workers 1 needs less memory"
+        )
     return broken
 
 
@@ -354,20 +464,33 @@ def _work(pipe, parent, *task):
 
 
 def _fill(patches, path, shape, fingerprint, tasks, parent=None, bar=None):
-    """Write the rows of each task, which lie on one image; returns one line for each image that cannot be read."""
+    """Write the rows of each task, which lie on one image; returns one line for each image that
+    cannot be read.
+    """
     layout, side, broken = patches.layout, patches.layout["side"], []
     with memmap.Writer(path, shape, np.uint8, fingerprint, shared=True) as writer:
         for rows in tasks:
             image = patches.annotations.image_path(patches.images[layout["image"][rows[0]]])
-            rows = rows[np.lexsort((layout["left"][rows], layout["top"][rows] // 512))]  # neighbours share tiles
+            rows = rows[
+                np.lexsort((layout["left"][rows], layout["top"][rows] // 512))
+            ]  # neighbours share tiles
             try:
                 for i in range(0, len(rows), AT_ONCE):
                     if parent is not None and os.getppid() != parent:
                         return broken  # it was killed; nobody is left to report to
-                    part = np.sort(rows[i:i + AT_ONCE])
+                    part = np.sort(rows[i : i + AT_ONCE])
                     slide = slides.open_slide(image)
-                    writer.write(part, np.stack([slide.window(int(layout["left"][row]), int(layout["top"][row]), side)
-                                                 for row in part]))
+                    writer.write(
+                        part,
+                        np.stack(
+                            [
+                                slide.window(
+                                    int(layout["left"][row]), int(layout["top"][row]), side
+                                )
+                                for row in part
+                            ]
+                        ),
+                    )
                     if bar is not None:
                         bar.update(len(part))
             except UserError as error:

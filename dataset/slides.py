@@ -1,8 +1,8 @@
 """Pixels: one `read` for whole-slide images and for everything OpenSlide refuses. No torch.
 
-OpenSlide reads .svs, .ndpi, .mrxs, tiled TIFF and so on at random. What it refuses (PNG, JPEG, stripped or multi-page
-TIFF) Pillow decodes whole, once per process, and the decoded image is kept for the reads that follow.
-"""
+OpenSlide reads .svs, .ndpi, .mrxs, tiled TIFF and so on at random. What it refuses (PNG, JPEG,
+stripped or multi-page TIFF) Pillow decodes whole, once per process, and the decoded image is kept
+for the reads that follow."""
 
 import os
 import threading
@@ -16,9 +16,10 @@ from PIL import Image
 
 from common import UserError
 
-OPEN_SLIDES = 8             # handles kept open per process
-DECODED_BYTES = 1 << 30     # of decoded images kept per process; the newest is kept whatever its size
-MAX_PIXELS = 2_000_000_000  # a larger image is no region of interest but a whole slide, which OpenSlide must read
+OPEN_SLIDES = 8  # handles kept open per process
+DECODED_BYTES = 1 << 30  # of decoded images kept per process; the newest is kept whatever its size
+# a larger image is no region of interest but a whole slide, which OpenSlide must read
+MAX_PIXELS = 2_000_000_000
 WHITE = 255
 
 
@@ -30,21 +31,24 @@ def corner(center, size):
 def read(image, x, y, size, mpp=None, source_mpp=None):
     """The window of size x size px centred on (x, y), level-0 pixels, as uint8 [size, size, 3] RGB.
 
-    Outside the image it is white. With `mpp` (microns per pixel) the window covers size * mpp microns and is resampled
-    where the image has another resolution, which is read from the file or given as `source_mpp`.
-    UserError: no such file, broken, not an image, resolution unknown.
-    """
+    Outside the image it is white. With `mpp` (microns per pixel) the window covers size * mpp
+    microns and is resampled where the image has another resolution, which is read from the file or
+    given as `source_mpp`. UserError: no such file, broken, not an image, resolution unknown."""
     wide = source_size(image, size, mpp, source_mpp)
     return resample(open_slide(image).window(corner(x, wide), corner(y, wide), wide), size)
 
 
 def source_size(image, size, mpp=None, source_mpp=None):
-    """Side at level 0, in px, of the window that becomes `size` px at `mpp`; UserError where nobody tells."""
+    """Side at level 0, in px, of the window that becomes `size` px at `mpp`; UserError where nobody
+    tells.
+    """
     if mpp is None:
         return size
     source = source_mpp or microns_per_pixel(image)
     if source is None:
-        raise UserError(f"{image}: does not tell its microns per pixel; give them with --source-mpp")
+        raise UserError(
+            f"{image}: does not tell its microns per pixel; give them with --source-mpp"
+        )
     return max(1, round(size * mpp / source))
 
 
@@ -52,7 +56,9 @@ def resample(window, size):
     """uint8 [wide, wide, 3] → [size, size, 3]; bicubic, with a wider filter where it shrinks."""
     if len(window) == size:
         return window
-    return np.asarray(Image.fromarray(window).resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3.0))
+    return np.asarray(
+        Image.fromarray(window).resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3.0)
+    )
 
 
 def dimensions(image):
@@ -79,7 +85,9 @@ _inherited = []  # of the parent process: kept, so that nothing closes them here
 
 
 def _forget():
-    """In a forked child: the parent's handles must be neither used nor closed, its locks may be held."""
+    """In a forked child: the parent's handles must be neither used nor closed, its locks may be
+    held.
+    """
     global _open, _lock
     _inherited.append(_open)
     _open, _lock = OrderedDict(), threading.RLock()
@@ -117,8 +125,10 @@ def _open_file(path):
         if openslide.OpenSlide.detect_format(path) is not None:
             return WholeSlide(path)
     except openslide.OpenSlideError as error:
-        raise UserError(f"{path}: OpenSlide cannot read it ({str(error).splitlines()[0]}); copy or download it "
-                        "again") from None
+        raise UserError(
+            f"{path}: OpenSlide cannot read it ({str(error).splitlines()[0]}); copy or download it "
+            "again"
+        ) from None
     return PlainImage(path)
 
 
@@ -128,34 +138,49 @@ class WholeSlide:
     def __init__(self, path):
         self.path = path
         self.handle = openslide.OpenSlide(path)
-        self.handle.set_cache(openslide.OpenSlideCache(32 << 20))  # per slide; the default grows with every slide
+        self.handle.set_cache(
+            openslide.OpenSlideCache(32 << 20)
+        )  # per slide; the default grows with every slide
         self.width, self.height = self.handle.dimensions
         self.mpp = _number(self.handle.properties.get(openslide.PROPERTY_NAME_MPP_X))
         if self.mpp is None:
-            self.mpp = _tiff_mpp(self.handle.properties.get("tiff.XResolution"),
-                                 self.handle.properties.get("tiff.ResolutionUnit"))
+            self.mpp = _tiff_mpp(
+                self.handle.properties.get("tiff.XResolution"),
+                self.handle.properties.get("tiff.ResolutionUnit"),
+            )
 
     def window(self, left, top, size):
         try:
             rgba = np.asarray(self.handle.read_region((left, top), 0, (size, size)))
         except openslide.OpenSlideError as error:
             with _lock:
-                _open.pop(self.path, None)  # OpenSlide answers nothing more on a handle that failed once
-            raise UserError(f"{self.path}: broken at ({left}, {top}) ({str(error).splitlines()[0]})") from None
+                _open.pop(
+                    self.path, None
+                )  # OpenSlide answers nothing more on a handle that failed once
+            raise UserError(
+                f"{self.path}: broken at ({left}, {top}) ({str(error).splitlines()[0]})"
+            ) from None
         window = rgba[..., :3].copy()
         alpha = rgba[..., 3:].astype(np.uint32)
-        if alpha.min() < 255:  # pixels that do not exist, or that are partly covered by a tile: on white
+        if (
+            alpha.min() < 255
+        ):  # pixels that do not exist, or that are partly covered by a tile: on white
             window = ((window * alpha + WHITE * (255 - alpha) + 127) // 255).astype(np.uint8)
         x0, y0, x1, y1 = -left, -top, self.width - left, self.height - top
-        if x0 > 0 or y0 > 0 or x1 < size or y1 < size:  # some formats pad their last tiles with other colours
+        if (
+            x0 > 0 or y0 > 0 or x1 < size or y1 < size
+        ):  # some formats pad their last tiles with other colours
             inside = np.zeros((size, size), bool)
-            inside[max(y0, 0):max(y1, 0), max(x0, 0):max(x1, 0)] = True
+            inside[max(y0, 0) : max(y1, 0), max(x0, 0) : max(x1, 0)] = True
             window[~inside] = WHITE
         return window
 
 
 class PlainImage:
-    """An image that is decoded whole, at the first read; the decoded pixels are shared among the open images."""
+    """An image that is decoded whole, at the first read; the decoded pixels are shared among the
+    open images.
+    """
+
     random_access = False
     decoded = OrderedDict()  # path → array, the longest unused first
 
@@ -169,7 +194,9 @@ class PlainImage:
     def _file(self):
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of odd tags, and of many pixels: MAX_PIXELS is the limit here
+                warnings.simplefilter(
+                    "ignore"
+                )  # of odd tags, and of many pixels: MAX_PIXELS is the limit here
                 with _lock:
                     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
                     try:
@@ -179,10 +206,15 @@ class PlainImage:
         except (OSError, ValueError, SyntaxError) as error:
             if isinstance(error, PermissionError):
                 raise
-            raise UserError(f"{self.path}: not an image that OpenSlide or Pillow reads, or cut off") from None
+            raise UserError(
+                f"{self.path}: not an image that OpenSlide or Pillow reads, or cut off"
+            ) from None
         if image.width * image.height > MAX_PIXELS:
-            raise UserError(f"{self.path}: {image.width} x {image.height} px cannot be decoded whole; convert it to a "
-                            "tiled TIFF (vips tiffsave --tile --pyramid)")
+            raise UserError(
+                f"{self.path}: {image.width} x {image.height} px cannot be decoded whole; convert "
+                "it to a "
+                "tiled TIFF (vips tiffsave --tile --pyramid)"
+            )
         return image
 
     def pixels(self):
@@ -198,11 +230,17 @@ class PlainImage:
             except UserError:
                 raise
             except Exception as error:  # Pillow's decoders raise almost anything on broken files
-                raise UserError(f"{self.path}: broken image ({str(error).splitlines()[0] if str(error) else error!r}); "
-                                "copy or download it again") from None
+                raise UserError(
+                    f"{self.path}: broken image "
+                    f"({str(error).splitlines()[0] if str(error) else error!r}); "
+                    "copy or download it again"
+                ) from None
             with _lock:
                 self.decoded[self.path] = array
-                while len(self.decoded) > 1 and sum(a.nbytes for a in self.decoded.values()) > DECODED_BYTES:
+                while (
+                    len(self.decoded) > 1
+                    and sum(a.nbytes for a in self.decoded.values()) > DECODED_BYTES
+                ):
                     self.decoded.popitem(last=False)
             return array
 
@@ -212,7 +250,7 @@ class PlainImage:
         x0, y0 = max(left, 0), max(top, 0)
         x1, y1 = min(left + size, self.width), min(top + size, self.height)
         if x0 < x1 and y0 < y1:
-            window[y0 - top:y1 - top, x0 - left:x1 - left] = pixels[y0:y1, x0:x1]
+            window[y0 - top : y1 - top, x0 - left : x1 - left] = pixels[y0:y1, x0:x1]
         return window
 
 
@@ -238,11 +276,16 @@ def _number(text):
 def _tiff_mpp(resolution, unit):
     """Microns per pixel of TIFF's pixels per unit (tags 282, 296: 2 inch, 3 centimetre)."""
     try:
-        resolution, unit = float(resolution), {"2": "inch", "3": "centimeter"}.get(str(unit), str(unit))
+        resolution, unit = (
+            float(resolution),
+            {"2": "inch", "3": "centimeter"}.get(str(unit), str(unit)),
+        )
         mpp = {"inch": 25400.0, "centimeter": 10000.0}[unit] / resolution
     except (TypeError, ValueError, KeyError, ZeroDivisionError):
         return None
-    return mpp if 0.01 <= mpp <= 20 else None  # coarser is a screen's or a printer's resolution, not a microscope's
+    return (
+        mpp if 0.01 <= mpp <= 20 else None
+    )  # coarser is a screen's or a printer's resolution, not a microscope's
 
 
 def _pillow_mpp(image):

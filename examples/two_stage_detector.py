@@ -1,12 +1,14 @@
 """A complete two-stage detector of mitotic figures: hand-made candidates, then an exported model.
 
-    python examples/two_stage_detector.py MODEL.onnx --data data/demo      detect, and measure against annotations
+    python examples/two_stage_detector.py MODEL.onnx --data data/demo      detect, and measure
+    against annotations
     python examples/two_stage_detector.py MODEL.onnx --slide S.svs         detect on a slide
 
-First stage: dark blobs in the haematoxylin channel, as bright against their surroundings as a mitotic figure is. It
-finds nearly all of them, and ten times as many other nuclei. Second stage: `session.Classifier` scores every one.
-Written to --out: per image mitotic-figures.json in the MIDOG challenge's format (millimetres), and with --data
-detection.json (F1 of both stages) and detection.png.
+First stage: dark blobs in the haematoxylin channel, as bright against their surroundings as a
+mitotic figure is. It finds nearly all of them, and ten times as many other nuclei. Second stage:
+`session.Classifier` scores every one. Written to --out: per image mitotic-figures.json in the MIDOG
+challenge's format (millimetres), and with --data detection.json (F1 of both stages) and
+detection.png.
 
 Replace `blobs` by a detector of your own, and the rest stays as it is. No torch.
 """
@@ -25,17 +27,19 @@ from dataset import candidates as formats  # noqa: E402
 from dataset import slides  # noqa: E402
 from onnx_model import session
 
-WORKING = 0.5        # µm/px of the first stage: enough to see that something is a dark blob
+WORKING = 0.5  # µm/px of the first stage: enough to see that something is a dark blob
 TILE, MARGIN = 1024, 48  # px at that resolution
 INNER, OUTER = 2.0, 6.0  # µm, standard deviations of the two blurs: a figure, and its surroundings
-APART = 6.0          # µm: of two blobs that are nearer, the weaker is dropped
-MATCH = 7.5          # µm: a detection this near to an annotation has found it (as in the MIDOG challenge)
+APART = 6.0  # µm: of two blobs that are nearer, the weaker is dropped
+MATCH = 7.5  # µm: a detection this near to an annotation has found it (as in the MIDOG challenge)
 
-# Optical densities of haematoxylin, eosin and what is left, in red, green and blue (Ruifrok & Johnston 2001)
+# Optical densities of haematoxylin, eosin and what is left, in red, green and blue (Ruifrok &
+# Johnston 2001)
 STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 
 
 # ---------------------------------------------------------------- first stage
+
 
 def haematoxylin(pixels):
     """Amount of haematoxylin float32 [h, w] in uint8 RGB."""
@@ -44,16 +48,20 @@ def haematoxylin(pixels):
 
 
 def blur(image, sigma, known=None):
-    """Gaussian blur by three box filters, each a difference of cumulative sums; of the pixels that are `known`."""
+    """Gaussian blur by three box filters, each a difference of cumulative sums; of the pixels that
+    are `known`.
+    """
     if known is not None and not known.all():
         return blur(image * known, sigma) / np.maximum(blur(known.astype(np.float32), sigma), 1e-3)
-    radius = max(1, round((12 * sigma ** 2 / 3 + 1) ** 0.5 / 2 - 0.5))
+    radius = max(1, round((12 * sigma**2 / 3 + 1) ** 0.5 / 2 - 0.5))
     for axis in (0, 1) * 3:
         width = [(radius + 1, radius) if a == axis else (0, 0) for a in (0, 1)]
         sums = np.cumsum(np.pad(image, width, mode="edge"), axis=axis, dtype=np.float64)
         n = image.shape[axis]
         ends = np.take(sums, np.arange(2 * radius + 1, 2 * radius + 1 + n), axis=axis)
-        image = ((ends - np.take(sums, np.arange(n), axis=axis)) / (2 * radius + 1)).astype(np.float32)
+        image = ((ends - np.take(sums, np.arange(n), axis=axis)) / (2 * radius + 1)).astype(
+            np.float32
+        )
     return image
 
 
@@ -70,10 +78,19 @@ def blobs(image, mpp):
                 continue  # glass
             amount = haematoxylin(tile)
             levels.append(np.percentile(amount, 99))
-            known = np.outer(*((0 <= c) & (c < full) for c, full in zip(
-                (center[:, None] + (np.arange(TILE) + 0.5 - TILE / 2) * scale)[::-1], (height, width))))
+            known = np.outer(
+                *(
+                    (0 <= c) & (c < full)
+                    for c, full in zip(
+                        (center[:, None] + (np.arange(TILE) + 0.5 - TILE / 2) * scale)[::-1],
+                        (height, width),
+                    )
+                )
+            )
             score = blur(amount, INNER / WORKING, known) - blur(amount, OUTER / WORKING, known)
-            around = np.stack([np.roll(score, (a, b), (0, 1)) for a in (-1, 0, 1) for b in (-1, 0, 1) if a or b])
+            around = np.stack(
+                [np.roll(score, (a, b), (0, 1)) for a in (-1, 0, 1) for b in (-1, 0, 1) if a or b]
+            )
             ys, xs = np.nonzero((score > around.max(axis=0)) & (score > 0.02))
             inside = (xs >= MARGIN) & (xs < TILE - MARGIN) & (ys >= MARGIN) & (ys < TILE - MARGIN)
             for x, y in zip(xs[inside], ys[inside]):
@@ -93,14 +110,20 @@ def strongest(x, y, score, distance):
     cells, keep = {}, []
     for i in np.argsort(-score, kind="stable"):
         cell = int(x[i] // distance), int(y[i] // distance)
-        near = [j for a in (-1, 0, 1) for b in (-1, 0, 1) for j in cells.get((cell[0] + a, cell[1] + b), ())]
-        if all((x[i] - x[j]) ** 2 + (y[i] - y[j]) ** 2 >= distance ** 2 for j in near):
+        near = [
+            j
+            for a in (-1, 0, 1)
+            for b in (-1, 0, 1)
+            for j in cells.get((cell[0] + a, cell[1] + b), ())
+        ]
+        if all((x[i] - x[j]) ** 2 + (y[i] - y[j]) ** 2 >= distance**2 for j in near):
             cells.setdefault(cell, []).append(i)
             keep.append(i)
     return np.array(keep, dtype=np.int64)
 
 
 # ---------------------------------------------------------------- both stages
+
 
 def detect(image, classifier, given_mpp=None):
     """Both stages on one image → dict of arrays x, y, blob, probability, and its mpp."""
@@ -115,13 +138,15 @@ def detect(image, classifier, given_mpp=None):
 
 
 def match(x, y, score, truth, distance):
-    """Greedy matching, best score first, each annotation once → bool [n]: which detections are hits."""
+    """Greedy matching, best score first, each annotation once → bool [n]: which detections are
+    hits.
+    """
     free, hit = np.ones(len(truth), bool), np.zeros(len(x), bool)
     for i in np.argsort(-score, kind="stable"):
         if free.any():
             squared = np.where(free, ((truth - (x[i], y[i])) ** 2).sum(axis=1), np.inf)
             j = int(np.argmin(squared))
-            if squared[j] <= distance ** 2:
+            if squared[j] <= distance**2:
                 free[j], hit[i] = False, True
     return hit
 
@@ -144,7 +169,9 @@ def at(images, key, threshold):
     """(F1, precision, recall) of the detections with a score of at least `threshold`."""
     scores, precision, recall, f1 = curve(images, key)
     n = int((scores >= threshold).sum())
-    return (float(f1[n - 1]), float(precision[n - 1]), float(recall[n - 1])) if n else (0.0, 0.0, 0.0)
+    return (
+        (float(f1[n - 1]), float(precision[n - 1]), float(recall[n - 1])) if n else (0.0, 0.0, 0.0)
+    )
 
 
 def best(images, key):
@@ -154,58 +181,110 @@ def best(images, key):
 
 # ---------------------------------------------------------------- the command
 
+
 def annotated_images(args):
-    """Annotated images with their mitotic figures, in two parts: (to choose thresholds on, held out)."""
+    """Annotated images with their mitotic figures, in two parts: (to choose thresholds on, held
+    out).
+    """
     import data
+
     table = data.load_dataset(args.data, images=args.images)
-    split_file = Path(args.split) if args.split else Path(args.model).resolve().parent / "split.json"
+    split_file = (
+        Path(args.split) if args.split else Path(args.model).resolve().parent / "split.json"
+    )
     parts = [np.unique(table.image)] * 2
     if args.split or split_file.exists():  # one that is named must be there
         split = data.load_split(split_file, table)
         parts = [np.unique(table.image[table.rows(ids)]) for ids in (split.val, split.test)]
     else:
-        print(f"note: no {split_file}: it is unknown which images the model was trained on; the figures below flatter "
-              "it", file=sys.stderr)
+        print(
+            f"note: no {split_file}: it is unknown which images the model was trained on; the "
+            "figures below flatter "
+            "it",
+            file=sys.stderr,
+        )
 
     def truth(name):
         rows = (table.image == name) & (table.label == 1)
         return np.stack([table.x[rows], table.y[rows]], axis=1)
+
     return [[(table.image_path(name), truth(name)) for name in names] for names in parts]
 
 
 def draw(path, images, threshold, first, second):
-    """Left: first stage; middle: both; right: precision and recall of all thresholds, on the held-out images."""
+    """Left: first stage; middle: both; right: precision and recall of all thresholds, on the
+    held-out images.
+    """
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
     shown = max(images, key=lambda one: len(one["truth"]))
     width, height = slides.dimensions(shown["image"])
     side = min(width, height, 1200)
     cx, cy = np.median(shown["truth"], axis=0) if len(shown["truth"]) else (width / 2, height / 2)
-    left, top = (int(np.clip(c - side / 2, 0, full - side)) for c, full in ((cx, width), (cy, height)))
+    left, top = (
+        int(np.clip(c - side / 2, 0, full - side)) for c, full in ((cx, width), (cy, height))
+    )
     pixels = slides.read(shown["image"], left + side / 2, top + side / 2, side)
     figure, axes = plt.subplots(1, 3, figsize=(16, 5.6), constrained_layout=True)
-    for axis, key, limit, result, title in ((axes[0], "blob", threshold["blob"], first, "first stage alone"),
-                                            (axes[1], "probability", threshold["probability"], second, "both stages")):
+    for axis, key, limit, result, title in (
+        (axes[0], "blob", threshold["blob"], first, "first stage alone"),
+        (axes[1], "probability", threshold["probability"], second, "both stages"),
+    ):
         axis.imshow(pixels)
         chosen = shown[key] >= limit
-        hit = match(shown["x"][chosen], shown["y"][chosen], shown[key][chosen], shown["truth"], MATCH / shown["mpp"])
+        hit = match(
+            shown["x"][chosen],
+            shown["y"][chosen],
+            shown[key][chosen],
+            shown["truth"],
+            MATCH / shown["mpp"],
+        )
         for flag, colour, label in ((True, "#1a9850", "found"), (False, "#d73027", "false")):
             these = hit == flag
-            axis.scatter(shown["x"][chosen][these] - left, shown["y"][chosen][these] - top, s=160, facecolors="none",
-                         edgecolors=colour, linewidths=1.8, label=f"{label} ({these.sum()})")
-        axis.scatter(*(shown["truth"] - (left, top)).T, marker="+", s=60, c="black", linewidths=1,
-                     label=f"annotated ({len(shown['truth'])})")
-        axis.set(xlim=(0, side), ylim=(side, 0), xticks=[], yticks=[],
-                 title=f"{title}: F1 {result[0]:.3f} on all images")
+            axis.scatter(
+                shown["x"][chosen][these] - left,
+                shown["y"][chosen][these] - top,
+                s=160,
+                facecolors="none",
+                edgecolors=colour,
+                linewidths=1.8,
+                label=f"{label} ({these.sum()})",
+            )
+        axis.scatter(
+            *(shown["truth"] - (left, top)).T,
+            marker="+",
+            s=60,
+            c="black",
+            linewidths=1,
+            label=f"annotated ({len(shown['truth'])})",
+        )
+        axis.set(
+            xlim=(0, side),
+            ylim=(side, 0),
+            xticks=[],
+            yticks=[],
+            title=f"{title}: F1 {result[0]:.3f} on all images",
+        )
         axis.legend(loc="lower right", fontsize=8)
-    for key, colour, label in (("blob", "#7f7f7f", "first stage"), ("probability", "#1f77b4", "both stages")):
+    for key, colour, label in (
+        ("blob", "#7f7f7f", "first stage"),
+        ("probability", "#1f77b4", "both stages"),
+    ):
         _, precision, recall, _ = curve(images, key)
         axes[2].plot(recall, precision, color=colour, label=label)
     for result, colour in ((first, "#7f7f7f"), (second, "#1f77b4")):
         axes[2].plot(result[2], result[1], "o", color=colour)
-    axes[2].set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02),
-                title=f"{len(images)} held-out images, {sum(len(one['truth']) for one in images)} mitotic figures")
+    axes[2].set(
+        xlabel="recall",
+        ylabel="precision",
+        xlim=(0, 1),
+        ylim=(0, 1.02),
+        title=f"{len(images)} held-out images, {sum(len(one['truth']) for one in images)} mitotic "
+        "figures",
+    )
     axes[2].legend()
     with common.atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
@@ -217,20 +296,37 @@ def refuse_twice(images):
     seen = {}
     for image in map(Path, images):
         if image.stem in seen:
-            raise UserError(f"{seen[image.stem]} and {image} are both called {image.stem}, so one's result would "
-                            "replace the other's; give them one at a time, each with its own --out")
+            raise UserError(
+                f"{seen[image.stem]} and {image} are both called {image.stem}, so one's result "
+                "would "
+                "replace the other's; give them one at a time, each with its own --out"
+            )
         seen[image.stem] = image
 
 
 def main():
-    parser = argparse.ArgumentParser(description="A complete two-stage detector: blobs of haematoxylin, then MODEL.")
+    parser = argparse.ArgumentParser(
+        description="A complete two-stage detector: blobs of haematoxylin, then MODEL."
+    )
     parser.add_argument("model", metavar="MODEL.onnx", help="made by export.py")
-    parser.add_argument("--data", metavar="D", help="annotated images: file or folder as for train.py")
-    parser.add_argument("--images", metavar="DIR", help="folder of the images (default: beside the annotations)")
-    parser.add_argument("--split", metavar="FILE", help="split.json of the model's run (default: beside the model)")
-    parser.add_argument("--slide", nargs="+", default=[], metavar="S", help="slides or images without annotations")
-    parser.add_argument("--mpp", type=float, help="µm/px (default: what the file says, else the model's)")
-    parser.add_argument("--out", default="detections", metavar="DIR", help="where to (default: detections)")
+    parser.add_argument(
+        "--data", metavar="D", help="annotated images: file or folder as for train.py"
+    )
+    parser.add_argument(
+        "--images", metavar="DIR", help="folder of the images (default: beside the annotations)"
+    )
+    parser.add_argument(
+        "--split", metavar="FILE", help="split.json of the model's run (default: beside the model)"
+    )
+    parser.add_argument(
+        "--slide", nargs="+", default=[], metavar="S", help="slides or images without annotations"
+    )
+    parser.add_argument(
+        "--mpp", type=float, help="µm/px (default: what the file says, else the model's)"
+    )
+    parser.add_argument(
+        "--out", default="detections", metavar="DIR", help="where to (default: detections)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cuda or cpu (default: auto)")
     args = parser.parse_args()
     if not args.data and not args.slide:
@@ -249,30 +345,56 @@ def main():
         measured = []
         for part in (tuning, held_out):
             with common.progress(part, desc="images", unit="images") as bar:
-                measured.append([{**detect(path, classifier, args.mpp), "image": path, "truth": truth}
-                                 for path, truth in bar])
+                measured.append(
+                    [
+                        {**detect(path, classifier, args.mpp), "image": path, "truth": truth}
+                        for path, truth in bar
+                    ]
+                )
         tuning, held_out = measured
         threshold = best(tuning, "probability")
-        own = best(held_out, "blob")  # the best that the first stage can do, chosen on the very images it is judged on
+        own = best(
+            held_out, "blob"
+        )  # the best that the first stage can do, chosen on the very images it is judged on
         first, second = at(held_out, "blob", own), at(held_out, "probability", threshold)
-        rows = [("first stage, its best threshold on these images", *first),
-                ("both stages, threshold from validation images", *second),
-                ("both stages, the model's own threshold", *at(held_out, "probability", classifier.threshold))]
-        print(common.table([(name, *(f"{v:.3f}" for v in values)) for name, *values in rows],
-                        ("on held-out images", "F1", "precision", "recall"), right=(1, 2, 3)))
-        common.write_json(out / "detection.json", {
-            "first": dict(zip(("f1", "precision", "recall"), first), threshold=own),
-            "both": dict(zip(("f1", "precision", "recall"), second), threshold=threshold),
-            "images": len(held_out), "mitotic_figures": sum(len(one["truth"]) for one in held_out),
-            "candidates": sum(len(one["x"]) for one in held_out)})
-        draw(out / "detection.png", held_out, {"blob": own, "probability": threshold}, first, second)
+        rows = [
+            ("first stage, its best threshold on these images", *first),
+            ("both stages, threshold from validation images", *second),
+            (
+                "both stages, the model's own threshold",
+                *at(held_out, "probability", classifier.threshold),
+            ),
+        ]
+        print(
+            common.table(
+                [(name, *(f"{v:.3f}" for v in values)) for name, *values in rows],
+                ("on held-out images", "F1", "precision", "recall"),
+                right=(1, 2, 3),
+            )
+        )
+        common.write_json(
+            out / "detection.json",
+            {
+                "first": dict(zip(("f1", "precision", "recall"), first), threshold=own),
+                "both": dict(zip(("f1", "precision", "recall"), second), threshold=threshold),
+                "images": len(held_out),
+                "mitotic_figures": sum(len(one["truth"]) for one in held_out),
+                "candidates": sum(len(one["x"]) for one in held_out),
+            },
+        )
+        draw(
+            out / "detection.png", held_out, {"blob": own, "probability": threshold}, first, second
+        )
         print(f"figure: {out / 'detection.png'}")
         for one in held_out:
             save(out, one, threshold)
     for slide in map(Path, args.slide):
         one = {**detect(slide, classifier, args.mpp), "image": slide}
         save(out, one, threshold)
-        print(f"{slide}: {len(one['x'])} candidates, {int((one['probability'] >= threshold).sum())} mitotic figures")
+        print(
+            f"{slide}: {len(one['x'])} candidates, {int((one['probability'] >= threshold).sum())} "
+            "mitotic figures"
+        )
     print(f"written: {out}/*/mitotic-figures.json")
 
 

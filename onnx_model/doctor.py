@@ -1,4 +1,6 @@
-"""Is the GPU there, and is it used? Versions, libraries, and a tiny model really run on every provider: one screen."""
+"""Is the GPU there, and is it used? Versions, libraries, and a tiny model really run on every
+provider: one screen.
+"""
 
 import ctypes
 import importlib.metadata
@@ -17,10 +19,24 @@ import common
 from onnx_model import session
 
 # What ONNX Runtime's CUDA provider links against; torch brings all of them but libcurand.
-LIBRARIES = {"12": ("libcudart.so.12", "libcublas.so.12", "libcublasLt.so.12", "libcufft.so.11", "libcurand.so.10",
-                    "libcudnn.so.9"),
-             "13": ("libcudart.so.13", "libcublas.so.13", "libcublasLt.so.13", "libcufft.so.12", "libcurand.so.10",
-                    "libcudnn.so.9")}
+LIBRARIES = {
+    "12": (
+        "libcudart.so.12",
+        "libcublas.so.12",
+        "libcublasLt.so.12",
+        "libcufft.so.11",
+        "libcurand.so.10",
+        "libcudnn.so.9",
+    ),
+    "13": (
+        "libcudart.so.13",
+        "libcublas.so.13",
+        "libcublasLt.so.13",
+        "libcufft.so.12",
+        "libcurand.so.10",
+        "libcudnn.so.9",
+    ),
+}
 
 
 def version(*names):
@@ -33,13 +49,24 @@ def version(*names):
 
 
 def gpus():
-    """Names of the NVIDIA GPUs that the driver sees, asked in a way that needs neither torch nor ONNX Runtime."""
+    """Names of the NVIDIA GPUs that the driver sees, asked in a way that needs neither torch nor
+    ONNX Runtime.
+    """
     try:
-        done = subprocess.run(["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"],
-                              capture_output=True, text=True, timeout=30, check=False)
+        done = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return []
-    return [line.strip() for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
+    return (
+        [line.strip() for line in done.stdout.splitlines() if line.strip()]
+        if done.returncode == 0
+        else []
+    )
 
 
 def libraries():
@@ -67,14 +94,23 @@ def libraries():
 def tiny_model(path):
     """One product and one attention: what a vision transformer is made of."""
     shape = ["N", 4, 64]
-    weight = helper.make_tensor("w", TensorProto.FLOAT, [64, 64], np.eye(64, dtype=np.float32).ravel())
+    weight = helper.make_tensor(
+        "w", TensorProto.FLOAT, [64, 64], np.eye(64, dtype=np.float32).ravel()
+    )
     graph = helper.make_graph(
-        [helper.make_node("MatMul", ["x", "w"], ["q"]),
-         helper.make_node("Attention", ["q", "x", "x"], ["y"], q_num_heads=1, kv_num_heads=1)], "tiny",
+        [
+            helper.make_node("MatMul", ["x", "w"], ["q"]),
+            helper.make_node("Attention", ["q", "x", "x"], ["y"], q_num_heads=1, kv_num_heads=1),
+        ],
+        "tiny",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)], [weight])
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
+        [weight],
+    )
     opsets = [helper.make_opsetid("", 23)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=helper.find_min_ir_version_for(opsets))
+    model = helper.make_model(
+        graph, opset_imports=opsets, ir_version=helper.find_min_ir_version_for(opsets)
+    )
     Path(path).write_bytes(model.SerializeToString())
 
 
@@ -88,7 +124,7 @@ def try_device(path, device):
     try:
         opened, _, _ = session.open_session(path, device)
         x = np.random.default_rng(0).standard_normal((2, 4, 64)).astype(np.float32)
-        y, = opened.run(None, {"x": x})
+        (y,) = opened.run(None, {"x": x})
     except common.UserError as error:
         text = str(error).removeprefix(f"--device {device}: ")
         return False, text.removesuffix(" (python export.py --doctor says which)")
@@ -100,27 +136,52 @@ def try_device(path, device):
 
 
 def report():
-    """Print the screen → exit status: 0 in order, 1 a GPU is here and is not used, or nothing runs at all."""
+    """Print the screen → exit status: 0 in order, 1 a GPU is here and is not used, or nothing runs
+    at all.
+    """
     devices, problems = gpus(), []
-    rows = [("python", f"{platform.python_version()}, {platform.system()} {platform.machine()}, {os.cpu_count()} CPUs")]
+    rows = [
+        (
+            "python",
+            f"{platform.python_version()}, {platform.system()} {platform.machine()}, "
+            f"{os.cpu_count()} CPUs",
+        )
+    ]
     try:
         import torch
+
         cuda = torch.cuda.is_available()
-        rows.append(("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'not built in'}, "
-                              + (f"uses {torch.cuda.get_device_name()}" if cuda else "no GPU in use")))
+        rows.append(
+            (
+                "torch",
+                f"{torch.__version__}, CUDA {torch.version.cuda or 'not built in'}, "
+                + (f"uses {torch.cuda.get_device_name()}" if cuda else "no GPU in use"),
+            )
+        )
         if cuda and not devices:  # containers often lack nvidia-smi
             devices = [torch.cuda.get_device_name()]
         elif devices and not cuda:
-            problems.append("torch does not use it (its CUDA must not be newer than the driver's: install the torch "
-                            "of an older CUDA, or update the driver)")
+            problems.append(
+                "torch does not use it (its CUDA must not be newer than the driver's: install the "
+                "torch "
+                "of an older CUDA, or update the driver)"
+            )
     except ImportError:
         rows.append(("torch", "not installed (classify.py does not need it)"))
     listed = onnxruntime.get_available_providers()
-    rows.append(("onnxruntime", f"{version('onnxruntime-gpu', 'onnxruntime')}, lists "
-                                + ", ".join(name.replace("ExecutionProvider", "") for name in listed)))
+    rows.append(
+        (
+            "onnxruntime",
+            f"{version('onnxruntime-gpu', 'onnxruntime')}, lists "
+            + ", ".join(name.replace("ExecutionProvider", "") for name in listed),
+        )
+    )
     rows.append(("onnx", version("onnx")))
     import openslide
-    rows.append(("openslide", f"{openslide.__library_version__}, python {version('openslide-python')}"))
+
+    rows.append(
+        ("openslide", f"{openslide.__library_version__}, python {version('openslide-python')}")
+    )
     if not devices and session.nvidia_device():
         devices = ["a device in /dev, but no driver that answers"]
     rows.append(("GPU", "; ".join(devices) or "none that nvidia-smi sees"))
@@ -142,11 +203,19 @@ def report():
         rows.append(("CUDA", text))
     if devices and not gpu:
         missing = [name for name, place in found.items() if place is None]
-        problems.append("ONNX Runtime does not use it" + (f": {', '.join(missing)} missing, pip install "
-                                                          "'onnxruntime-gpu[cuda,cudnn]'" if missing else ""))
+        problems.append(
+            "ONNX Runtime does not use it"
+            + (
+                f": {', '.join(missing)} missing, pip install 'onnxruntime-gpu[cuda,cudnn]'"
+                if missing
+                else ""
+            )
+        )
     print("\n".join(f"{name:20}{text}" for name, text in rows) + "\n")
-    print("\n".join(f"a GPU is here and {text}" if cpu else text for text in problems)
-          or "in order" + ("" if devices else "; there is no GPU to be used"))
+    print(
+        "\n".join(f"a GPU is here and {text}" if cpu else text for text in problems)
+        or "in order" + ("" if devices else "; there is no GPU to be used")
+    )
     return 1 if problems else 0
 
 

@@ -1,15 +1,20 @@
 """A PatchClassifier as an ONNX graph, written node by node.
 
-torch's exporter traces; here the few operators of a vision transformer are simply written down. So the graph is
-what one would draw: one Attention node per block, LayerScale folded into the projection before it, the position
-embedding added up with the bias of the patch embedding, the normalisation inside its weights. And the weights pass
-one tensor at a time into a file, so that the memory needed is the model's own.
+torch's exporter traces; here the few operators of a vision transformer are simply written down. So
+the graph is what one would draw: one Attention node per block, LayerScale folded into the
+projection before it, the position embedding added up with the bias of the patch embedding, the
+normalisation inside its weights. And the weights pass one tensor at a time into a file, so that the
+memory needed is the model's own.
 
 fp32   everything in float32
-fp16   weights and products in float16; float32 where a transformer needs it: the residual stream and its LayerNorms,
-       softmax, patch embedding, head, and every part of a block whose activations come near the end of float16
-int8   products of signed bytes (weights per output channel, symmetric) and unsigned bytes (activations, scaled by
-       the range each batch has, after channels that stand out were evened out); everything between them in float32
+fp16   weights and products in float16; float32 where a transformer needs it: the residual stream
+       and its LayerNorms,
+       softmax, patch embedding, head, and every part of a block whose activations come near the end
+       of float16
+int8   products of signed bytes (weights per output channel, symmetric) and unsigned bytes
+       (activations, scaled by
+       the range each batch has, after channels that stand out were evened out); everything between
+       them in float32
 """
 
 import contextlib
@@ -18,13 +23,13 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-FUSED = 23           # from this opset on there is an operator for attention
+FUSED = 23  # from this opset on there is an operator for attention
 OLDEST, NEWEST = 18, 24
-GELU = 20            # from this opset on there is an operator for GELU
-INLINE = 1024        # bytes; smaller tensors stay in the graph, where shape inference sees them
-PAGE = 4096          # alignment in the file of weights, so that runtimes can map it
+GELU = 20  # from this opset on there is an operator for GELU
+INLINE = 1024  # bytes; smaller tensors stay in the graph, where shape inference sees them
+PAGE = 4096  # alignment in the file of weights, so that runtimes can map it
 HALF_MAX = 65504.0
-HEADROOM = 4         # times that the activations may grow over those seen before float16 overflows
+HEADROOM = 4  # times that the activations may grow over those seen before float16 overflows
 
 
 class Graph:
@@ -39,7 +44,9 @@ class Graph:
         return f"{wanted}_{count}" if count else wanted
 
     def op(self, kind, *inputs, at="", outputs=1, **attributes):
-        """Add a node; the name(s) of its output(s). `at`: the place in the network that it belongs to."""
+        """Add a node; the name(s) of its output(s). `at`: the place in the network that it belongs
+        to.
+        """
         name = self.name(f"{at}/{kind}" if at else kind)
         results = [name] if outputs == 1 else [f"{name}.{i}" for i in range(outputs)]
         self.nodes.append(helper.make_node(kind, inputs, results, name=name, **attributes))
@@ -47,14 +54,25 @@ class Graph:
 
     def tensor(self, name, array):
         """Add a constant; large ones are written to the file of weights and forgotten."""
-        array, name = np.asarray(array, order="C"), self.name(name)  # (ascontiguousarray makes scalars 1-D)
+        array, name = (
+            np.asarray(array, order="C"),
+            self.name(name),
+        )  # (ascontiguousarray makes scalars 1-D)
         if array.nbytes <= INLINE:
             self.tensors.append(numpy_helper.from_array(array, name))
             return name
         self.weights.write(b"\0" * (-self.weights.tell() % PAGE))
-        proto = TensorProto(name=name, dims=array.shape, data_type=helper.np_dtype_to_tensor_dtype(array.dtype),
-                            data_location=TensorProto.EXTERNAL)
-        for key, value in (("location", "weights"), ("offset", self.weights.tell()), ("length", array.nbytes)):
+        proto = TensorProto(
+            name=name,
+            dims=array.shape,
+            data_type=helper.np_dtype_to_tensor_dtype(array.dtype),
+            data_location=TensorProto.EXTERNAL,
+        )
+        for key, value in (
+            ("location", "weights"),
+            ("offset", self.weights.tell()),
+            ("length", array.nbytes),
+        ):
             proto.external_data.add(key=key, value=str(value))
         self.weights.write(memoryview(array).cast("B"))
         self.tensors.append(proto)
@@ -70,15 +88,27 @@ class Graph:
         return self.op("Cast", x, at=at, to=TensorProto.FLOAT16 if half else TensorProto.FLOAT)
 
 
-def emit(model, weights, precision="fp32", opset=FUSED, input="uint8", embedding=False, temperature=1.0, peaks=None):
+def emit(
+    model,
+    weights,
+    precision="fp32",
+    opset=FUSED,
+    input="uint8",
+    embedding=False,
+    temperature=1.0,
+    peaks=None,
+):
     """Write `model` (a PatchClassifier without adapters, on the CPU) as ONNX → ModelProto.
 
-    weights   binary file, open for writing: takes every tensor over 1 KB; the proto points to it as "weights" (see
+    weights   binary file, open for writing: takes every tensor over 1 KB; the proto points to it as
+              "weights" (see
               `save`)
-    input     "uint8": patches uint8 [N, S, S, 3], normalisation inside | "float": normalised float32 [N, 3, S, S]
+    input     "uint8": patches uint8 [N, S, S, 3], normalisation inside | "float": normalised
+              float32 [N, 3, S, S]
     embedding adds the output `embedding` float32 [N, D]
     temperature  the logit is divided by it before the sigmoid
-    peaks     what `activation_peaks` gave; for fp16: parts of blocks that would overflow stay in float32; for int8:
+    peaks     what `activation_peaks` gave; for fp16: parts of blocks that would overflow stay in
+              float32; for int8:
               how the channels are evened out
     """
     assert precision in ("fp32", "fp16", "int8") and OLDEST <= opset <= NEWEST
@@ -102,8 +132,15 @@ def emit(model, weights, precision="fp32", opset=FUSED, input="uint8", embedding
     weight, bias = to_numpy(model.head.weight), to_numpy(model.head.bias)
     if embedding:
         g.nodes.append(helper.make_node("Identity", [out], ["embedding"], name="embedding"))
-    logit = g.op("MatMul", out, g.tensor("head.weight", (weight.T / temperature).astype(np.float32)), at="head")
-    logit = g.op("Add", logit, g.tensor("head.bias", (bias / temperature).astype(np.float32)), at="head")
+    logit = g.op(
+        "MatMul",
+        out,
+        g.tensor("head.weight", (weight.T / temperature).astype(np.float32)),
+        at="head",
+    )
+    logit = g.op(
+        "Add", logit, g.tensor("head.bias", (bias / temperature).astype(np.float32)), at="head"
+    )
     logit = g.op("Reshape", logit, g.ints(-1), at="head")
     g.nodes.append(helper.make_node("Sigmoid", [logit], ["probability"], name="probability"))
 
@@ -111,12 +148,23 @@ def emit(model, weights, precision="fp32", opset=FUSED, input="uint8", embedding
     kind = TensorProto.UINT8 if input == "uint8" else TensorProto.FLOAT
     outputs = [helper.make_tensor_value_info("probability", TensorProto.FLOAT, ["N"])]
     if embedding:
-        outputs.append(helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["N", encoder.embed_dim]))
-    graph = helper.make_graph(g.nodes, "mitotic figure classifier",
-                              [helper.make_tensor_value_info("patches", kind, shape)], outputs, g.tensors)
+        outputs.append(
+            helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["N", encoder.embed_dim])
+        )
+    graph = helper.make_graph(
+        g.nodes,
+        "mitotic figure classifier",
+        [helper.make_tensor_value_info("patches", kind, shape)],
+        outputs,
+        g.tensors,
+    )
     opsets = [helper.make_opsetid("", opset)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=helper.find_min_ir_version_for(opsets),
-                             producer_name="mitosis")
+    return helper.make_model(
+        graph,
+        opset_imports=opsets,
+        ir_version=helper.find_min_ir_version_for(opsets),
+        producer_name="mitosis",
+    )
 
 
 def to_numpy(tensor):
@@ -125,8 +173,10 @@ def to_numpy(tensor):
 
 # ---------------------------------------------------------------- operators in three precisions
 
+
 def linear(g, x, at, weight, bias, half=False, shared=None):
-    """x [..., in] times weight [out, in], plus bias → [..., out]; `half`: x is float16 and so is the result.
+    """x [..., in] times weight [out, in], plus bias → [..., out]; `half`: x is float16 and so is
+    the result.
 
     shared: a dict in which products of the same x keep its quantised form.
     """
@@ -148,8 +198,10 @@ def linear(g, x, at, weight, bias, half=False, shared=None):
 
 
 def layer_norm(g, x, norm, at, divisor=1.0):
-    weight, bias = (g.tensor(f"{at}.{name}", (to_numpy(value) / divisor).astype(np.float32))
-                    for name, value in (("weight", norm.weight), ("bias", norm.bias)))
+    weight, bias = (
+        g.tensor(f"{at}.{name}", (to_numpy(value) / divisor).astype(np.float32))
+        for name, value in (("weight", norm.weight), ("bias", norm.bias))
+    )
     return g.op("LayerNormalization", x, weight, bias, at=at, axis=-1, epsilon=norm.eps)
 
 
@@ -161,9 +213,16 @@ def attention(g, q, k, v, heads, dim, half, at):
         return g.op("Attention", q, k, v, at=at, q_num_heads=heads, kv_num_heads=heads, **precise)
     d = dim // heads
     split = g.ints(0, -1, heads, d)
-    q, k, v = (g.op("Transpose", g.op("Reshape", t, split, at=at), at=at, perm=perm)
-               for t, perm in ((q, [0, 2, 1, 3]), (k, [0, 2, 3, 1]), (v, [0, 2, 1, 3])))
-    q = g.op("Mul", q, g.tensor(f"{at}.scale", np.array(d ** -0.5, np.float16 if half else np.float32)), at=at)
+    q, k, v = (
+        g.op("Transpose", g.op("Reshape", t, split, at=at), at=at, perm=perm)
+        for t, perm in ((q, [0, 2, 1, 3]), (k, [0, 2, 3, 1]), (v, [0, 2, 1, 3]))
+    )
+    q = g.op(
+        "Mul",
+        q,
+        g.tensor(f"{at}.scale", np.array(d**-0.5, np.float16 if half else np.float32)),
+        at=at,
+    )
     weights = g.op("MatMul", q, k, at=at)
     if half:
         weights = g.cast(g.op("Softmax", g.cast(weights, False, at), at=at, axis=-1), True, at)
@@ -178,33 +237,43 @@ def gelu(g, x, half, at):
     if g.opset >= GELU:
         return g.op("Gelu", x, at=at)
     kind = np.float16 if half else np.float32
-    root, one, middle = (g.tensor(f"{at}.gelu", np.array(value, kind)) for value in (2 ** 0.5, 1, 0.5))
+    root, one, middle = (
+        g.tensor(f"{at}.gelu", np.array(value, kind)) for value in (2**0.5, 1, 0.5)
+    )
     y = g.op("Add", g.op("Erf", g.op("Div", x, root, at=at), at=at), one, at=at)
     return g.op("Mul", g.op("Mul", x, y, at=at), middle, at=at)
 
 
 def evening(g, peaks, key, weight):
-    """Divisors [in] of a product's input channels, for int8 (SmoothQuant, Xiao et al. 2023); 1 where nothing is known.
+    """Divisors [in] of a product's input channels, for int8 (SmoothQuant, Xiao et al. 2023); 1
+    where nothing is known.
 
-    One step quantises all channels, so one that stands out leaves few digits to the others. Divided by these (in
-    whatever gives the input, exactly), with the weights multiplied, the input is as even as the weights are.
-    """
+    One step quantises all channels, so one that stands out leaves few digits to the others. Divided
+    by these (in whatever gives the input, exactly), with the weights multiplied, the input is as
+    even as the weights are."""
     if g.precision != "int8" or key not in peaks:
         return 1.0
-    input, weight = (np.maximum(v, 1e-3 * v.max() + 1e-30) for v in (peaks[key], np.abs(weight).max(axis=0)))
+    input, weight = (
+        np.maximum(v, 1e-3 * v.max() + 1e-30) for v in (peaks[key], np.abs(weight).max(axis=0))
+    )
     return np.sqrt(input / weight)
 
 
 # ---------------------------------------------------------------- vision transformer
+
 
 def vit(g, encoder, x, input, mean, std, peaks):
     spec = encoder.spec
     x = tokens(g, encoder, x, input, mean, std)
     last = len(encoder.blocks) - 1
     for i, block in enumerate(encoder.blocks):
-        parts = {part: g.precision == "fp16" and peaks.get((i, part), 0) * HEADROOM < HALF_MAX
-                 for part in ("attn", "mlp")}
-        x = attend(g, x, block, spec, i, peaks, parts["attn"], first=i == last and encoder.pool == "cls")
+        parts = {
+            part: g.precision == "fp16" and peaks.get((i, part), 0) * HEADROOM < HALF_MAX
+            for part in ("attn", "mlp")
+        }
+        x = attend(
+            g, x, block, spec, i, peaks, parts["attn"], first=i == last and encoder.pool == "cls"
+        )
         x = perceptron(g, x, block, spec, i, peaks, parts["mlp"])
     x = layer_norm(g, x, encoder.norm, "norm")
     return pool(g, encoder, x)
@@ -213,28 +282,35 @@ def vit(g, encoder, x, input, mean, std, peaks):
 def tokens(g, encoder, x, input, mean, std):
     """Patch embedding as one product; class token, registers and position embedding as constants."""
     grid, p, dim, at = encoder.grid, encoder.spec.patch, encoder.spec.dim, "patch_embed.proj"
-    weight, bias = to_numpy(encoder.patch_embed.proj.weight), to_numpy(encoder.patch_embed.proj.bias)  # [D, 3, p, p]
+    weight, bias = (
+        to_numpy(encoder.patch_embed.proj.weight),
+        to_numpy(encoder.patch_embed.proj.bias),
+    )  # [D, 3, p, p]
     if input == "uint8":
         # (x / 255 - mean) / std is linear, so it goes into weight and bias.
         bias = bias - (weight * (mean / std)[None, :, None, None]).sum(axis=(1, 2, 3))
         weight = (weight / (255 * std)[None, :, None, None]).transpose(0, 2, 3, 1).reshape(dim, -1)
-        x = g.op("Reshape", x, g.ints(-1, grid, p, grid, p * 3), at=at)       # [N, row, y, column, x·channel]
+        x = g.op(
+            "Reshape", x, g.ints(-1, grid, p, grid, p * 3), at=at
+        )  # [N, row, y, column, x·channel]
         x = g.op("Transpose", x, at=at, perm=[0, 1, 3, 2, 4])
         x = g.op("Reshape", x, g.ints(-1, grid * grid, p * p * 3), at=at)
     else:
         weight = weight.reshape(dim, -1)
         x = g.op("Reshape", x, g.ints(-1, 3, grid, p, grid, p), at=at)
-        x = g.op("Transpose", x, at=at, perm=[0, 2, 4, 1, 3, 5])              # [N, row, column, channel, y, x]
+        x = g.op("Transpose", x, at=at, perm=[0, 2, 4, 1, 3, 5])  # [N, row, column, channel, y, x]
         x = g.op("Reshape", x, g.ints(-1, grid * grid, 3 * p * p), at=at)
     position = to_numpy(encoder.pos_embed)[0]
     prefix = to_numpy(encoder.cls_token)[0]
     if encoder.reg_token is not None:
         prefix = np.concatenate([prefix, to_numpy(encoder.reg_token)[0]])
     if encoder.spec.pos == "all":
-        prefix, position = prefix + position[:encoder.prefix], position[encoder.prefix:]
+        prefix, position = prefix + position[: encoder.prefix], position[encoder.prefix :]
     # float32 in every precision: it is 0.1% of the work, and pixels are worth their eight bits
     x = g.op("MatMul", x, g.tensor(f"{at}.weight", weight.T.astype(np.float32)), at=at)
-    x = g.op("Add", x, g.tensor("pos_embed", (position + bias)[None].astype(np.float32)), at=at)  # [N, grid², D]
+    x = g.op(
+        "Add", x, g.tensor("pos_embed", (position + bias)[None].astype(np.float32)), at=at
+    )  # [N, grid², D]
     batch = g.op("Slice", g.op("Shape", x, at="tokens"), g.ints(0), g.ints(1), at="tokens")
     shape = g.op("Concat", batch, g.ints(*prefix.shape), at="tokens", axis=0)
     prefix = g.op("Expand", g.tensor("prefix", prefix[None].astype(np.float32)), shape, at="tokens")
@@ -254,12 +330,24 @@ def attend(g, x, block, spec, i, peaks, half, first):
     weight = weight * divisor
     # attention averages v, so what divides v divides its result
     divisor = evening(g, peaks, (i, "attn.proj"), to_numpy(block.attn.proj.weight))
-    weight[2 * spec.dim:] /= np.reshape(divisor, (-1, 1))
-    bias = np.concatenate([bias[:2 * spec.dim], bias[2 * spec.dim:] / divisor])
-    q, k, v = (linear(g, t, f"{at}.attn.{name}", weight[j * spec.dim:][:spec.dim], bias[j * spec.dim:][:spec.dim],
-                      half, shared) for j, (name, t) in enumerate((("q", asking), ("k", y), ("v", y))))
+    weight[2 * spec.dim :] /= np.reshape(divisor, (-1, 1))
+    bias = np.concatenate([bias[: 2 * spec.dim], bias[2 * spec.dim :] / divisor])
+    q, k, v = (
+        linear(
+            g,
+            t,
+            f"{at}.attn.{name}",
+            weight[j * spec.dim :][: spec.dim],
+            bias[j * spec.dim :][: spec.dim],
+            half,
+            shared,
+        )
+        for j, (name, t) in enumerate((("q", asking), ("k", y), ("v", y)))
+    )
     y = attention(g, q, k, v, spec.heads, spec.dim, half, f"{at}.attn")
-    return residual(g, x, y, block.attn.proj, block.ls1, f"{at}.attn.proj", f"{at}.ls1", half, divisor)
+    return residual(
+        g, x, y, block.attn.proj, block.ls1, f"{at}.attn.proj", f"{at}.ls1", half, divisor
+    )
 
 
 def perceptron(g, x, block, spec, i, peaks, half):
@@ -274,15 +362,24 @@ def perceptron(g, x, block, spec, i, peaks, half):
         middle, shared = spec.hidden // 2, {}
         divisor = evening(g, peaks, (i, "mlp.fc2"), to_numpy(block.mlp.fc2.weight))
         gate = linear(g, y, f"{at}.mlp.gate", weight[:middle], bias[:middle], half, shared)
-        value = linear(g, y, f"{at}.mlp.value", weight[middle:] / np.reshape(divisor, (-1, 1)), bias[middle:] / divisor,
-                       half, shared)
+        value = linear(
+            g,
+            y,
+            f"{at}.mlp.value",
+            weight[middle:] / np.reshape(divisor, (-1, 1)),
+            bias[middle:] / divisor,
+            half,
+            shared,
+        )
         gate = g.op("Mul", gate, g.op("Sigmoid", gate, at=at_fc1), at=at_fc1)
         y = g.op("Mul", gate, value, at=at_fc1)
     else:
         divisor = evening(g, peaks, (i, "mlp.fc2"), to_numpy(block.mlp.fc2.weight))
         y = gelu(g, linear(g, y, at_fc1, weight, bias, half), half, at_fc1)
         if np.ndim(divisor):  # GELU is not linear, so nothing can be divided before it
-            y = g.op("Mul", y, g.tensor(f"{at_fc1}.even", (1 / divisor).astype(np.float32)), at=at_fc1)
+            y = g.op(
+                "Mul", y, g.tensor(f"{at_fc1}.even", (1 / divisor).astype(np.float32)), at=at_fc1
+            )
     return residual(g, x, y, block.mlp.fc2, block.ls2, f"{at}.mlp.fc2", f"{at}.ls2", half, divisor)
 
 
@@ -292,8 +389,9 @@ def residual(g, x, y, projection, scale, at, at_scale, half, divisor):
     gamma = to_numpy(scale.gamma) if hasattr(scale, "gamma") else None
     if gamma is not None:
         folded = weight * gamma[:, None]
-        # float16 has few digits below 6e-5: a LayerScale that would push the weights there stays outside, in float32
-        if not half or np.median(np.abs(folded).max(axis=1)) > 2 ** -9:
+        # float16 has few digits below 6e-5: a LayerScale that would push the weights there stays
+        # outside, in float32
+        if not half or np.median(np.abs(folded).max(axis=1)) > 2**-9:
             weight, bias, gamma = folded, bias * gamma, None
     y = linear(g, y, at, weight, bias, half)
     if half:
@@ -305,48 +403,76 @@ def residual(g, x, y, projection, scale, at, at_scale, half, divisor):
 
 def pool(g, encoder, x):
     """The embedding [N, D] out of the tokens after the last norm; see models.ViT."""
+
     def mean(tokens, axes):
         return g.op("ReduceMean", tokens, g.ints(*axes), at="pool", keepdims=0)
 
     if encoder.pool == "patch-center":
         side = 2 * round(encoder.grid / 8 + 0.01)
         start = (encoder.grid - side) // 2
-        rows = np.arange(encoder.grid ** 2).reshape(encoder.grid, encoder.grid)
-        rows = rows[start:start + side, start:start + side].ravel() + encoder.prefix
+        rows = np.arange(encoder.grid**2).reshape(encoder.grid, encoder.grid)
+        rows = rows[start : start + side, start : start + side].ravel() + encoder.prefix
         return mean(g.op("Gather", x, g.tensor("center", rows), at="pool", axis=1), [1])
     parts = []
     if "cls" in encoder.pool:
         parts.append(g.op("Gather", x, g.tensor("first", np.array(0, np.int64)), at="pool", axis=1))
     if "mean" in encoder.pool:
-        end = encoder.prefix + encoder.grid ** 2
-        parts.append(mean(g.op("Slice", x, g.ints(encoder.prefix), g.ints(end), g.ints(1), at="pool"), [1]))
+        end = encoder.prefix + encoder.grid**2
+        parts.append(
+            mean(g.op("Slice", x, g.ints(encoder.prefix), g.ints(end), g.ints(1), at="pool"), [1])
+        )
     return parts[0] if len(parts) == 1 else g.op("Concat", *parts, at="pool", axis=-1)
 
 
 def flips_and_turns(g, x, input):
-    """The eight views of test-time augmentation, one after the other along the batch: [N, …] → [8 N, …]."""
+    """The eight views of test-time augmentation, one after the other along the batch: [N, …] → [8
+    N, …].
+    """
     rows, columns = (1, 2) if input == "uint8" else (2, 3)
     swap = [0, 2, 1, 3] if input == "uint8" else [0, 1, 3, 2]
 
     def flip(t, *axes):
         n = len(axes)
-        return g.op("Slice", t, g.ints(*[-1] * n), g.ints(*[-2 ** 31] * n), g.ints(*axes), g.ints(*[-1] * n), at="tta")
+        return g.op(
+            "Slice",
+            t,
+            g.ints(*[-1] * n),
+            g.ints(*[-(2**31)] * n),
+            g.ints(*axes),
+            g.ints(*[-1] * n),
+            at="tta",
+        )
 
     turned = g.op("Transpose", x, at="tta", perm=swap)
-    views = [t if not axes else flip(t, *axes) for t in (x, turned)
-             for axes in ((), (rows,), (columns,), (rows, columns))]
+    views = [
+        t if not axes else flip(t, *axes)
+        for t in (x, turned)
+        for axes in ((), (rows,), (columns,), (rows, columns))
+    ]
     return g.op("Concat", *views, at="tta", axis=0)
 
 
 # ---------------------------------------------------------------- ResNet-50
 
+
 def resnet(g, encoder, x, input, mean, std):
     """torchvision's ResNet, BatchNorm folded into the convolutions → [N, 2048]."""
     if input == "uint8":
         x = g.op("Transpose", x, at="input", perm=[0, 3, 1, 2])
-        # The border is padded with the mean colour (0 after normalisation), so this cannot go into the weights.
-        x = g.op("Mul", x, g.tensor("normalise.scale", (1 / (255 * std))[:, None, None].astype(np.float32)), at="input")
-        x = g.op("Sub", x, g.tensor("normalise.mean", (mean / std)[:, None, None].astype(np.float32)), at="input")
+        # The border is padded with the mean colour (0 after normalisation), so this cannot go into
+        # the weights.
+        x = g.op(
+            "Mul",
+            x,
+            g.tensor("normalise.scale", (1 / (255 * std))[:, None, None].astype(np.float32)),
+            at="input",
+        )
+        x = g.op(
+            "Sub",
+            x,
+            g.tensor("normalise.mean", (mean / std)[:, None, None].astype(np.float32)),
+            at="input",
+        )
     half = g.precision == "fp16"
     if half:
         x = g.cast(x, True, "input")
@@ -371,27 +497,39 @@ def convolution(g, x, conv, norm, at, half):
     scale = to_numpy(norm.weight) / np.sqrt(to_numpy(norm.running_var) + norm.eps)
     bias = to_numpy(norm.bias) - to_numpy(norm.running_mean) * scale
     weight = weight * scale[:, None, None, None]
-    shape = dict(kernel_shape=list(conv.kernel_size), strides=list(conv.stride), pads=list(conv.padding) * 2)
+    shape = dict(
+        kernel_shape=list(conv.kernel_size), strides=list(conv.stride), pads=list(conv.padding) * 2
+    )
     if g.precision == "int8" and at != "conv1":
         step = np.maximum(np.abs(weight).max(axis=(1, 2, 3)), 1e-30) / 127
         quantised = np.rint(weight / step[:, None, None, None]).astype(np.int8)
         values, x_step, zero = g.op("DynamicQuantizeLinear", x, at=at, outputs=3)
         y = g.op("ConvInteger", values, g.tensor(f"{at}.weight", quantised), zero, at=at, **shape)
         y = g.op("Cast", y, at=at, to=TensorProto.FLOAT)
-        step = g.op("Mul", x_step, g.tensor(f"{at}.scale", step[:, None, None].astype(np.float32)), at=at)
+        step = g.op(
+            "Mul", x_step, g.tensor(f"{at}.scale", step[:, None, None].astype(np.float32)), at=at
+        )
         y = g.op("Mul", y, step, at=at)
         return g.op("Add", y, g.tensor(f"{at}.bias", bias[:, None, None].astype(np.float32)), at=at)
     kind = np.float16 if half else np.float32
-    return g.op("Conv", x, g.tensor(f"{at}.weight", weight.astype(kind)), g.tensor(f"{at}.bias", bias.astype(kind)),
-                at=at, **shape)
+    return g.op(
+        "Conv",
+        x,
+        g.tensor(f"{at}.weight", weight.astype(kind)),
+        g.tensor(f"{at}.bias", bias.astype(kind)),
+        at=at,
+        **shape,
+    )
 
 
 # ---------------------------------------------------------------- what float16 and int8 would not hold
 
+
 @contextlib.contextmanager
 def activation_peaks(encoder):
-    """Largest absolute values while images go through the encoder: of each part of a block, {(block, "attn" | "mlp"):
-    number}, and of each channel that goes into a product, {(block, "attn.qkv" | …): array}."""
+    """Largest absolute values while images go through the encoder: of each part of a block,
+    {(block, "attn" | "mlp"): number}, and of each channel that goes into a product, {(block,
+    "attn.qkv" | …): array}."""
     peaks, hooks = {}, []
 
     def watch(module, block, layer):
@@ -399,7 +537,10 @@ def activation_peaks(encoder):
             channels = given[0].detach().abs().flatten(0, -2).amax(dim=0).float().cpu().numpy()
             peaks[block, layer] = np.maximum(peaks.get((block, layer), 0), channels)
             key = block, layer.split(".")[0]
-            peaks[key] = max(peaks.get(key, 0.0), float(channels.max()), result.detach().abs().amax().item())
+            peaks[key] = max(
+                peaks.get(key, 0.0), float(channels.max()), result.detach().abs().amax().item()
+            )
+
         hooks.append(module.register_forward_hook(hook))
 
     for i, block in enumerate(encoder.blocks or ()):
@@ -414,12 +555,13 @@ def activation_peaks(encoder):
 
 # ---------------------------------------------------------------- files
 
-def save(model, weights, path, inline):
-    """Write the ModelProto of `emit` to `path`; its weights (a file) stay beside it, or come inside (`inline`).
 
-    A protobuf message is the concatenation of its fields, so the weights are copied from file to file, a megabyte at
-    a time, and never are in memory together.
-    """
+def save(model, weights, path, inline):
+    """Write the ModelProto of `emit` to `path`; its weights (a file) stay beside it, or come inside
+    (`inline`).
+
+    A protobuf message is the concatenation of its fields, so the weights are copied from file to
+    file, a megabyte at a time, and never are in memory together."""
     if not inline:
         for tensor in model.graph.initializer:
             for entry in tensor.external_data:
@@ -444,7 +586,9 @@ def save(model, weights, path, inline):
         if place:
             size = int(place["length"])
             start += b"\x4a" + varint(size)  # field 9, raw_data
-        pieces.append((b"\x2a" + varint(len(start) + size) + start, int(place.get("offset", 0)), size))  # field 5
+        pieces.append(
+            (b"\x2a" + varint(len(start) + size) + start, int(place.get("offset", 0)), size)
+        )  # field 5
     total = len(head) + sum(len(start) + size for start, _, size in pieces)
     with open(path, "wb") as out, open(weights, "rb") as source:
         out.write(rest.SerializeToString())

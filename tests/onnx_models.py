@@ -1,4 +1,6 @@
-"""Small networks of every architecture family, runs made of them, and exported models, for the tests."""
+"""Small networks of every architecture family, runs made of them, and exported models, for the
+tests.
+"""
 
 import contextlib
 import dataclasses
@@ -15,16 +17,34 @@ import models
 import runs
 from onnx_model import graph, session
 
-SMALL = dict(dim=64, depth=2, heads=2, hidden=128, params=0, repo="", licence="MIT", files=("x.safetensors",))
+SMALL = dict(
+    dim=64, depth=2, heads=2, hidden=128, params=0, repo="", licence="MIT", files=("x.safetensors",)
+)
 FAMILIES = {
     "gelu": models.Encoder("tiny-gelu", **SMALL, patch=16),
-    "swiglu": models.Encoder("tiny-swiglu", **SMALL, patch=14, mlp="swiglu", layerscale=True, registers=4,
-                             pos="patches", norm=models.OPTIMUS),
-    "clsmean": models.Encoder("tiny-clsmean", **SMALL, patch=28, mlp="swiglu", layerscale=True, registers=4,
-                              pool="cls+mean"),
+    "swiglu": models.Encoder(
+        "tiny-swiglu",
+        **SMALL,
+        patch=14,
+        mlp="swiglu",
+        layerscale=True,
+        registers=4,
+        pos="patches",
+        norm=models.OPTIMUS,
+    ),
+    "clsmean": models.Encoder(
+        "tiny-clsmean",
+        **SMALL,
+        patch=28,
+        mlp="swiglu",
+        layerscale=True,
+        registers=4,
+        pool="cls+mean",
+    ),
     "torchvision": models.Encoder("tiny-tv", **SMALL, patch=16, keys="torchvision", eps=1e-5),
-    "resnet50": dataclasses.replace(models.ENCODERS["resnet50"], name="tiny-resnet50", repo="",
-                                    files=("x.safetensors",)),
+    "resnet50": dataclasses.replace(
+        models.ENCODERS["resnet50"], name="tiny-resnet50", repo="", files=("x.safetensors",)
+    ),
 }
 
 
@@ -39,15 +59,23 @@ def encoder(family, seed=0, **choices):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, value in network.state_dict().items():
-            noise = torch.randn(value.shape, generator=generator) if value.is_floating_point() else None
+            noise = (
+                torch.randn(value.shape, generator=generator) if value.is_floating_point() else None
+            )
             if family == "resnet50":
                 if value.dim() == 4:  # He's initialisation, so that images come through 50 layers
                     value.copy_(noise * (2 / value[0].numel()) ** 0.5)
                 elif noise is not None:
-                    value.copy_((1 + 0.2 * noise).clamp(0.3) * (0.6 if name.endswith("weight") else 1)
-                                if name.endswith(("weight", "var")) else 0.2 * noise)
+                    value.copy_(
+                        (1 + 0.2 * noise).clamp(0.3) * (0.6 if name.endswith("weight") else 1)
+                        if name.endswith(("weight", "var"))
+                        else 0.2 * noise
+                    )
             elif value.dim() > 1:
-                value.copy_(noise * (0.5 if "token" in name or "pos" in name else 1.5 / value[0].numel() ** 0.5))
+                value.copy_(
+                    noise
+                    * (0.5 if "token" in name or "pos" in name else 1.5 / value[0].numel() ** 0.5)
+                )
             else:
                 value.copy_((1 if name.endswith("weight") or "gamma" in name else 0) + 0.3 * noise)
     network.weights_hash, network.licence = "random", "MIT"
@@ -74,7 +102,7 @@ def patches(n, seed=0, size=224):
     y, x = np.mgrid[0:size, 0:size] / size
     out = np.empty((n, size, size, 3), np.uint8)
     for i in range(n):
-        image = np.array([230, 190, 220.])[None, None] * np.ones((size, size, 1))
+        image = np.array([230, 190, 220.0])[None, None] * np.ones((size, size, 1))
         for _ in range(6):
             cx, cy, r = generator.uniform(0.1, 0.9, 2).tolist() + [generator.uniform(0.02, 0.15)]
             blob = np.exp(-((x - cx) ** 2 + (y - cy) ** 2) / (2 * r * r))[..., None]
@@ -83,17 +111,41 @@ def patches(n, seed=0, size=224):
     return out
 
 
-METADATA = {"version": 1, "encoder": "tiny", "pool": "cls", "method": "lora", "dataset": "none", "licence": "MIT",
-            "redistribution": "yes", "mpp": 0.25, "size": 224, "patch": 224, "fit": "resize", "temperature": 1.0,
-            "labels": ["hard negative", "mitotic figure"], "threshold": {"value": 0.5, "rule": "given"},
-            "metrics": {}, "commit": "none", "weights_hash": "0" * 64, "normalisation": models.IMAGENET,
-            "parity": {"source": "nothing", "wanted": "nothing", "measured": []}, "data_bytes": 0}
+METADATA = {
+    "version": 1,
+    "encoder": "tiny",
+    "pool": "cls",
+    "method": "lora",
+    "dataset": "none",
+    "licence": "MIT",
+    "redistribution": "yes",
+    "mpp": 0.25,
+    "size": 224,
+    "patch": 224,
+    "fit": "resize",
+    "temperature": 1.0,
+    "labels": ["hard negative", "mitotic figure"],
+    "threshold": {"value": 0.5, "rule": "given"},
+    "metrics": {},
+    "commit": "none",
+    "weights_hash": "0" * 64,
+    "normalisation": models.IMAGENET,
+    "parity": {"source": "nothing", "wanted": "nothing", "measured": []},
+    "data_bytes": 0,
+}
 
 
-def write_model(path, model, precision="fp32", opset=23, input="uint8", metadata=(), inline=True, **choices):
+def write_model(
+    path, model, precision="fp32", opset=23, input="uint8", metadata=(), inline=True, **choices
+):
     """Emit `model` with metadata, as export.py would; returns the ModelProto."""
     weights = path.with_name(path.name + ".data")
-    extra = {"precision": precision, "opset": opset, "input": input, "export_id": "ab" * session.TRAILER}
+    extra = {
+        "precision": precision,
+        "opset": opset,
+        "input": input,
+        "export_id": "ab" * session.TRAILER,
+    }
     with open(weights, "wb") as file:
         proto = graph.emit(model, file, precision, opset, input, **choices)
         file.write(bytes.fromhex(extra["export_id"]))
@@ -112,7 +164,9 @@ def write_model(path, model, precision="fp32", opset=23, input="uint8", metadata
 def mounted(path, options):
     """A small file system of its own at `path`, which is made: "size=8m", "ro"."""
     path.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(path)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "none", str(path)], capture_output=True
+    ).returncode:
         pytest.skip("no right to mount")
     try:
         yield path
@@ -126,9 +180,13 @@ def save_weights(path, network):
 
 # ---------------------------------------------------------------- runs
 
+
 def dataset(folder, images=20, each=6):
-    """Small images of two kinds of blobs in MIDOG's format: labels that have something to do with the pixels."""
+    """Small images of two kinds of blobs in MIDOG's format: labels that have something to do with
+    the pixels.
+    """
     from PIL import Image
+
     generator, annotations = np.random.default_rng(3), []
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(images):
@@ -138,16 +196,36 @@ def dataset(folder, images=20, each=6):
             cx, cy, label = *generator.uniform(60, 420, 2), int((i + j) % 2)
             flat, r = 2 if label else 1, generator.uniform(9, 16)
             blob = np.exp(-((x - cx) ** 2 + ((y - cy) * flat) ** 2) / (2 * r * r))
-            canvas = canvas * (1 - blob[..., None]) + blob[..., None] * np.array([90, 40, 130 if label else 90])
-            annotations.append({"id": len(annotations) + 1, "image_id": i, "category_id": 1 if label else 2,
-                                "bbox": [cx - 25, cy - 25, cx + 25, cy + 25]})
+            canvas = canvas * (1 - blob[..., None]) + blob[..., None] * np.array(
+                [90, 40, 130 if label else 90]
+            )
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": i,
+                    "category_id": 1 if label else 2,
+                    "bbox": [cx - 25, cy - 25, cx + 25, cy + 25],
+                }
+            )
         canvas += generator.normal(0, 5, canvas.shape)
-        Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8)).save(folder / f"{i}.tiff", resolution=40000,
-                                                                       resolution_unit=3)
-    (folder / "MIDOG.json").write_text(json.dumps({
-        "images": [{"id": i, "file_name": f"{i}.tiff", "width": 480, "height": 480} for i in range(images)],
-        "categories": [{"id": 1, "name": "mitotic figure"}, {"id": 2, "name": "hard negative"}],
-        "annotations": annotations}))
+        Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8)).save(
+            folder / f"{i}.tiff", resolution=40000, resolution_unit=3
+        )
+    (folder / "MIDOG.json").write_text(
+        json.dumps(
+            {
+                "images": [
+                    {"id": i, "file_name": f"{i}.tiff", "width": 480, "height": 480}
+                    for i in range(images)
+                ],
+                "categories": [
+                    {"id": 1, "name": "mitotic figure"},
+                    {"id": 2, "name": "hard negative"},
+                ],
+                "annotations": annotations,
+            }
+        )
+    )
     return folder / "MIDOG.json"
 
 
@@ -158,7 +236,9 @@ def teach(model, images, labels, steps):
     optimizer = torch.optim.AdamW(model.requires_grad_(True).parameters(), lr=4e-4)
     for _ in range(steps):
         batch = torch.randint(0, len(images), (16,), generator=generator)
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(model(images[batch]).view(-1), labels[batch])
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(
+            model(images[batch]).view(-1), labels[batch]
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -166,13 +246,15 @@ def teach(model, images, labels, steps):
 
 
 def make_run(path, family, method, folder, seed=0, taught=0):
-    """A finished run, as train.py and probe.py leave it, with adapters that move the embedding; → its weights file.
+    """A finished run, as train.py and probe.py leave it, with adapters that move the embedding; →
+    its weights file.
 
-    taught: steps of training before, of a full run. Returns (weights, the unmerged PatchClassifier).
-    """
+    taught: steps of training before, of a full run. Returns (weights, the unmerged
+    PatchClassifier)."""
     import data
     import lora
     from dataset import patches as patches_module
+
     spec = FAMILIES[family]
     path.mkdir(parents=True)
     weights = path / "base.safetensors"
@@ -182,11 +264,25 @@ def make_run(path, family, method, folder, seed=0, taught=0):
     table = data.load_dataset(folder / "MIDOG.json", images=folder)
     split = data.make_split(table)
     split.save(path / "split.json")
-    rows = table.rows(split.val)[:8 if family == "resnet50" else None]  # a tenth of a second each
+    rows = table.rows(split.val)[: 8 if family == "resnet50" else None]  # a tenth of a second each
     images = patches_module.Patches(table).read(rows)
-    flags = {"data": "blobs", "model": spec.name, "method": method,
-             "weights": str(weights), "frac": 1.0, "fold": 0, "seed": 0, "pool": None, "layer": None, "fit": "resize",
-             "mpp": None, "rank": 4, "alpha": 4, "dropout": 0.1, "targets": ["qkv", "proj", "fc1", "fc2"]}
+    flags = {
+        "data": "blobs",
+        "model": spec.name,
+        "method": method,
+        "weights": str(weights),
+        "frac": 1.0,
+        "fold": 0,
+        "seed": 0,
+        "pool": None,
+        "layer": None,
+        "fit": "resize",
+        "mpp": None,
+        "rank": 4,
+        "alpha": 4,
+        "dropout": 0.1,
+        "targets": ["qkv", "proj", "fc1", "fc2"],
+    }
     before = models.PatchClassifier(network).eval().embed(torch.from_numpy(images[:4])).detach()
     state = {}
     if method == "lora":
@@ -205,8 +301,12 @@ def make_run(path, family, method, folder, seed=0, taught=0):
     after = model.embed(torch.from_numpy(images[:4])).detach()
     moved = float((after - before).norm() / before.norm())
     assert method != "lora" or moved > 0.1, f"the adapter moves the embedding by {moved:.1%} only"
-    every = rows if family == "resnet50" else np.arange(len(table))  # so that the classes are well apart
-    embeddings = models.predict(model, patches_module.Patches(table).read(every), output="embedding", progress=None)
+    every = (
+        rows if family == "resnet50" else np.arange(len(table))
+    )  # so that the classes are well apart
+    embeddings = models.predict(
+        model, patches_module.Patches(table).read(every), output="embedding", progress=None
+    )
     embeddings = embeddings.astype(np.float64)
     center, spread = embeddings.mean(0), embeddings.std(0) + 1e-6
     sign = 2.0 * table.label[every] - 1
@@ -216,18 +316,42 @@ def make_run(path, family, method, folder, seed=0, taught=0):
         model.head.weight.copy_(torch.from_numpy(w)[None])
         model.head.bias.copy_(torch.tensor([-float(center @ w)]))
     if method == "full":
-        state = {name: value for name, value in model.state_dict().items() if not name.startswith("head.")}
+        state = {
+            name: value
+            for name, value in model.state_dict().items()
+            if not name.startswith("head.")
+        }
     state |= {f"head.{name}": value for name, value in model.head.state_dict().items()}
-    save_file({k: v.detach().contiguous() for k, v in state.items()}, path / "model.safetensors",
-              {"format": "mitosis-run", "method": method, "encoder": spec.name})
+    save_file(
+        {k: v.detach().contiguous() for k, v in state.items()},
+        path / "model.safetensors",
+        {"format": "mitosis-run", "method": method, "encoder": spec.name},
+    )
     logits = models.predict(model, images, progress=None)
-    runs.write_predictions(path / "predictions.csv", {
-        "set": ["val"] * len(rows), "id": table.id[rows], "case": table.case[rows], "domain": table.domain[rows],
-        "label": table.label[rows], "logit": logits, "probability": 1 / (1 + np.exp(-logits.astype(np.float64)))})
-    common.write_json(path / "config.json", {"flags": flags, "data": {"name": "blobs", "mpp": 0.25},
-                                           "encoder": {"name": spec.name, "licence": spec.licence,
-                                                       "weights_hash": network.weights_hash},
-                                           "source": {"data": str(folder / "MIDOG.json"), "images": str(folder),
-                                                      "fit": "resize"}})
+    runs.write_predictions(
+        path / "predictions.csv",
+        {
+            "set": ["val"] * len(rows),
+            "id": table.id[rows],
+            "case": table.case[rows],
+            "domain": table.domain[rows],
+            "label": table.label[rows],
+            "logit": logits,
+            "probability": 1 / (1 + np.exp(-logits.astype(np.float64))),
+        },
+    )
+    common.write_json(
+        path / "config.json",
+        {
+            "flags": flags,
+            "data": {"name": "blobs", "mpp": 0.25},
+            "encoder": {
+                "name": spec.name,
+                "licence": spec.licence,
+                "weights_hash": network.weights_hash,
+            },
+            "source": {"data": str(folder / "MIDOG.json"), "images": str(folder), "fit": "resize"},
+        },
+    )
     common.write_json(path / "metrics.json", {"sets": {"val": {"auroc": 0.9}}})
     return weights, model

@@ -1,4 +1,5 @@
-"""The reference implementation of every encoder (timm, transformers, torchvision), for the tests of models.py.
+"""The reference implementation of every encoder (timm, transformers, torchvision), for the tests of
+models.py.
 
 Constructors are written out from the model cards, independently of the table in models.py.
 """
@@ -10,23 +11,45 @@ import torch
 GLU = {"mlp": "swiglu"}
 TIMM = {  # name → (constructor, arguments)
     "uni": ("vit_large_patch16_224", dict(init_values=1e-5)),
-    "virchow": ("vit_huge_patch14_224", dict(mlp_ratio=5.3375, init_values=1e-5, global_pool="", **GLU)),
-    "virchow2": ("vit_huge_patch14_224", dict(mlp_ratio=5.3375, init_values=1e-5, global_pool="", reg_tokens=4, **GLU)),
+    "virchow": (
+        "vit_huge_patch14_224",
+        dict(mlp_ratio=5.3375, init_values=1e-5, global_pool="", **GLU),
+    ),
+    "virchow2": (
+        "vit_huge_patch14_224",
+        dict(mlp_ratio=5.3375, init_values=1e-5, global_pool="", reg_tokens=4, **GLU),
+    ),
     "h-optimus-0": ("vit_giant_patch14_reg4_dinov2", dict(img_size=224, init_values=1e-5)),
     "h-optimus-1": ("vit_giant_patch14_reg4_dinov2", dict(img_size=224, init_values=1e-5)),
-    "prov-gigapath": ("vit_giant_patch14_dinov2", dict(img_size=224, patch_size=16, mlp_ratio=5.33334,
-                                                       init_values=1e-5)),
-    "uni2-h": ("vit_giant_patch14_224", dict(embed_dim=1536, depth=24, num_heads=24, no_embed_class=True, reg_tokens=8,
-                                             mlp_ratio=5.33334, init_values=1e-5, **GLU)),
-    "h0-mini": ("vit_base_patch14_reg4_dinov2", dict(img_size=224, mlp_ratio=4096 / 768, init_values=1e-5,
-                                                     global_pool="", **GLU)),
+    "prov-gigapath": (
+        "vit_giant_patch14_dinov2",
+        dict(img_size=224, patch_size=16, mlp_ratio=5.33334, init_values=1e-5),
+    ),
+    "uni2-h": (
+        "vit_giant_patch14_224",
+        dict(
+            embed_dim=1536,
+            depth=24,
+            num_heads=24,
+            no_embed_class=True,
+            reg_tokens=8,
+            mlp_ratio=5.33334,
+            init_values=1e-5,
+            **GLU,
+        ),
+    ),
+    "h0-mini": (
+        "vit_base_patch14_reg4_dinov2",
+        dict(img_size=224, mlp_ratio=4096 / 768, init_values=1e-5, global_pool="", **GLU),
+    ),
     "kaiko-s16": ("vit_small_patch16_224", {}),
     "kaiko-b16": ("vit_base_patch16_224", {}),
     "kaiko-l14": ("vit_large_patch14_reg4_dinov2", dict(img_size=518)),
     "lunit-s16": ("vit_small_patch16_224", {}),
     "lunit-s8": ("vit_small_patch8_224", {}),
 }
-# What timm's constructor would be for the models that transformers publishes: the names and shapes of our network.
+# What timm's constructor would be for the models that transformers publishes: the names and shapes
+# of our network.
 EQUIVALENT = {
     "phikon": ("vit_base_patch16_224", {}),
     "vit-b": ("vit_base_patch16_224", {}),
@@ -44,40 +67,102 @@ EQUIVALENT = {
 }
 DINO = dict(layer_norm_eps=1e-6, image_size=224)
 TRANSFORMERS = {  # name → (model, configuration)
-    "phikon": ("ViT", dict(hidden_size=768, num_attention_heads=12, intermediate_size=3072, patch_size=16,
-                           layer_norm_eps=1e-6)),
-    "vit-b": ("ViT", dict(hidden_size=768, num_attention_heads=12, intermediate_size=3072, patch_size=16,
-                          layer_norm_eps=1e-12)),
-    "vit-h": ("ViT", dict(hidden_size=1280, num_attention_heads=16, intermediate_size=5120, patch_size=14,
-                          layer_norm_eps=1e-12)),
+    "phikon": (
+        "ViT",
+        dict(
+            hidden_size=768,
+            num_attention_heads=12,
+            intermediate_size=3072,
+            patch_size=16,
+            layer_norm_eps=1e-6,
+        ),
+    ),
+    "vit-b": (
+        "ViT",
+        dict(
+            hidden_size=768,
+            num_attention_heads=12,
+            intermediate_size=3072,
+            patch_size=16,
+            layer_norm_eps=1e-12,
+        ),
+    ),
+    "vit-h": (
+        "ViT",
+        dict(
+            hidden_size=1280,
+            num_attention_heads=16,
+            intermediate_size=5120,
+            patch_size=14,
+            layer_norm_eps=1e-12,
+        ),
+    ),
     "phikon-v2": ("Dinov2", dict(hidden_size=1024, num_attention_heads=16, patch_size=16, **DINO)),
-    "midnight": ("Dinov2", dict(hidden_size=1536, num_attention_heads=24, patch_size=14, use_swiglu_ffn=True, **DINO)),
-    "hibou-b": ("Dinov2WithRegisters", dict(hidden_size=768, num_attention_heads=12, patch_size=14,
-                                            use_swiglu_ffn=True, num_register_tokens=4, **DINO)),
-    "hibou-l": ("Dinov2WithRegisters", dict(hidden_size=1024, num_attention_heads=16, patch_size=14,
-                                            use_swiglu_ffn=True, num_register_tokens=4, **DINO)),
+    "midnight": (
+        "Dinov2",
+        dict(hidden_size=1536, num_attention_heads=24, patch_size=14, use_swiglu_ffn=True, **DINO),
+    ),
+    "hibou-b": (
+        "Dinov2WithRegisters",
+        dict(
+            hidden_size=768,
+            num_attention_heads=12,
+            patch_size=14,
+            use_swiglu_ffn=True,
+            num_register_tokens=4,
+            **DINO,
+        ),
+    ),
+    "hibou-l": (
+        "Dinov2WithRegisters",
+        dict(
+            hidden_size=1024,
+            num_attention_heads=16,
+            patch_size=14,
+            use_swiglu_ffn=True,
+            num_register_tokens=4,
+            **DINO,
+        ),
+    ),
 }
-# DINOv2 itself: published as transformers files, but the reference is timm (resampling of the position embedding).
-DINOV2 = {"dinov2-s": (384, 6, False), "dinov2-b": (768, 12, False), "dinov2-l": (1024, 16, False),
-          "dinov2-g": (1536, 24, True)}
-TORCHVISION = {"vit-b-tv": dict(patch_size=16, num_heads=12, hidden_dim=768, mlp_dim=3072),
-               "vit-h-swag": dict(patch_size=14, num_heads=16, hidden_dim=1280, mlp_dim=5120)}
+# DINOv2 itself: published as transformers files, but the reference is timm (resampling of the
+# position embedding).
+DINOV2 = {
+    "dinov2-s": (384, 6, False),
+    "dinov2-b": (768, 12, False),
+    "dinov2-l": (1024, 16, False),
+    "dinov2-g": (1536, 24, True),
+}
+TORCHVISION = {
+    "vit-b-tv": dict(patch_size=16, num_heads=12, hidden_dim=768, mlp_dim=3072),
+    "vit-h-swag": dict(patch_size=14, num_heads=16, hidden_dim=1280, mlp_dim=5120),
+}
 CLS_MEAN = {"virchow": 1, "virchow2": 5}  # first patch token
 
 # Normalisation of the model cards.
-IN = (.485, .456, .406), (.229, .224, .225)
-HALF = (.5, .5, .5), (.5, .5, .5)
-OPTIMUS = (.707223, .578729, .703617), (.211883, .230117, .177517)
-HIBOU = (.7068, .5755, .7220), (.1950, .2316, .1816)
-LUNIT = (.70322989, .53606487, .66096631), (.21716536, .26081574, .20723464)
-NORMALISATION = {"h-optimus-0": OPTIMUS, "h-optimus-1": OPTIMUS, "h0-mini": OPTIMUS, "hibou-b": HIBOU,
-                 "hibou-l": HIBOU, "lunit-s16": LUNIT, "lunit-s8": LUNIT}
-NORMALISATION |= {name: HALF for name in ("vit-b", "vit-h", "midnight", "kaiko-s16", "kaiko-b16", "kaiko-l14")}
+IN = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+OPTIMUS = (0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517)
+HIBOU = (0.7068, 0.5755, 0.7220), (0.1950, 0.2316, 0.1816)
+LUNIT = (0.70322989, 0.53606487, 0.66096631), (0.21716536, 0.26081574, 0.20723464)
+NORMALISATION = {
+    "h-optimus-0": OPTIMUS,
+    "h-optimus-1": OPTIMUS,
+    "h0-mini": OPTIMUS,
+    "hibou-b": HIBOU,
+    "hibou-l": HIBOU,
+    "lunit-s16": LUNIT,
+    "lunit-s8": LUNIT,
+}
+NORMALISATION |= {
+    name: HALF for name in ("vit-b", "vit-h", "midnight", "kaiko-s16", "kaiko-b16", "kaiko-l14")
+}
 
 
 def timm_model(name, **changes):
     """timm's network, on the meta device, at the resolution of the published file."""
     import timm
+
     constructor, arguments = (TIMM | EQUIVALENT)[name]
     arguments = {**arguments, **changes}
     if arguments.pop("mlp", None) == "swiglu":
@@ -88,10 +173,20 @@ def timm_model(name, **changes):
 
 def transformers_model(name, depth):
     import transformers
+
     if name in DINOV2:
         dim, heads, swiglu = DINOV2[name]
-        kind, arguments = "Dinov2", dict(hidden_size=dim, num_attention_heads=heads, patch_size=14,
-                                         use_swiglu_ffn=swiglu, layer_norm_eps=1e-6, image_size=518)
+        kind, arguments = (
+            "Dinov2",
+            dict(
+                hidden_size=dim,
+                num_attention_heads=heads,
+                patch_size=14,
+                use_swiglu_ffn=swiglu,
+                layer_norm_eps=1e-6,
+                image_size=518,
+            ),
+        )
     else:
         kind, arguments = TRANSFORMERS[name]
     config = getattr(transformers, f"{kind}Config")(num_hidden_layers=depth, **arguments)
@@ -101,6 +196,7 @@ def transformers_model(name, depth):
 
 def torchvision_model(name, depth):
     from torchvision.models import VisionTransformer
+
     with torch.device("meta"):
         return VisionTransformer(image_size=224, num_layers=depth, **TORCHVISION[name]).eval()
 
@@ -112,11 +208,13 @@ def noise(count, start):
     """`count` seeded normal numbers; a short period, prime against every width, makes them cheap."""
     start %= len(_NOISE)
     repeats = -(-(start + count) // len(_NOISE))
-    return _NOISE.repeat(repeats)[start:start + count]
+    return _NOISE.repeat(repeats)[start : start + count]
 
 
 def fill(model, seed=0):
-    """Non-trivial seeded weights for a meta model: position embeddings, registers and LayerScale that matter."""
+    """Non-trivial seeded weights for a meta model: position embeddings, registers and LayerScale
+    that matter.
+    """
     model.to_empty(device="cpu")
     with torch.no_grad():
         for number, (name, tensor) in enumerate(model.state_dict().items()):
@@ -141,9 +239,13 @@ def old_names(state):
     old, halves = {}, {}
     for name, tensor in state.items():
         name = re.sub(r"^layers\.", "encoder.layer.", name)
-        for new, was in (("attention.q_proj", "attention.attention.query"), ("attention.k_proj",
-                         "attention.attention.key"), ("attention.v_proj", "attention.attention.value"),
-                         ("attention.o_proj", "attention.output.dense"), ("mlp.down_proj", "mlp.weights_out")):
+        for new, was in (
+            ("attention.q_proj", "attention.attention.query"),
+            ("attention.k_proj", "attention.attention.key"),
+            ("attention.v_proj", "attention.attention.value"),
+            ("attention.o_proj", "attention.output.dense"),
+            ("mlp.down_proj", "mlp.weights_out"),
+        ):
             name = name.replace(new, was)
         if "layernorm_before" in "".join(state):  # ViT
             name = name.replace("mlp.fc1", "intermediate.dense").replace("mlp.fc2", "output.dense")
@@ -160,5 +262,5 @@ def old_names(state):
 def embedding_of(name, tokens):
     """The published embedding from the tokens after the final norm [B, T, dim]."""
     if name in CLS_MEAN:
-        return torch.cat([tokens[:, 0], tokens[:, CLS_MEAN[name]:].mean(1)], dim=-1)
+        return torch.cat([tokens[:, 0], tokens[:, CLS_MEAN[name] :].mean(1)], dim=-1)
     return tokens[:, 0]

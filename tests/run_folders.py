@@ -1,4 +1,6 @@
-"""Finished run folders without training: real splits of a small invented dataset, scores drawn from a distribution."""
+"""Finished run folders without training: real splits of a small invented dataset, scores drawn from
+a distribution.
+"""
 
 from pathlib import Path
 
@@ -13,27 +15,85 @@ import runs
 def annotations(name="tissue", domains=("A", "B", "C"), cases=8, size=16, seed=0, root="."):
     """A table of domains × cases × size annotations on images that are not there."""
     rng = np.random.default_rng(seed)
-    rows = [(f"{d}{c}_{k}", f"{d}{c}.tif", f"{d}{c}", d) for d in domains for c in range(cases) for k in range(size)]
+    rows = [
+        (f"{d}{c}_{k}", f"{d}{c}.tif", f"{d}{c}", d)
+        for d in domains
+        for c in range(cases)
+        for k in range(size)
+    ]
     id, image, case, domain = (np.array(column) for column in zip(*rows))
     x, y = rng.uniform(200, 4000, (2, len(rows)))
-    return data.Annotations(id, image, case, domain, x, y, (rng.random(len(rows)) < 0.45).astype(np.int8), name,
-                            Path(root))
+    return data.Annotations(
+        id,
+        image,
+        case,
+        domain,
+        x,
+        y,
+        (rng.random(len(rows)) < 0.45).astype(np.int8),
+        name,
+        Path(root),
+    )
 
 
-def make(root, table, model="uni", method="probe", frac=1.0, fold=0, domain=None, by="case", strength=1.5, seed=0,
-         suffixes=(), tests=(), seconds=60.0, draw=None, **flags):
-    """Write a finished run; strength: how far apart the two classes' scores are; draw: seed that the
-    split is drawn with (the flags say `seed`); flags: more of them. Returns its path."""
+def make(
+    root,
+    table,
+    model="uni",
+    method="probe",
+    frac=1.0,
+    fold=0,
+    domain=None,
+    by="case",
+    strength=1.5,
+    seed=0,
+    suffixes=(),
+    tests=(),
+    seconds=60.0,
+    draw=None,
+    **flags,
+):
+    """Write a finished run; strength: how far apart the two classes' scores are; draw: seed that
+    the split is drawn with (the flags say `seed`); flags: more of them. Returns its path."""
     split = data.make_split(table, fold, frac, domain, seed if draw is None else draw, by)
-    path = runs.run_path(root, table.name, model, method, frac, fold, domain,
-                         list(suffixes) + ([f"by{by}"] if by != "case" else []))
-    flags = {"data": table.name, "model": model, "method": method, "frac": frac, "fold": fold, "domain": domain,
-             "seed": seed, "by": by, "val_frac": 1.0, "fit": "resize", "mpp": None} | \
-        ({"probe": "uni"} if method == "probe" else {"rank": 16} if method == "lora" else {}) | flags
-    config = {"flags": flags, "data": {"name": table.name, "fingerprint": table.fingerprint()},
-              "encoder": {"name": model}, "environment": {}}
-    rng = np.random.default_rng([seed, fold, int(1000 * frac), *map(ord, f"{model}{method}{domain}")])
-    # What makes a patch difficult is the same for all models, so that paired tests have something to pair.
+    path = runs.run_path(
+        root,
+        table.name,
+        model,
+        method,
+        frac,
+        fold,
+        domain,
+        list(suffixes) + ([f"by{by}"] if by != "case" else []),
+    )
+    flags = (
+        {
+            "data": table.name,
+            "model": model,
+            "method": method,
+            "frac": frac,
+            "fold": fold,
+            "domain": domain,
+            "seed": seed,
+            "by": by,
+            "val_frac": 1.0,
+            "fit": "resize",
+            "mpp": None,
+        }
+        | ({"probe": "uni"} if method == "probe" else {"rank": 16} if method == "lora" else {})
+        | flags
+    )
+    config = {
+        "flags": flags,
+        "data": {"name": table.name, "fingerprint": table.fingerprint()},
+        "encoder": {"name": model},
+        "environment": {},
+    }
+    rng = np.random.default_rng(
+        [seed, fold, int(1000 * frac), *map(ord, f"{model}{method}{domain}")]
+    )
+    # What makes a patch difficult is the same for all models, so that paired tests have something
+    # to pair.
     hard = np.random.default_rng(1).normal(size=len(table))
     sets = [("val", table, split.val), ("test", table, split.test)]
     sets += [(name, table, ids) for name, ids in split.others.items()]
@@ -45,15 +105,23 @@ def make(root, table, model="uni", method="probe", frac=1.0, fold=0, domain=None
         logit = strength * (2 * own.label[rows] - 1) + shared + 0.5 * rng.normal(size=len(rows))
         if name not in ("val", "test"):
             logit -= 0.5
-        for key, values in (("set", [name] * len(rows)), ("id", own.id[rows]), ("case", own.case[rows]),
-                            ("domain", own.domain[rows]), ("label", own.label[rows]), ("logit", logit),
-                            ("probability", 1 / (1 + np.exp(-logit)))):
+        for key, values in (
+            ("set", [name] * len(rows)),
+            ("id", own.id[rows]),
+            ("case", own.case[rows]),
+            ("domain", own.domain[rows]),
+            ("label", own.label[rows]),
+            ("logit", logit),
+            ("probability", 1 / (1 + np.exp(-logit))),
+        ):
             columns[key].extend(values)
     path.mkdir(parents=True)
     common.write_json(path / "config.json", config)
     split.save(path / "split.json")
     runs.write_predictions(path / "predictions.csv", columns)
-    common.write_json(path / "metrics.json", evaluate.of_predictions(columns) | {"seconds": seconds})
+    common.write_json(
+        path / "metrics.json", evaluate.of_predictions(columns) | {"seconds": seconds}
+    )
     return path
 
 
@@ -64,8 +132,18 @@ def study(root, table, models=("uni", "virchow2"), folds=2, fractions=(0.1, 1.0)
         for method, strength in strengths.items():
             for fold in range(folds):
                 for frac in fractions:
-                    make(root, table, model, method, frac, fold, strength=(strength + 0.15 * m) * (0.6 + 0.4 * frac))
+                    make(
+                        root,
+                        table,
+                        model,
+                        method,
+                        frac,
+                        fold,
+                        strength=(strength + 0.15 * m) * (0.6 + 0.4 * frac),
+                    )
                 if domains:
                     for domain in np.unique(table.domain):
                         make(root, table, model, method, 1.0, fold, str(domain), strength=strength)
-                make(root, table, model, method, 1.0, fold, by="annotation", strength=strength + 0.3)
+                make(
+                    root, table, model, method, 1.0, fold, by="annotation", strength=strength + 0.3
+                )

@@ -1,4 +1,6 @@
-"""What tests of whole runs share: a small dataset, an encoder that takes milliseconds, the commands called in process."""
+"""What tests of whole runs share: a small dataset, an encoder that takes milliseconds, the commands
+called in process.
+"""
 
 import csv
 import os
@@ -13,14 +15,20 @@ import common
 import models
 
 HERE = Path(__file__).resolve().parent
-TINY = models.Encoder("tiny", "", "MIT", 0, dim=32, depth=2, heads=2, patch=32, hidden=64, layerscale=True)
-WIDE = models.Encoder("wide", "", "MIT", 0, dim=256, depth=2, heads=4, patch=32, hidden=64, layerscale=True)
+TINY = models.Encoder(
+    "tiny", "", "MIT", 0, dim=32, depth=2, heads=2, patch=32, hidden=64, layerscale=True
+)
+WIDE = models.Encoder(
+    "wide", "", "MIT", 0, dim=256, depth=2, heads=4, patch=32, hidden=64, layerscale=True
+)
 for row in (TINY, WIDE):
     models.ENCODERS.setdefault(row.name, row)
 
 
 def dataset(folder, cases=10, per_case=6, seed=0, name="small"):
-    """Patch CSV of 48 px images: mitotic figures are blue bars, look-alikes brown discs; easy, for a tiny encoder."""
+    """Patch CSV of 48 px images: mitotic figures are blue bars, look-alikes brown discs; easy, for
+    a tiny encoder.
+    """
     folder = Path(folder)
     (folder / "patches").mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
@@ -32,7 +40,12 @@ def dataset(folder, cases=10, per_case=6, seed=0, name="small"):
             label = k % 2
             shape = (np.abs(x) < 9) & (np.abs(y) < 18) if label else np.hypot(x, y) < 14
             colour = np.array([150, 90, 40]) if label else np.array([50, 90, 140])
-            pixels = np.array([215, 150, 200]) + tint - colour * shape[..., None] + rng.normal(0, 8, (48, 48, 3))
+            pixels = (
+                np.array([215, 150, 200])
+                + tint
+                - colour * shape[..., None]
+                + rng.normal(0, 8, (48, 48, 3))
+            )
             path = f"patches/{case:02d}-{k}.png"
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / path)
             rows.append((path, label, f"case{case:02d}", "AB"[case % 2]))
@@ -55,12 +68,20 @@ def call(module, *args):
 
 def command(script, *args, wait=True, launcher=(), **environment):
     """The same in a process of its own, which knows the tiny encoder."""
-    code = f"import sys; sys.path[:0] = [{str(HERE.parent)!r}, {str(HERE)!r}]; import small, common, {script} as script; " \
-           "common.command(script.main)"
+    code = (
+        f"import sys; sys.path[:0] = [{str(HERE.parent)!r}, {str(HERE)!r}]; import small, common, "
+        f"{script} as script; "
+        "common.command(script.main)"
+    )
     start = launcher or (sys.executable, "-c", code)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    process = subprocess.Popen([*start, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env=environment)
+    process = subprocess.Popen(
+        [*start, *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
     if not wait:
         return process
     out, err = process.communicate(timeout=300)

@@ -16,10 +16,17 @@ def floats(images):
     return images.permute(0, 3, 1, 2).float() / 255
 
 
-@pytest.mark.parametrize("ours, theirs, factor", [
-    (augment.brightness, tv.adjust_brightness, 1.1), (augment.contrast, tv.adjust_contrast, 0.9),
-    (augment.saturation, tv.adjust_saturation, 1.07), (augment.hue, tv.adjust_hue, 0.08),
-    (augment.hue, tv.adjust_hue, -0.1), (augment.contrast, tv.adjust_contrast, 1.1)])
+@pytest.mark.parametrize(
+    "ours, theirs, factor",
+    [
+        (augment.brightness, tv.adjust_brightness, 1.1),
+        (augment.contrast, tv.adjust_contrast, 0.9),
+        (augment.saturation, tv.adjust_saturation, 1.07),
+        (augment.hue, tv.adjust_hue, 0.08),
+        (augment.hue, tv.adjust_hue, -0.1),
+        (augment.contrast, tv.adjust_contrast, 1.1),
+    ],
+)
 def test_colour_operations_equal_torchvision(ours, theirs, factor):
     x = floats(crops())
     x[0, :, :32] = 0.5  # grey: no hue
@@ -37,7 +44,9 @@ def test_blur_equals_torchvision():
 def test_rotation_equals_torchvision_in_the_larger_crop(angle):
     x = floats(crops(1))
     whole = tv.rotate(x, angle, interpolation=tv.InterpolationMode.BILINEAR)
-    assert (augment.rotated(x, np.array([angle]), 224) - tv.center_crop(whole, [224, 224])).abs().max() < 1e-3
+    assert (
+        augment.rotated(x, np.array([angle]), 224) - tv.center_crop(whole, [224, 224])
+    ).abs().max() < 1e-3
 
 
 def test_no_black_corner_even_without_margin():
@@ -49,9 +58,12 @@ def test_no_black_corner_even_without_margin():
 def test_a_whole_augmentation_equals_the_same_steps_one_by_one():
     images, keys = crops(64), (5, 77, range(100, 164))
     p, out = augment.parameters(*keys), augment.augment(images, keys)
-    assert all(p[name].any() and not p[name].all() for name in ("rotate", "hflip", "vflip", "jitter", "blur"))
+    assert all(
+        p[name].any() and not p[name].all()
+        for name in ("rotate", "hflip", "vflip", "jitter", "blur")
+    )
     for i in range(64):
-        x = floats(images[i:i + 1])
+        x = floats(images[i : i + 1])
         if p["rotate"][i]:
             x = tv.rotate(x, p["angle"][i], interpolation=tv.InterpolationMode.BILINEAR)
         x = tv.center_crop(x, [224, 224])
@@ -63,14 +75,17 @@ def test_a_whole_augmentation_equals_the_same_steps_one_by_one():
                 x = getattr(tv, f"adjust_{name}")(x, float(p[name][i]))
         if p["blur"][i]:
             x = tv.gaussian_blur(x, [5, 5], [float(p["sigma"][i])] * 2)
-        # Bilinear weights at the cells' edges differ in the last digits; the hue amplifies them where colours are grey.
+        # Bilinear weights at the cells' edges differ in the last digits; the hue amplifies them
+        # where colours are grey.
         assert (out[i] - x[0]).abs().mean() < 1e-5 and (out[i] - x[0]).abs().max() < 5e-3
 
 
 def test_a_sample_does_not_depend_on_its_batch():
     images = crops(8)
     whole = augment.augment(images, (1, 2, range(8)), stain=0.1)
-    parts = torch.cat([augment.augment(images[i:i + 1], (1, 2, [i]), stain=0.1) for i in range(8)])
+    parts = torch.cat(
+        [augment.augment(images[i : i + 1], (1, 2, [i]), stain=0.1) for i in range(8)]
+    )
     assert (whole - parts).abs().max() < 1e-6
     assert not torch.equal(whole, augment.augment(images, (1, 3, range(8)), stain=0.1))
 
@@ -79,12 +94,18 @@ def test_parameters_have_the_protocols_distribution():
     p = augment.parameters(3, 4, range(20000), stain=0.05)
     for name, wanted in augment.PROBABILITY.items():
         assert abs(p[name].mean() - wanted) < 0.015, name
-    for name, low, high in (("angle", -180, 180), ("brightness", 0.9, 1.1), ("contrast", 0.9, 1.1),
-                            ("saturation", 0.9, 1.1), ("hue", -0.1, 0.1), ("sigma", 0.1, 1.0)):
+    for name, low, high in (
+        ("angle", -180, 180),
+        ("brightness", 0.9, 1.1),
+        ("contrast", 0.9, 1.1),
+        ("saturation", 0.9, 1.1),
+        ("hue", -0.1, 0.1),
+        ("sigma", 0.1, 1.0),
+    ):
         values = p[name]
         assert low <= values.min() and values.max() <= high
         assert abs((values.mean() - low) / (high - low) - 0.5) < 0.01
-        assert abs(values.std() / (high - low) - 12 ** -0.5) < 0.01, name
+        assert abs(values.std() / (high - low) - 12**-0.5) < 0.01, name
     assert len({tuple(o) for o in p["order"].tolist()}) == 24
     # No sample's numbers repeat another's, and operations are independent of each other.
     assert len(np.unique(p["angle"])) == 20000
@@ -92,8 +113,13 @@ def test_parameters_have_the_protocols_distribution():
 
 
 def test_samples_of_other_seeds_and_steps_differ():
-    draws = np.concatenate([augment.uniform(seed, step, range(50), 1)[:, 0]
-                            for seed in range(20) for step in range(20)])
+    draws = np.concatenate(
+        [
+            augment.uniform(seed, step, range(50), 1)[:, 0]
+            for seed in range(20)
+            for step in range(20)
+        ]
+    )
     assert len(np.unique(draws)) == len(draws)
 
 
@@ -102,13 +128,17 @@ def test_stain_jitter_leaves_white_white_and_keeps_an_unchanged_image():
     same = augment.stain_jitter(x.clamp(min=1 / 255), np.tile([1.0, 0.0], (6, 3, 1)))
     assert (same - x.clamp(min=1 / 255)).abs().max() < 1e-4
     # More haematoxylin: the density along its own vector grows by the factor.
-    pure = torch.exp(-torch.tensor(0.8 * augment.HED[0], dtype=torch.float32)).view(1, 3, 1, 1).expand(1, 3, 4, 4)
+    pure = (
+        torch.exp(-torch.tensor(0.8 * augment.HED[0], dtype=torch.float32))
+        .view(1, 3, 1, 1)
+        .expand(1, 3, 4, 4)
+    )
     stains = np.array([[[1.2, 0.0], [1.0, 0.0], [1.0, 0.0]]])
     wanted = torch.exp(-torch.tensor(0.96 * augment.HED[0], dtype=torch.float32)).view(1, 3, 1, 1)
     assert (augment.stain_jitter(pure, stains) - wanted).abs().max() < 1e-5
 
 
 def test_margin_holds_the_diagonal():
-    assert augment.margin(224) == 320 and augment.margin(96) >= 96 * 2 ** 0.5
+    assert augment.margin(224) == 320 and augment.margin(96) >= 96 * 2**0.5
     with pytest.raises(ValueError):
         augment.augment(crops(1, 208), (0, 0, [0]))

@@ -1,4 +1,6 @@
-"""Candidates in every dialect of their formats, what is kept of a file, and what is refused. No model, no pixels."""
+"""Candidates in every dialect of their formats, what is kept of a file, and what is refused. No
+model, no pixels.
+"""
 
 import json
 import math
@@ -35,13 +37,27 @@ def scored(path, out, probability, **options):
 
 # ---------------------------------------------------------------- CSV
 
+
 @settings(max_examples=60, deadline=None)
-@given(rows=st.lists(st.tuples(st.floats(-1e6, 1e6), st.floats(-1e6, 1e6),
-                               st.text(st.characters(codec="utf-8", exclude_characters="\r\0"), max_size=12)),
-                     min_size=1, max_size=5), delimiter=st.sampled_from(",;\t"), bom=st.booleans())
+@given(
+    rows=st.lists(
+        st.tuples(
+            st.floats(-1e6, 1e6),
+            st.floats(-1e6, 1e6),
+            st.text(st.characters(codec="utf-8", exclude_characters="\r\0"), max_size=12),
+        ),
+        min_size=1,
+        max_size=5,
+    ),
+    delimiter=st.sampled_from(",;\t"),
+    bom=st.booleans(),
+)
 def test_csv_keeps_every_cell(rows, delimiter, bom, tmp_path_factory):
-    """Any text in the other columns, quotes, line ends and delimiters included; the numbers as they were written."""
+    """Any text in the other columns, quotes, line ends and delimiters included; the numbers as they
+    were written.
+    """
     import csv
+
     folder = tmp_path_factory.mktemp("csv")
     with open(folder / "in.csv", "w", newline="", encoding="utf-8-sig" if bom else "utf-8") as file:
         writer = csv.writer(file, delimiter=delimiter)
@@ -49,7 +65,9 @@ def test_csv_keeps_every_cell(rows, delimiter, bom, tmp_path_factory):
         writer.writerows([note, repr(x), repr(y), "a.tif"] for x, y, note in rows)
     found = candidates.read(folder / "in.csv")
     assert found.kind == "csv" and found.images == ["a.tif"] * len(rows)
-    assert found.x.tolist() == [row[0] for row in rows] and found.y.tolist() == [row[1] for row in rows]
+    assert found.x.tolist() == [row[0] for row in rows] and found.y.tolist() == [
+        row[1] for row in rows
+    ]
     probability = np.linspace(0, 1, len(rows))
     probability[0] = math.nan
     candidates.write(found, folder / "out.csv", probability, 0.5, NAMES)
@@ -58,70 +76,114 @@ def test_csv_keeps_every_cell(rows, delimiter, bom, tmp_path_factory):
     assert header == ["Note", "X", "y", "filename", "probability", "class"]
     assert [row[:4] for row in table] == [[note, repr(x), repr(y), "a.tif"] for x, y, note in rows]
     assert table[0][4:] == ["", ""]
-    assert [row[4:] for row in table[1:]] == [[repr(float(p)), NAMES[int(p >= 0.5)]] for p in probability[1:]]
+    assert [row[4:] for row in table[1:]] == [
+        [repr(float(p)), NAMES[int(p >= 0.5)]] for p in probability[1:]
+    ]
 
 
 def test_csv_scored_again_replaces_its_columns(tmp_path):
     given = saved(tmp_path / "in.csv", "x,y,label\n1,2,0\n3,4,0\n\n")
     once = scored(given, tmp_path / "once.csv", [0.25, 0.75])
     twice = scored(once, tmp_path / "twice.csv", [0.75, 0.25], relabel=True)
-    assert twice.read_text() == "x,y,label,probability,class\n1,2,1,0.75,mitotic figure\n3,4,0,0.25,hard negative\n\n"
+    assert (
+        twice.read_text()
+        == "x,y,label,probability,class\n1,2,1,0.75,mitotic figure\n3,4,0,0.25,hard negative\n\n"
+    )
     assert candidates.read(given).images == [None, None]
 
 
 def test_csv_names_of_images_lose_their_blanks(tmp_path):
     given = saved(tmp_path / "in.csv", "filename,x,y\n im.png,1,2\nim.png ,3,4\n")
     assert candidates.read(given).images == ["im.png", "im.png"]
-    blank = saved(tmp_path / "blank.csv", "filename,x,y\n,1,2\n ,3,4\n")  # all of them: the format names no image
+    blank = saved(
+        tmp_path / "blank.csv", "filename,x,y\n,1,2\n ,3,4\n"
+    )  # all of them: the format names no image
     assert candidates.read(blank).images == [None, None]
 
 
 # ---------------------------------------------------------------- GeoJSON
 
-@pytest.mark.parametrize("wrap", [lambda f: {"type": "FeatureCollection", "features": f, "kept": 1}, lambda f: f,
-                                  lambda f: f[0]])
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda f: {"type": "FeatureCollection", "features": f, "kept": 1},
+        lambda f: f,
+        lambda f: f[0],
+    ],
+)
 def test_geojson_in_every_wrapping(wrap, tmp_path):
     features = [feature(point(10, 20), id="a"), feature(point(30, 40), id="b")]
     found = candidates.read(saved(tmp_path / "in.geojson", wrap(features)))
     n = len(found)
     assert found.x.tolist() == [10, 30][:n] and found.y.tolist() == [20, 40][:n]
     written = json.loads(scored(found.path, tmp_path / "out.geojson", [0.9, 0.1][:n]).read_text())
-    assert written["type"] == "FeatureCollection" and ("kept" in written) == ("kept" in found.content[0])
-    assert [f["properties"]["classification"]["name"] for f in written["features"]] == NAMES[::-1][:n]
+    assert written["type"] == "FeatureCollection" and ("kept" in written) == (
+        "kept" in found.content[0]
+    )
+    assert [f["properties"]["classification"]["name"] for f in written["features"]] == NAMES[::-1][
+        :n
+    ]
 
 
 def test_geojson_shapes_have_their_middle(tmp_path):
     ring = [[0, 0], [10, 0], [10, 30], [0, 30], [0, 0]]
-    shapes = [{"type": "Polygon", "coordinates": [ring]},
-              {"type": "MultiPolygon", "coordinates": [[ring], [[[20, 0]]]]},
-              {"type": "LineString", "coordinates": [[1, 2], [3, 4]]}, {"type": "Point", "coordinates": [5, 6, 0]}]
+    shapes = [
+        {"type": "Polygon", "coordinates": [ring]},
+        {"type": "MultiPolygon", "coordinates": [[ring], [[[20, 0]]]]},
+        {"type": "LineString", "coordinates": [[1, 2], [3, 4]]},
+        {"type": "Point", "coordinates": [5, 6, 0]},
+    ]
     found = candidates.read(saved(tmp_path / "in.json", [feature(shape) for shape in shapes]))
     assert list(zip(found.x, found.y)) == [(5, 15), (10, 15), (2, 3), (5, 6)]
 
 
 def test_qupath_measurements_old_and_new(tmp_path):
-    """Until 0.3 a list of name and value, since then an object; the class that was there is kept as metadata."""
-    content = [feature(point(1, 2), properties={"measurements": [{"name": "area", "value": 3}],
-                                                "classification": {"name": "Tumor", "colorRGB": -1}}),
-               feature(point(1, 2), properties={"measurements": {"area": 3}, "classification": "Tumor", "name": "n"}),
-               feature(point(1, 2))]
-    out = scored(saved(tmp_path / "in.json", content), tmp_path / "out.json", [0.75, 0.25, math.nan])
+    """Until 0.3 a list of name and value, since then an object; the class that was there is kept as
+    metadata.
+    """
+    content = [
+        feature(
+            point(1, 2),
+            properties={
+                "measurements": [{"name": "area", "value": 3}],
+                "classification": {"name": "Tumor", "colorRGB": -1},
+            },
+        ),
+        feature(
+            point(1, 2),
+            properties={"measurements": {"area": 3}, "classification": "Tumor", "name": "n"},
+        ),
+        feature(point(1, 2)),
+    ]
+    out = scored(
+        saved(tmp_path / "in.json", content), tmp_path / "out.json", [0.75, 0.25, math.nan]
+    )
     old, new, left = json.loads(out.read_text())["features"]
     key = "probability of mitotic figure"
-    assert old["properties"]["measurements"] == [{"name": "area", "value": 3}, {"name": key, "value": 0.75}]
-    assert new["properties"]["measurements"] == {"area": 3, key: 0.25} and new["properties"]["name"] == "n"
-    assert all(f["properties"]["metadata"] == {"class of the candidate": "Tumor"} for f in (old, new))
+    assert old["properties"]["measurements"] == [
+        {"name": "area", "value": 3},
+        {"name": key, "value": 0.75},
+    ]
+    assert (
+        new["properties"]["measurements"] == {"area": 3, key: 0.25}
+        and new["properties"]["name"] == "n"
+    )
+    assert all(
+        f["properties"]["metadata"] == {"class of the candidate": "Tumor"} for f in (old, new)
+    )
     assert left == content[2]
 
 
 # ---------------------------------------------------------------- SlideRunner
+
 
 def database(path, classes=("mitotic figure", "hard negative"), deleted=True):
     connection = sqlite3.connect(path)
     connection.executescript(f"""
         CREATE TABLE Slides (uid INTEGER PRIMARY KEY, filename TEXT);
         CREATE TABLE Annotations (uid INTEGER PRIMARY KEY, slide INTEGER, agreedClass INTEGER
-                                  {', deleted INTEGER' if deleted else ''});
+                                  {", deleted INTEGER" if deleted else ""});
         CREATE TABLE Annotations_coordinates (coordinateX REAL, coordinateY REAL, annoId INTEGER);
         CREATE TABLE Classes (uid INTEGER PRIMARY KEY, name TEXT);
         INSERT INTO Slides VALUES (7, 'a.svs');
@@ -144,7 +206,9 @@ def test_sqlite_with_and_without_deletions(deleted, tmp_path):
 
 
 def test_sqlite_that_another_program_has_open(tmp_path):
-    """What SlideRunner has written and not yet merged (a WAL) is read too, and nothing is written beside it."""
+    """What SlideRunner has written and not yet merged (a WAL) is read too, and nothing is written
+    beside it.
+    """
     connection = database(tmp_path / "in.sqlite")
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("INSERT INTO Annotations (uid, slide, agreedClass) VALUES (8, 7, 5)")
@@ -152,7 +216,11 @@ def test_sqlite_that_another_program_has_open(tmp_path):
     connection.commit()
     assert (tmp_path / "in.sqlite-wal").stat().st_size > 0
     out = scored(tmp_path / "in.sqlite", tmp_path / "out.sqlite", [0.9, 0.1, 0.7])
-    rows = sqlite3.connect(out).execute("SELECT annoId, class FROM Predictions ORDER BY annoId").fetchall()
+    rows = (
+        sqlite3.connect(out)
+        .execute("SELECT annoId, class FROM Predictions ORDER BY annoId")
+        .fetchall()
+    )
     assert rows == [(3, NAMES[1]), (4, NAMES[0]), (8, NAMES[1])]
     connection.close()
 
@@ -164,7 +232,9 @@ def test_relabel_needs_both_classes_in_the_database(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["in.sqlite"]
     database(tmp_path / "named.sqlite", classes=("Mitosis", "not mitotic figure")).close()
     out = scored(tmp_path / "named.sqlite", tmp_path / "out.sqlite", [0.9, 0.1], relabel=True)
-    assert sqlite3.connect(out).execute("SELECT agreedClass FROM Annotations ORDER BY uid").fetchall() == [(5,), (6,)]
+    assert sqlite3.connect(out).execute(
+        "SELECT agreedClass FROM Annotations ORDER BY uid"
+    ).fetchall() == [(5,), (6,)]
 
 
 def test_a_database_without_classes_is_refused_when_it_is_read(tmp_path):
@@ -178,12 +248,18 @@ def test_a_database_without_classes_is_refused_when_it_is_read(tmp_path):
 
 # ---------------------------------------------------------------- the challenge's JSON
 
+
 def test_challenge_is_in_millimetres(tmp_path):
     content = candidates.challenge([4000.0], [8000.0], [0.75], 0.5, mpp=0.25)
-    assert content["points"] == [{"name": "mitotic figure", "point": [1.0, 2.0, 0], "probability": 0.75}]
+    assert content["points"] == [
+        {"name": "mitotic figure", "point": [1.0, 2.0, 0], "probability": 0.75}
+    ]
     out = scored(saved(tmp_path / "in.json", content), tmp_path / "out.json", [0.25])
-    assert json.loads(out.read_text())["points"][0] == {"name": "non-mitotic figure", "point": [1.0, 2.0, 0],
-                                                        "probability": 0.25}
+    assert json.loads(out.read_text())["points"][0] == {
+        "name": "non-mitotic figure",
+        "point": [1.0, 2.0, 0],
+        "probability": 0.25,
+    }
 
 
 # ---------------------------------------------------------------- what is refused
@@ -192,24 +268,46 @@ BOX = {"id": 4, "image_id": 1, "bbox": [1, 2, 3, 4]}
 IMAGE = {"id": 1, "file_name": "a"}
 
 
-@pytest.mark.parametrize("name,content,message", [
-    ("a.json", "{not json", "a.json"), ("a.json", {"type": "other"}, "neither MIDOG's JSON"),
-    ("a.json", {"images": [IMAGE], "annotations": [{**BOX, "bbox": [9, 9, 3, 4]}]}, "COCO"),
-    ("a.json", {"images": [IMAGE], "annotations": [{**BOX, "bbox": "wrong"}]}, "no bbox"),
-    ("a.json", {"images": [IMAGE], "annotations": [{**BOX, "image_id": 2}]}, "not in the list"),
-    ("a.json", {"images": [{"id": 1}], "annotations": [BOX]}, "not MIDOG's JSON"),
-    ("a.json", {"images": [IMAGE], "annotations": [{**BOX, "bbox": [1, 2, 3, math.inf]}]}, "has no place"),
-    ("a.json", {"type": "Multiple points", "points": [{"where": [1, 2]}]}, "MIDOG challenge"),
-    ("a.geojson", [feature([])], "no coordinates"), ("a.geojson", [feature([1, 2])], "geometry of feature 0"),
-    ("a.geojson", [feature({"type": "MultiPoint", "coordinates": 5})], "no coordinates"),
-    ("a.geojson", [feature(point(1, 2), properties="wrong")], "properties of feature 0"),
-    ("a.geojson", [feature(point(1, 2), properties={"measurements": "wrong"})], "measurements of feature 0"),
-    ("a.geojson", [feature(point(1, 2), properties={"metadata": "wrong"})], "metadata of feature 0"),
-    ("a.csv", "filename,x,y\na.png,1,2\n ,3,4\n", "row 2: the filename is blank"),
-    ("a.geojson", [feature(None)], "no coordinates"), ("a.geojson", [feature(point("1", 2))], "no coordinates"),
-    ("a.csv", "a,b\n1,2\n", "columns x and y"), ("a.csv", "x,y\n1\n", "row 1"), ("a.csv", "x,y\n1,\n", "has no place"),
-    ("a.csv", "x,y\nnan,1\n", "has no place"), ("a.csv", "", "columns x and y"),
-    ("a.sqlite", "SQLite format 3\0 and then nothing", "SlideRunner")])
+@pytest.mark.parametrize(
+    "name,content,message",
+    [
+        ("a.json", "{not json", "a.json"),
+        ("a.json", {"type": "other"}, "neither MIDOG's JSON"),
+        ("a.json", {"images": [IMAGE], "annotations": [{**BOX, "bbox": [9, 9, 3, 4]}]}, "COCO"),
+        ("a.json", {"images": [IMAGE], "annotations": [{**BOX, "bbox": "wrong"}]}, "no bbox"),
+        ("a.json", {"images": [IMAGE], "annotations": [{**BOX, "image_id": 2}]}, "not in the list"),
+        ("a.json", {"images": [{"id": 1}], "annotations": [BOX]}, "not MIDOG's JSON"),
+        (
+            "a.json",
+            {"images": [IMAGE], "annotations": [{**BOX, "bbox": [1, 2, 3, math.inf]}]},
+            "has no place",
+        ),
+        ("a.json", {"type": "Multiple points", "points": [{"where": [1, 2]}]}, "MIDOG challenge"),
+        ("a.geojson", [feature([])], "no coordinates"),
+        ("a.geojson", [feature([1, 2])], "geometry of feature 0"),
+        ("a.geojson", [feature({"type": "MultiPoint", "coordinates": 5})], "no coordinates"),
+        ("a.geojson", [feature(point(1, 2), properties="wrong")], "properties of feature 0"),
+        (
+            "a.geojson",
+            [feature(point(1, 2), properties={"measurements": "wrong"})],
+            "measurements of feature 0",
+        ),
+        (
+            "a.geojson",
+            [feature(point(1, 2), properties={"metadata": "wrong"})],
+            "metadata of feature 0",
+        ),
+        ("a.csv", "filename,x,y\na.png,1,2\n ,3,4\n", "row 2: the filename is blank"),
+        ("a.geojson", [feature(None)], "no coordinates"),
+        ("a.geojson", [feature(point("1", 2))], "no coordinates"),
+        ("a.csv", "a,b\n1,2\n", "columns x and y"),
+        ("a.csv", "x,y\n1\n", "row 1"),
+        ("a.csv", "x,y\n1,\n", "has no place"),
+        ("a.csv", "x,y\nnan,1\n", "has no place"),
+        ("a.csv", "", "columns x and y"),
+        ("a.sqlite", "SQLite format 3\0 and then nothing", "SlideRunner"),
+    ],
+)
 def test_what_is_no_candidate_is_refused_in_one_line(name, content, message, tmp_path):
     with pytest.raises(UserError, match=message) as error:
         candidates.read(saved(tmp_path / name, content))
@@ -219,8 +317,11 @@ def test_what_is_no_candidate_is_refused_in_one_line(name, content, message, tmp
 def test_an_empty_file_of_candidates_is_one(tmp_path):
     """A detector that found nothing: no error, and the same comes out."""
     empty = {"images": [IMAGE], "annotations": []}
-    for name, content in (("a.json", empty), ("b.csv", "x,y\n"), ("c.geojson", {"type": "FeatureCollection",
-                                                                               "features": []})):
+    for name, content in (
+        ("a.json", empty),
+        ("b.csv", "x,y\n"),
+        ("c.geojson", {"type": "FeatureCollection", "features": []}),
+    ):
         found = candidates.read(saved(tmp_path / name, content))
         assert len(found) == 0 and len(found.x) == 0
         scored(found.path, tmp_path / f"out-{name}", [])

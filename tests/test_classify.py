@@ -23,7 +23,12 @@ from dataset import candidates as formats
 from onnx_model import session
 
 HERE = Path(__file__).resolve().parent.parent
-POINTS = [(150.0, 160.0), (400.5, 300.0), (20.0, 30.0), (620.0, 470.0)]  # the last two reach over the border
+POINTS = [
+    (150.0, 160.0),
+    (400.5, 300.0),
+    (20.0, 30.0),
+    (620.0, 470.0),
+]  # the last two reach over the border
 
 
 @pytest.fixture(scope="module")
@@ -34,18 +39,26 @@ def tiny(tmp_path_factory):
         register(monkeypatch)
         model = classifier("gelu")
     write_model(folder / "model.onnx", model, embedding=True)
-    image = np.concatenate([np.concatenate(patches(3, seed=r), axis=1) for r in (1, 2, 3)])[:500, :640]
+    image = np.concatenate([np.concatenate(patches(3, seed=r), axis=1) for r in (1, 2, 3)])[
+        :500, :640
+    ]
     Image.fromarray(image).save(folder / "a.tiff", resolution=40000, resolution_unit=3)
     padded = np.pad(image, ((112, 112), (112, 112), (0, 0)), constant_values=255)
-    crops = np.stack([padded[int(np.floor(y + 0.5)):, int(np.floor(x + 0.5)):][:224, :224] for x, y in POINTS])
+    crops = np.stack(
+        [padded[int(np.floor(y + 0.5)) :, int(np.floor(x + 0.5)) :][:224, :224] for x, y in POINTS]
+    )
     with torch.inference_mode():
         expected = torch.sigmoid(model(torch.from_numpy(crops))).numpy()
     return folder, expected
 
 
 def run(*arguments, **options):
-    return subprocess.run([sys.executable, str(HERE / "classify.py"), *map(str, arguments)], capture_output=True,
-                          text=True, **options)
+    return subprocess.run(
+        [sys.executable, str(HERE / "classify.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        **options,
+    )
 
 
 def failure(*arguments):
@@ -58,13 +71,24 @@ def failure(*arguments):
 
 # ---------------------------------------------------------------- the formats
 
+
 def midog(path, points=POINTS, images=("a.tiff",)):
     boxes = [[x - 25, y - 25, x + 25, y + 25] for x, y in points]
-    content = {"info": {"kept": True}, "images": [{"id": i, "file_name": n} for i, n in enumerate(images, 1)],
-               "annotations": [{"id": 10 + i, "image_id": 1 + i % len(images), "bbox": box, "category_id": 2,
-                                "extra": i}
-                               for i, box in enumerate(boxes)],
-               "categories": [{"id": 1, "name": "mitotic figure"}, {"id": 2, "name": "hard negative"}]}
+    content = {
+        "info": {"kept": True},
+        "images": [{"id": i, "file_name": n} for i, n in enumerate(images, 1)],
+        "annotations": [
+            {
+                "id": 10 + i,
+                "image_id": 1 + i % len(images),
+                "bbox": box,
+                "category_id": 2,
+                "extra": i,
+            }
+            for i, box in enumerate(boxes)
+        ],
+        "categories": [{"id": 1, "name": "mitotic figure"}, {"id": 2, "name": "hard negative"}],
+    }
     path.write_text(json.dumps(content))
     return path
 
@@ -81,12 +105,29 @@ def table(path):
 
 
 def geojson(path):
-    square = [[[x - 9, y - 9], [x + 9, y - 9], [x + 9, y + 9], [x - 9, y + 9], [x - 9, y - 9]] for x, y in POINTS[2:3]]
-    features = [{"type": "Feature", "id": "one", "geometry": {"type": "MultiPoint", "coordinates": list(POINTS[:2])},
-                 "properties": {"objectType": "annotation", "classification": {"name": "Candidate"}}},
-                {"type": "Feature", "id": "two", "geometry": {"type": "Polygon", "coordinates": square},
-                 "properties": {"measurements": {"area": 3.0}}},
-                {"type": "Feature", "id": "three", "geometry": {"type": "Point", "coordinates": list(POINTS[3])}}]
+    square = [
+        [[x - 9, y - 9], [x + 9, y - 9], [x + 9, y + 9], [x - 9, y + 9], [x - 9, y - 9]]
+        for x, y in POINTS[2:3]
+    ]
+    features = [
+        {
+            "type": "Feature",
+            "id": "one",
+            "geometry": {"type": "MultiPoint", "coordinates": list(POINTS[:2])},
+            "properties": {"objectType": "annotation", "classification": {"name": "Candidate"}},
+        },
+        {
+            "type": "Feature",
+            "id": "two",
+            "geometry": {"type": "Polygon", "coordinates": square},
+            "properties": {"measurements": {"area": 3.0}},
+        },
+        {
+            "type": "Feature",
+            "id": "three",
+            "geometry": {"type": "Point", "coordinates": list(POINTS[3])},
+        },
+    ]
     path.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
     return path
 
@@ -108,8 +149,10 @@ def sqlite(path):
         area = i == 3
         database.execute("INSERT INTO Annotations VALUES (?, 1, ?, 2, 0)", (i, 2 if area else 1))
         for j, d in enumerate((-20, 20) if area else (0,)):
-            database.execute("INSERT INTO Annotations_coordinates VALUES (?, ?, ?, 1, ?, ?)",
-                             (10 * i + j, x + d, y + d, i, j))
+            database.execute(
+                "INSERT INTO Annotations_coordinates VALUES (?, ?, ?, 1, ?, ?)",
+                (10 * i + j, x + d, y + d, i, j),
+            )
     database.commit()
     database.close()
     return path
@@ -124,17 +167,28 @@ def read_scores(kind, path):
         return [float(row["probability"]) for row in rows], [row["class"] for row in rows]
     if kind == "sqlite":
         database = sqlite3.connect(path)
-        rows = database.execute("SELECT probability, class FROM Predictions ORDER BY annoId").fetchall()
+        rows = database.execute(
+            "SELECT probability, class FROM Predictions ORDER BY annoId"
+        ).fetchall()
         assert database.execute("SELECT count(*) FROM Annotations").fetchone() == (5,)
         database.close()
         return [row[0] for row in rows], [row[1] for row in rows]
     content = json.loads(Path(path).read_text())
     if kind == "midog":
-        assert content["info"] == {"kept": True} and [a["extra"] for a in content["annotations"]] == [0, 1, 2, 3]
-        return [a["probability"] for a in content["annotations"]], [a["class"] for a in content["annotations"]]
+        assert content["info"] == {"kept": True} and [
+            a["extra"] for a in content["annotations"]
+        ] == [0, 1, 2, 3]
+        return [a["probability"] for a in content["annotations"]], [
+            a["class"] for a in content["annotations"]
+        ]
     if kind == "challenge":
-        assert content["type"] == "Multiple points" and content["version"] == {"major": 1, "minor": 0}
-        names = [p["name"].replace("non-mitotic figure", "hard negative") for p in content["points"]]
+        assert content["type"] == "Multiple points" and content["version"] == {
+            "major": 1,
+            "minor": 0,
+        }
+        names = [
+            p["name"].replace("non-mitotic figure", "hard negative") for p in content["points"]
+        ]
         return [p["probability"] for p in content["points"]], names
     features = content["features"]
     assert [f["geometry"]["type"] for f in features] == ["Point", "Point", "Polygon", "Point"]
@@ -143,12 +197,26 @@ def read_scores(kind, path):
     for feature in features:
         given = feature["properties"]["classification"]
         assert given["color"] == list(formats.COLOURS[given["name"] == "mitotic figure"])
-    return ([f["properties"]["measurements"]["probability of mitotic figure"] for f in features],
-            [f["properties"]["classification"]["name"] for f in features])
+    return (
+        [f["properties"]["measurements"]["probability of mitotic figure"] for f in features],
+        [f["properties"]["classification"]["name"] for f in features],
+    )
 
 
-MAKERS = {"midog": midog, "challenge": challenge, "csv": table, "geojson": geojson, "sqlite": sqlite}
-SUFFIX = {"midog": ".json", "challenge": ".json", "csv": ".csv", "geojson": ".geojson", "sqlite": ".sqlite"}
+MAKERS = {
+    "midog": midog,
+    "challenge": challenge,
+    "csv": table,
+    "geojson": geojson,
+    "sqlite": sqlite,
+}
+SUFFIX = {
+    "midog": ".json",
+    "challenge": ".json",
+    "csv": ".csv",
+    "geojson": ".geojson",
+    "sqlite": ".sqlite",
+}
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -156,13 +224,17 @@ def test_command_scores_every_format(kind, tiny, tmp_path):
     folder, expected = tiny
     given = MAKERS[kind](tmp_path / f"in{SUFFIX[kind]}")
     before, out = given.read_bytes(), tmp_path / f"out{SUFFIX[kind]}"
-    done = run(folder / "model.onnx", "--slide", folder / "a.tiff", "--candidates", given, "--out", out)
+    done = run(
+        folder / "model.onnx", "--slide", folder / "a.tiff", "--candidates", given, "--out", out
+    )
     assert done.returncode == 0, done.stderr
     assert "4 candidates scored" in done.stdout and "candidates/s" in done.stdout
     probability, classes = read_scores(kind, out)
     assert np.abs(np.array(probability) - expected).max() <= 2e-5
     assert classes == [["hard negative", "mitotic figure"][int(p >= 0.5)] for p in expected]
-    assert given.read_bytes() == before and sorted(p.name for p in tmp_path.iterdir()) == sorted([given.name, out.name])
+    assert given.read_bytes() == before and sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        [given.name, out.name]
+    )
     again = formats.read(out)  # what was written can be read again, and scored again
     assert len(again) == 4
 
@@ -174,21 +246,39 @@ def test_the_input_is_never_written_to(kind, tiny, tmp_path):
     before = given.read_bytes()
     (tmp_path / "link").symlink_to(given)
     for out in (given, tmp_path / "link"):
-        assert "never written to" in failure(folder / "model.onnx", "--slide", folder / "a.tiff", "--candidates", given,
-                                             "--out", out)
+        assert "never written to" in failure(
+            folder / "model.onnx", "--slide", folder / "a.tiff", "--candidates", given, "--out", out
+        )
     assert given.read_bytes() == before
 
 
 def test_relabel(tiny, tmp_path):
     folder, expected = tiny
     found = formats.read(midog(tmp_path / "in.json"))
-    formats.write(found, tmp_path / "out.json", expected, 0.5, ["hard negative", "mitotic figure"], relabel=True)
+    formats.write(
+        found,
+        tmp_path / "out.json",
+        expected,
+        0.5,
+        ["hard negative", "mitotic figure"],
+        relabel=True,
+    )
     written = json.loads((tmp_path / "out.json").read_text())["annotations"]
     assert [a["category_id"] for a in written] == [1 if p >= 0.5 else 2 for p in expected]
     found = formats.read(sqlite(tmp_path / "in.sqlite"))
-    formats.write(found, tmp_path / "out.sqlite", expected, 0.5, ["hard negative", "mitotic figure"], relabel=True)
-    rows = sqlite3.connect(tmp_path / "out.sqlite").execute(
-        "SELECT agreedClass FROM Annotations WHERE deleted = 0 ORDER BY uid").fetchall()
+    formats.write(
+        found,
+        tmp_path / "out.sqlite",
+        expected,
+        0.5,
+        ["hard negative", "mitotic figure"],
+        relabel=True,
+    )
+    rows = (
+        sqlite3.connect(tmp_path / "out.sqlite")
+        .execute("SELECT agreedClass FROM Annotations WHERE deleted = 0 ORDER BY uid")
+        .fetchall()
+    )
     assert [row[0] for row in rows] == [1 if p >= 0.5 else 2 for p in expected]
 
 
@@ -196,12 +286,29 @@ def test_images_in_a_folder_and_candidates_elsewhere(tiny, tmp_path):
     folder, expected = tiny
     shutil.copy(folder / "a.tiff", tmp_path / "b.tiff")
     shutil.copy(folder / "a.tiff", tmp_path / "a.tiff")
-    given = midog(tmp_path / "in.json", images=("a.tiff", "b.png"))  # the list says .png, the file is .tiff
-    done = run(folder / "model.onnx", "--slide", tmp_path, "--candidates", given, "--out", tmp_path / "out.json")
+    given = midog(
+        tmp_path / "in.json", images=("a.tiff", "b.png")
+    )  # the list says .png, the file is .tiff
+    done = run(
+        folder / "model.onnx",
+        "--slide",
+        tmp_path,
+        "--candidates",
+        given,
+        "--out",
+        tmp_path / "out.json",
+    )
     assert done.returncode == 0, done.stderr
     assert np.abs(np.array(read_scores("midog", tmp_path / "out.json")[0]) - expected).max() <= 2e-5
-    done = run(folder / "model.onnx", "--slide", tmp_path / "a.tiff", "--candidates", given, "--out",
-               tmp_path / "out.json")
+    done = run(
+        folder / "model.onnx",
+        "--slide",
+        tmp_path / "a.tiff",
+        "--candidates",
+        given,
+        "--out",
+        tmp_path / "out.json",
+    )
     assert done.returncode == 0 and "2 candidates lie on other images" in done.stdout
     written = json.loads((tmp_path / "out.json").read_text())["annotations"]
     assert ["probability" in a for a in written] == [True, False, True, False]
@@ -209,32 +316,54 @@ def test_images_in_a_folder_and_candidates_elsewhere(tiny, tmp_path):
 
 # ---------------------------------------------------------------- what is wrong with the input
 
+
 def test_mistakes_are_one_line(tiny, tmp_path):
     folder, _ = tiny
     model, image, given = folder / "model.onnx", folder / "a.tiff", midog(tmp_path / "in.json")
     usual = ("--slide", image, "--candidates", given, "--out", tmp_path / "out.json")
     assert "no such file" in failure(tmp_path / "none.onnx", *usual)
     assert "belong together" in failure(model, "--slide", image)
-    assert "no such file" in failure(model, "--slide", tmp_path / "none.svs", "--candidates", given, "--out", "o.json")
-    assert "no such file" in failure(model, "--slide", image, "--candidates", tmp_path / "no.json", "--out", "o.json")
+    assert "no such file" in failure(
+        model, "--slide", tmp_path / "none.svs", "--candidates", given, "--out", "o.json"
+    )
+    assert "no such file" in failure(
+        model, "--slide", image, "--candidates", tmp_path / "no.json", "--out", "o.json"
+    )
     assert "folder does not exist" in failure(model, *usual[:-1], tmp_path / "no" / "out.json")
     assert "--batch-size" in failure(model, *usual, "--batch-size", 0)
     assert "plausible" in failure(model, *usual, "--mpp", 0)
     for threshold in (0, 1, 50, "nan"):
         assert "between 0 and 1" in failure(model, *usual, "--threshold", threshold)
     assert "there are auto" in failure(model, *usual, "--device", "tpu")
-    for text, message in (("{", "not a readable JSON"), ("[1]", "neither MIDOG"),
-                          ('{"type": "Multiple points"}', "points"),
-                          ('{"images": [], "annotations": [{"id": 1}]}', "no bbox"),
-                          ('{"images": [{"id": 1, "file_name": "a.tiff"}], "annotations": [{"id": 1, "image_id": 1, '
-                           '"bbox": [100, 100, 50, 50]}]}', "corners")):
+    for text, message in (
+        ("{", "not a readable JSON"),
+        ("[1]", "neither MIDOG"),
+        ('{"type": "Multiple points"}', "points"),
+        ('{"images": [], "annotations": [{"id": 1}]}', "no bbox"),
+        (
+            '{"images": [{"id": 1, "file_name": "a.tiff"}], "annotations": [{"id": 1, "image_id": '
+            "1, "
+            '"bbox": [100, 100, 50, 50]}]}',
+            "corners",
+        ),
+    ):
         (tmp_path / "bad.json").write_text(text)
-        assert message in failure(model, "--slide", image, "--candidates", tmp_path / "bad.json", "--out", "o.json")
-    for text, message in (("a,b\n1,2\n", "columns x and y"), ("x,y\n1\n", "row 1"), ("x,y\n1,nan\n", "no place")):
+        assert message in failure(
+            model, "--slide", image, "--candidates", tmp_path / "bad.json", "--out", "o.json"
+        )
+    for text, message in (
+        ("a,b\n1,2\n", "columns x and y"),
+        ("x,y\n1\n", "row 1"),
+        ("x,y\n1,nan\n", "no place"),
+    ):
         (tmp_path / "bad.csv").write_text(text)
-        assert message in failure(model, "--slide", image, "--candidates", tmp_path / "bad.csv", "--out", "o.csv")
+        assert message in failure(
+            model, "--slide", image, "--candidates", tmp_path / "bad.csv", "--out", "o.csv"
+        )
     (tmp_path / "bad.sqlite").write_bytes(sqlite(tmp_path / "good.sqlite").read_bytes()[:5000])
-    assert "SlideRunner" in failure(model, "--slide", image, "--candidates", tmp_path / "bad.sqlite", "--out", "o.db")
+    assert "SlideRunner" in failure(
+        model, "--slide", image, "--candidates", tmp_path / "bad.sqlite", "--out", "o.db"
+    )
     assert not (tmp_path / "out.json").exists() and not Path("o.json").exists()
 
 
@@ -255,9 +384,28 @@ def test_relabel_that_cannot_be_is_found_before_the_scoring(tiny, tmp_path, monk
     database.commit()
     database.close()
     monkeypatch.setattr(session, "score", lambda *_: pytest.fail("scored"))
-    monkeypatch.setattr(sys, "argv", ["classify.py", *map(str, (
-        folder / "model.onnx", "--slide", folder / "a.tiff", "--candidates", tmp_path / "in.sqlite", "--out",
-        tmp_path / "out.sqlite", "--relabel", "--device", "cpu"))])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "classify.py",
+            *map(
+                str,
+                (
+                    folder / "model.onnx",
+                    "--slide",
+                    folder / "a.tiff",
+                    "--candidates",
+                    tmp_path / "in.sqlite",
+                    "--out",
+                    tmp_path / "out.sqlite",
+                    "--relabel",
+                    "--device",
+                    "cpu",
+                ),
+            ),
+        ],
+    )
     with pytest.raises(common.UserError, match="--relabel cannot tell"):
         classify.main()
 
@@ -269,10 +417,16 @@ def test_candidates_outside_and_unreadable_slides(tiny, tmp_path):
     out = tmp_path / "out.json"
     far = midog(tmp_path / "far.json", [*POINTS, (5000, 40)])
     usual = ("--slide", tmp_path / "a.tiff", "--candidates", far, "--out", out)
-    assert "candidate 14 at (5000, 40) lies outside a.tiff (640 × 500 px)" in failure(folder / "model.onnx", *usual)
+    assert "candidate 14 at (5000, 40) lies outside a.tiff (640 × 500 px)" in failure(
+        folder / "model.onnx", *usual
+    )
     assert not out.exists()
     done = run(folder / "model.onnx", *usual, "--skip")
-    assert done.returncode == 1 and "candidate 14" in done.stderr and "1 candidates could not be scored" in done.stdout
+    assert (
+        done.returncode == 1
+        and "candidate 14" in done.stderr
+        and "1 candidates could not be scored" in done.stdout
+    )
     written = json.loads(out.read_text())["annotations"]
     assert np.abs(np.array([a["probability"] for a in written[:4]]) - expected).max() <= 2e-5
     assert "probability" not in written[4]
@@ -289,10 +443,22 @@ def test_candidates_outside_and_unreadable_slides(tiny, tmp_path):
 
 def test_no_candidates_is_no_error(tiny, tmp_path):
     folder, _ = tiny
-    done = run(folder / "model.onnx", "--slide", folder / "a.tiff", "--candidates", midog(tmp_path / "in.json", []),
-               "--out", tmp_path / "out.json", "--overlay", tmp_path / "o.png")
+    done = run(
+        folder / "model.onnx",
+        "--slide",
+        folder / "a.tiff",
+        "--candidates",
+        midog(tmp_path / "in.json", []),
+        "--out",
+        tmp_path / "out.json",
+        "--overlay",
+        tmp_path / "o.png",
+    )
     assert done.returncode == 0, done.stderr
-    assert "0 candidates scored" in done.stdout and json.loads((tmp_path / "out.json").read_text())["annotations"] == []
+    assert (
+        "0 candidates scored" in done.stdout
+        and json.loads((tmp_path / "out.json").read_text())["annotations"] == []
+    )
 
 
 def test_names_cannot_leave_the_folder(tiny, tmp_path):
@@ -323,12 +489,19 @@ def test_a_full_disk_spoils_no_older_file(tiny, tmp_path):
     usual = ("--slide", folder / "a.tiff", "--candidates", midog(tmp_path / "in.json"))
     with mounted(tmp_path / "small", "size=8k") as disk:
         (disk / "o.png").write_bytes(b"old" * 1000)
-        assert "the disk is full" in failure(folder / "model.onnx", *usual, "--out", tmp_path / "out.json", "--overlay",
-                                             disk / "o.png")
+        assert "the disk is full" in failure(
+            folder / "model.onnx",
+            *usual,
+            "--out",
+            tmp_path / "out.json",
+            "--overlay",
+            disk / "o.png",
+        )
         assert (disk / "o.png").read_bytes() == b"old" * 1000 and len(list(disk.iterdir())) == 1
 
 
 # ---------------------------------------------------------------- resolution
+
 
 def test_resolution_rules():
     metadata = {"mpp": 0.25}
@@ -343,49 +516,79 @@ def test_resolution_rules():
 
 def test_a_coarser_slide_is_resampled_and_said_so(tiny, tmp_path):
     folder, _ = tiny
-    Image.open(folder / "a.tiff").save(tmp_path / "a.tiff", resolution=20000, resolution_unit=3)  # 0.5 µm/px
+    Image.open(folder / "a.tiff").save(
+        tmp_path / "a.tiff", resolution=20000, resolution_unit=3
+    )  # 0.5 µm/px
     usual = ("--candidates", midog(tmp_path / "in.json"), "--out", tmp_path / "out.json")
     done = run(folder / "model.onnx", "--slide", tmp_path / "a.tiff", *usual)
     assert "0.5 µm/px, resampled to the model's 0.25" in done.stderr
     resampled = read_scores("midog", tmp_path / "out.json")[0]
-    classifier, metadata = Classifier(folder / "model.onnx", "cpu"), Classifier(folder / "model.onnx").metadata
-    crops = np.stack([session.read_patch(tmp_path / "a.tiff", x, y, metadata, 0.25, 0.5) for x, y in POINTS])
+    classifier, metadata = (
+        Classifier(folder / "model.onnx", "cpu"),
+        Classifier(folder / "model.onnx").metadata,
+    )
+    crops = np.stack(
+        [session.read_patch(tmp_path / "a.tiff", x, y, metadata, 0.25, 0.5) for x, y in POINTS]
+    )
     assert np.allclose(classifier(crops), resampled, atol=1e-6)
     done = run(folder / "model.onnx", "--slide", tmp_path / "a.tiff", *usual, "--mpp", "0.25")
-    assert "read as it is" in done.stderr and not np.allclose(read_scores("midog", tmp_path / "out.json")[0], resampled)
+    assert "read as it is" in done.stderr and not np.allclose(
+        read_scores("midog", tmp_path / "out.json")[0], resampled
+    )
 
 
 def test_patches_of_another_size(tiny):
     folder, _ = tiny
     for fit in ("resize", "pad"):
-        patch = session.read_patch(folder / "a.tiff", 300, 300, {"patch": 128, "size": 224, "fit": fit})
+        patch = session.read_patch(
+            folder / "a.tiff", 300, 300, {"patch": 128, "size": 224, "fit": fit}
+        )
         assert patch.shape == (224, 224, 3)
-        plain = session.read_patch(folder / "a.tiff", 300, 300, {"patch": 224, "size": 224, "fit": fit})
+        plain = session.read_patch(
+            folder / "a.tiff", 300, 300, {"patch": 224, "size": 224, "fit": fit}
+        )
         assert np.array_equal(patch[48:176, 48:176], plain[48:176, 48:176]) == (fit == "pad")
-        larger = session.read_patch(folder / "a.tiff", 300, 300, {"patch": 257, "size": 224, "fit": fit})
+        larger = session.read_patch(
+            folder / "a.tiff", 300, 300, {"patch": 257, "size": 224, "fit": fit}
+        )
         assert larger.shape == (224, 224, 3)
-        exact = session.read_patch(folder / "a.tiff", 300, 300, {"patch": 256, "size": 224, "fit": fit})
+        exact = session.read_patch(
+            folder / "a.tiff", 300, 300, {"patch": 256, "size": 224, "fit": fit}
+        )
         assert np.array_equal(exact, plain) == (fit == "pad")
 
 
 # ---------------------------------------------------------------- the class
 
+
 def test_classifier_takes_arrays_tensors_and_threads(tiny):
     folder, _ = tiny
     classifier = Classifier(folder / "model.onnx", device="cpu", batch_size=8)
     images = patches(20)
-    alone = np.concatenate([classifier(images[i:i + 1]) for i in range(20)])
+    alone = np.concatenate([classifier(images[i : i + 1]) for i in range(20)])
     assert alone.shape == (20,) and alone.dtype == np.float32
     assert np.allclose(classifier(images), alone, atol=1e-6)
-    assert np.allclose(classifier(torch.from_numpy(images)), alone, atol=1e-6)           # DLPack
-    assert np.allclose(classifier(torch.from_numpy(images)[::2]), alone[::2], atol=1e-6)  # not contiguous
+    assert np.allclose(classifier(torch.from_numpy(images)), alone, atol=1e-6)  # DLPack
+    assert np.allclose(
+        classifier(torch.from_numpy(images)[::2]), alone[::2], atol=1e-6
+    )  # not contiguous
     assert classifier(images, output="embedding").shape == (20, 64)
-    assert classifier(images[:0]).shape == (0,) and classifier(images[:0], output="embedding").shape == (0, 64)
+    assert classifier(images[:0]).shape == (0,) and classifier(
+        images[:0], output="embedding"
+    ).shape == (0, 64)
     results = {}
-    threads = [threading.Thread(target=lambda i=i: results.update({i: classifier(images[i:i + 5])})) for i in range(8)]
+    threads = [
+        threading.Thread(target=lambda i=i: results.update({i: classifier(images[i : i + 5])}))
+        for i in range(8)
+    ]
     [t.start() for t in threads], [t.join() for t in threads]
-    assert all(np.allclose(results[i], alone[i:i + 5], atol=1e-6) for i in range(8))
-    for wrong in (images.astype(np.float32), images[:, :200], images[0], images.transpose(0, 3, 1, 2)):
+    assert all(np.allclose(results[i], alone[i : i + 5], atol=1e-6) for i in range(8))
+    for wrong in (
+        images.astype(np.float32),
+        images[:, :200],
+        images[0],
+        images.transpose(0, 3, 1, 2),
+    ):
         with pytest.raises(ValueError, match="this model takes"):
             classifier(wrong)
     with pytest.raises(common.UserError, match="no output"):
@@ -397,7 +600,9 @@ def test_a_classifier_says_how_many_px_to_read(tiny, tmp_path):
     write_model(tmp_path / "m.onnx", classifier("gelu"), metadata={"patch": 128})
     model = Classifier(tmp_path / "m.onnx", device="cpu")
     assert (model.patch, model.size) == (128, 224)
-    assert model(session.read_patch(folder / "a.tiff", 300, 300, model.metadata)[None]).shape == (1,)
+    assert model(session.read_patch(folder / "a.tiff", 300, 300, model.metadata)[None]).shape == (
+        1,
+    )
 
 
 def test_gpus_by_any_name_of_their_device(tmp_path):
@@ -421,12 +626,19 @@ def test_cuda_that_is_not_obtained_is_an_error(tiny):
 
 
 def test_a_session_that_fell_back_is_an_error(tiny, monkeypatch):
-    """The provider is listed, its libraries do not load, ONNX Runtime takes the CPU and says nothing."""
+    """The provider is listed, its libraries do not load, ONNX Runtime takes the CPU and says
+    nothing.
+    """
     folder, _ = tiny
-    monkeypatch.setattr(classify.onnxruntime, "get_available_providers",
-                        lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(
+        classify.onnxruntime,
+        "get_available_providers",
+        lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"],
+    )
     start = session.start
-    monkeypatch.setattr(session, "start", lambda path, _, threads: start(path, ["CPUExecutionProvider"], threads))
+    monkeypatch.setattr(
+        session, "start", lambda path, _, threads: start(path, ["CPUExecutionProvider"], threads)
+    )
     with pytest.raises(common.UserError, match="did not load"):
         Classifier(folder / "model.onnx", device="cuda")
 
@@ -441,12 +653,15 @@ def test_model_alone_is_described(tiny):
 
 def test_a_model_that_does_not_know_its_resolution_is_described(tmp_path):
     write_model(tmp_path / "m.onnx", classifier("gelu"), metadata={"mpp": None})
-    assert "µm/px unknown" in Classifier(tmp_path / "m.onnx", device="cpu", warm_up=False).describe()
+    assert (
+        "µm/px unknown" in Classifier(tmp_path / "m.onnx", device="cpu", warm_up=False).describe()
+    )
 
 
 def test_foreign_and_damaged_models(tiny, tmp_path):
     folder, _ = tiny
     import onnx
+
     foreign = onnx.load(folder / "model.onnx")
     del foreign.metadata_props[:]
     onnx.save(foreign, tmp_path / "foreign.onnx")
@@ -456,7 +671,7 @@ def test_foreign_and_damaged_models(tiny, tmp_path):
     write_model(tmp_path / "m.onnx", classifier("gelu"), inline=False)
     whole = (tmp_path / "m.onnx.data").read_bytes()
     assert run(tmp_path / "m.onnx").returncode == 0
-    for broken in (whole[:len(whole) // 2], whole[:-1], b""):
+    for broken in (whole[: len(whole) // 2], whole[:-1], b""):
         (tmp_path / "m.onnx.data").write_bytes(broken)
         assert "both files again" in failure(tmp_path / "m.onnx")
     (tmp_path / "m.onnx.data").write_bytes(whole[:-32] + b"x" * 32)
@@ -467,8 +682,19 @@ def test_foreign_and_damaged_models(tiny, tmp_path):
 
 def test_overlay(tiny, tmp_path):
     folder, _ = tiny
-    done = run(folder / "model.onnx", "--slide", folder / "a.tiff", "--candidates", midog(tmp_path / "in.json"),
-               "--out", tmp_path / "out.json", "--overlay", tmp_path / "o.png", "--threshold", "0.5")
+    done = run(
+        folder / "model.onnx",
+        "--slide",
+        folder / "a.tiff",
+        "--candidates",
+        midog(tmp_path / "in.json"),
+        "--out",
+        tmp_path / "out.json",
+        "--overlay",
+        tmp_path / "o.png",
+        "--threshold",
+        "0.5",
+    )
     assert done.returncode == 0, done.stderr
     drawn = np.asarray(Image.open(tmp_path / "o.png"))
     assert drawn.shape == (500, 640, 3)
@@ -487,20 +713,39 @@ def test_overlay_where_the_first_slide_failed(tiny, tmp_path):
 
 # ---------------------------------------------------------------- without torch
 
+
 def test_no_torch(tiny, tmp_path):
     """The command in a process that has no torch, onnx or data of the project to import."""
     folder, expected = tiny
-    blocker = ("import sys, runpy\n"
-               "class No:\n"
-               "    def find_spec(self, name, path=None, target=None):\n"
-               "        if name.split('.')[0] in ('torch', 'onnx', 'models', 'data', 'scipy', 'matplotlib'):\n"
-               "            raise ImportError('blocked: ' + name)\n"
-               "sys.meta_path.insert(0, No())\n"
-               "sys.argv = sys.argv[1:]\n"
-               "runpy.run_path(sys.argv[0], run_name='__main__')\n")
-    done = subprocess.run([sys.executable, "-c", blocker, str(HERE / "classify.py"), str(folder / "model.onnx"),
-                           "--slide", str(folder / "a.tiff"), "--candidates", str(midog(tmp_path / "in.json")),
-                           "--out", str(tmp_path / "out.json")], capture_output=True, text=True, cwd=HERE)
+    blocker = (
+        "import sys, runpy\n"
+        "class No:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('torch', 'onnx', 'models', 'data', 'scipy', "
+        "'matplotlib'):\n"
+        "            raise ImportError('blocked: ' + name)\n"
+        "sys.meta_path.insert(0, No())\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            blocker,
+            str(HERE / "classify.py"),
+            str(folder / "model.onnx"),
+            "--slide",
+            str(folder / "a.tiff"),
+            "--candidates",
+            str(midog(tmp_path / "in.json")),
+            "--out",
+            str(tmp_path / "out.json"),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=HERE,
+    )
     assert done.returncode == 0, done.stderr
     assert np.abs(np.array(read_scores("midog", tmp_path / "out.json")[0]) - expected).max() <= 2e-5
 
@@ -511,13 +756,29 @@ def test_fresh_environment(tiny, tmp_path):
     folder, expected = tiny
     python = tmp_path / "env" / "bin" / "python"
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "env")], check=True)
-    subprocess.run([str(python), "-m", "pip", "install", "-q", "-r", str(HERE / "requirements-classify.txt")],
-                   check=True)
+    subprocess.run(
+        [str(python), "-m", "pip", "install", "-q", "-r", str(HERE / "requirements-classify.txt")],
+        check=True,
+    )
     for kind, make in MAKERS.items():
         out = tmp_path / f"out{SUFFIX[kind]}"
-        done = subprocess.run([str(python), str(HERE / "classify.py"), str(folder / "model.onnx"), "--slide",
-                               str(folder / "a.tiff"), "--candidates", str(make(tmp_path / f"in{SUFFIX[kind]}")),
-                               "--out", str(out), "--overlay", str(tmp_path / "o.png")], capture_output=True, text=True)
+        done = subprocess.run(
+            [
+                str(python),
+                str(HERE / "classify.py"),
+                str(folder / "model.onnx"),
+                "--slide",
+                str(folder / "a.tiff"),
+                "--candidates",
+                str(make(tmp_path / f"in{SUFFIX[kind]}")),
+                "--out",
+                str(out),
+                "--overlay",
+                str(tmp_path / "o.png"),
+            ],
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr
         assert np.abs(np.array(read_scores(kind, out)[0]) - expected).max() <= 2e-5
     assert subprocess.run([str(python), "-c", "import torch"], capture_output=True).returncode != 0
@@ -527,9 +788,25 @@ def test_fresh_environment(tiny, tmp_path):
 def test_a_real_slide(tiny, tmp_path):
     folder, _ = tiny
     slide = Path(os.environ["MITOSIS_REALDATA"]) / "slides" / "CMU-1-Small-Region.svs"
-    given = midog(tmp_path / "in.json", [(500, 600), (1200, 900), (2219, 2966), (-2, -5)], images=(slide.name,))
-    done = run(folder / "model.onnx", "--slide", slide, "--candidates", given, "--out", tmp_path / "out.json",
-               "--overlay", tmp_path / "o.png")
+    given = midog(
+        tmp_path / "in.json",
+        [(500, 600), (1200, 900), (2219, 2966), (-2, -5)],
+        images=(slide.name,),
+    )
+    done = run(
+        folder / "model.onnx",
+        "--slide",
+        slide,
+        "--candidates",
+        given,
+        "--out",
+        tmp_path / "out.json",
+        "--overlay",
+        tmp_path / "o.png",
+    )
     assert done.returncode == 0, done.stderr
-    assert "0.499 µm/px, resampled to the model's 0.25" in done.stderr and "4 candidates scored" in done.stdout
+    assert (
+        "0.499 µm/px, resampled to the model's 0.25" in done.stderr
+        and "4 candidates scored" in done.stdout
+    )
     assert max(Image.open(tmp_path / "o.png").size) <= 2000

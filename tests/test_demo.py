@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import small
 from PIL import Image
-from synthetic.synthetic import pretrain
+from demo import pretrain
 
 import common
 import data
@@ -19,11 +19,22 @@ from demo import synthetic
 
 HERE = Path(__file__).resolve().parent.parent
 # Of the first image (an x86 machine, NumPy 2): its first cells, and the green of 64 pixels.
-CELLS = [(369, 654, "prometaphase"), (350, 321, "hyperchromatic"), (945, 53, "anaphase"), (949, 381, "telophase")]
-GREEN = [[166, 172, 150, 174, 160, 161, 165, 123], [157, 153, 173, 195, 145, 180, 151, 156],
-         [163, 137, 149, 93, 177, 158, 141, 166], [151, 108, 157, 179, 163, 177, 156, 146],
-         [145, 116, 183, 187, 190, 156, 181, 166], [163, 157, 166, 98, 140, 179, 152, 179],
-         [128, 161, 167, 185, 168, 187, 158, 176], [168, 164, 106, 195, 161, 170, 139, 168]]
+CELLS = [
+    (369, 654, "prometaphase"),
+    (350, 321, "hyperchromatic"),
+    (945, 53, "anaphase"),
+    (949, 381, "telophase"),
+]
+GREEN = [
+    [166, 172, 150, 174, 160, 161, 165, 123],
+    [157, 153, 173, 195, 145, 180, 151, 156],
+    [163, 137, 149, 93, 177, 158, 141, 166],
+    [151, 108, 157, 179, 163, 177, 156, 146],
+    [145, 116, 183, 187, 190, 156, 181, 166],
+    [163, 157, 166, 98, 140, 179, 152, 179],
+    [128, 161, 167, 185, 168, 187, 158, 176],
+    [168, 164, 106, 195, 161, 170, 139, 168],
+]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +54,10 @@ def test_the_dataset_is_what_it_says(folder):
     assert (annotations.label == 1).sum() == 20 * 18
     assert slides.microns_per_pixel(annotations.path(0)) == pytest.approx(0.25)
     content = json.loads((folder / "MIDOG.json").read_text())
-    assert {a["cell"] for a in content["annotations"]} == {*synthetic.MITOTIC, *synthetic.LOOK_ALIKE}
+    assert {a["cell"] for a in content["annotations"]} == {
+        *synthetic.MITOTIC,
+        *synthetic.LOOK_ALIKE,
+    }
     for annotation in content["annotations"]:
         assert (annotation["category_id"] == 1) == (annotation["cell"] in synthetic.MITOTIC)
     split = data.make_split(annotations)
@@ -55,7 +69,9 @@ def test_a_cell_is_where_its_box_says(folder):
     annotations, images = data.load_dataset(folder), pixels(folder)
     inside = []
     for image, x, y in zip(annotations.image, annotations.x, annotations.y):
-        crop = images[Path(image).stem][int(y) - 32:int(y) + 32, int(x) - 32:int(x) + 32].mean(-1)
+        crop = images[Path(image).stem][int(y) - 32 : int(y) + 32, int(x) - 32 : int(x) + 32].mean(
+            -1
+        )
         middle = np.partition(crop[12:52, 12:52].ravel(), 60)[:60].mean()
         inside.append(np.median(crop) - middle)
     assert np.mean(np.array(inside) > 25) > 0.97
@@ -67,9 +83,14 @@ def test_the_same_on_every_run_and_another_with_another_seed(folder, tmp_path):
         boxes = [(a["bbox"], a["cell"]) for a in content["annotations"] if a["image_id"] == number]
         for seed in (0, 1):
             *_, cells = synthetic.make_image((tmp_path, number, f"{name}.tiff", name[0], seed))
-            again = [(a["bbox"], a["cell"]) for a in synthetic.as_midog([(number, "", "", cells)], 0)["annotations"]]
+            again = [
+                (a["bbox"], a["cell"])
+                for a in synthetic.as_midog([(number, "", "", cells)], 0)["annotations"]
+            ]
             difference = np.abs(pixels(tmp_path)[name].astype(int) - images[name])
-            assert (again == boxes, difference.max() <= 1, difference.mean() < 5) == (seed == 0,) * 3
+            assert (again == boxes, difference.max() <= 1, difference.mean() < 5) == (
+                seed == 0,
+            ) * 3
 
 
 def test_the_same_on_every_machine(tmp_path):
@@ -87,7 +108,10 @@ def test_a_probe_learns_it_and_does_not_solve_it(tmp_path, monkeypatch, capsys):
     synthetic.build(tmp_path / "demo")
     files = list((tmp_path / "demo").iterdir())
     assert len(files) == 41 and sum(file.stat().st_size for file in files) <= 150e6
-    assert small.call(probe, "--data", "demo", "--fold", "0", "1", "2", "--runs", tmp_path / "runs") == 0
+    assert (
+        small.call(probe, "--data", "demo", "--fold", "0", "1", "2", "--runs", tmp_path / "runs")
+        == 0
+    )
     found = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("runs/**/metrics.json"))]
     aurocs = [metrics["sets"]["test"]["auroc"] for metrics in found]
     print(f"AUROC of the probe {aurocs}")
@@ -95,35 +119,61 @@ def test_a_probe_learns_it_and_does_not_solve_it(tmp_path, monkeypatch, capsys):
 
 
 def test_colour_does_not_solve_it(folder):
-    """Logistic regression on the colour moments of 224 px and 64 px around each cell, on held-out images."""
+    """Logistic regression on the colour moments of 224 px and 64 px around each cell, on held-out
+    images.
+    """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
+
     annotations, images = data.load_dataset(folder), pixels(folder)
     for half in (112, 32):
         features = []
         for image, x, y in zip(annotations.image, annotations.x, annotations.y):
             top, left = max(0, int(y) - half), max(0, int(x) - half)
-            crop = images[Path(image).stem][top:int(y) + half, left:int(x) + half].reshape(-1, 3).astype(float)
+            crop = (
+                images[Path(image).stem][top : int(y) + half, left : int(x) + half]
+                .reshape(-1, 3)
+                .astype(float)
+            )
             mean, std = crop.mean(0), crop.std(0)
-            features.append(np.r_[mean, std, ((crop - mean) ** 3).mean(0) / std ** 3])
+            features.append(np.r_[mean, std, ((crop - mean) ** 3).mean(0) / std**3])
         features, aurocs = np.array(features), []
         for fold in range(4):
-            held_out = np.array([Path(image).stem.endswith(str(fold + 1)) for image in annotations.image])
+            held_out = np.array(
+                [Path(image).stem.endswith(str(fold + 1)) for image in annotations.image]
+            )
             fitted = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(
-                features[~held_out], annotations.label[~held_out])
-            aurocs.append(roc_auc_score(annotations.label[held_out], fitted.decision_function(features[held_out])))
+                features[~held_out], annotations.label[~held_out]
+            )
+            aurocs.append(
+                roc_auc_score(
+                    annotations.label[held_out], fitted.decision_function(features[held_out])
+                )
+            )
         assert np.mean(aurocs) <= 0.65, (half, aurocs)
 
 
 def test_another_seed_is_not_taken_for_the_one_that_is_there(folder, tmp_path, capsys):
     assert small.call(synthetic, "--out", folder, "--seed", 7) == 2
-    assert "holds the dataset of seed 0, not 7; remove it or choose another --out" in capsys.readouterr().err
-    assert small.call(synthetic, "--out", folder, "--seed", 0) == small.call(synthetic, "--out", folder) == 0
+    assert (
+        "holds the dataset of seed 0, not 7; remove it or choose another --out"
+        in capsys.readouterr().err
+    )
+    assert (
+        small.call(synthetic, "--out", folder, "--seed", 0)
+        == small.call(synthetic, "--out", folder)
+        == 0
+    )
     synthetic.build(tmp_path / "demo", 3, images_per_domain=1)
-    assert small.call(synthetic, "--out", tmp_path / "demo") == 0  # without the flag, whatever is there
-    assert small.call(synthetic, "--out", tmp_path / "new", "--seed", -1) == 2 and not (tmp_path / "new").exists()
+    assert (
+        small.call(synthetic, "--out", tmp_path / "demo") == 0
+    )  # without the flag, whatever is there
+    assert (
+        small.call(synthetic, "--out", tmp_path / "new", "--seed", -1) == 2
+        and not (tmp_path / "new").exists()
+    )
 
 
 def test_a_half_made_dataset_is_not_taken_for_a_whole_one(tmp_path):
@@ -134,8 +184,11 @@ def test_a_half_made_dataset_is_not_taken_for_a_whole_one(tmp_path):
 
 
 def test_killed_while_painting_leaves_nothing_that_counts(tmp_path):
-    process = subprocess.Popen([sys.executable, "-m", "demo.synthetic", "--out", tmp_path / "demo"],
-                               stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "demo.synthetic", "--out", tmp_path / "demo"],
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     while process.poll() is None and not list(tmp_path.glob(".demo.*/*.tiff")):
         pass
     os.killpg(process.pid, 9)

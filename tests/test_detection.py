@@ -1,4 +1,6 @@
-"""Detection: the matching against brute force, the curve, files of candidates, the command and its errors."""
+"""Detection: the matching against brute force, the curve, files of candidates, the command and its
+errors.
+"""
 
 import csv
 import itertools
@@ -19,8 +21,9 @@ from reporting import detection
 
 # ---------------------------------------------------------------- the matching
 
+
 def close(x, y, figures_x, figures_y, radius):
-    return (x[:, None] - figures_x[None]) ** 2 + (y[:, None] - figures_y[None]) ** 2 <= radius ** 2
+    return (x[:, None] - figures_x[None]) ** 2 + (y[:, None] - figures_y[None]) ** 2 <= radius**2
 
 
 def tried_all(near):
@@ -49,7 +52,9 @@ def test_matching_of_every_prefix_equals_brute_force():
         # Where taking the nearest or the first would do, nothing would be proven.
         taken = set()
         for row in near:
-            taken |= set(np.flatnonzero([hit and j not in taken for j, hit in enumerate(row)])[:1].tolist())
+            taken |= set(
+                np.flatnonzero([hit and j not in taken for j, hit in enumerate(row)])[:1].tolist()
+            )
         several += len(taken) < found.sum()
     assert several > 10
 
@@ -61,8 +66,11 @@ def test_matching_of_crowds_equals_scipys_maximum_matching():
         order, found = detection.matched(x, y, score, fx, fy, 20)
         near = close(x, y, fx, fy, 20)[order]
         for part in (len(x), len(x) // 2, len(x) // 5):
-            wanted = (maximum_bipartite_matching(csr_array(near[:part]), "column") >= 0).sum() \
-                if part and len(fx) else 0
+            wanted = (
+                (maximum_bipartite_matching(csr_array(near[:part]), "column") >= 0).sum()
+                if part and len(fx)
+                else 0
+            )
             assert found[:part].sum() == wanted
 
 
@@ -71,40 +79,80 @@ def test_a_long_chain_is_no_limit_of_recursion():
     n = 4000
     score = np.r_[np.linspace(0.9, 0.5, n), 0.1]
     figures = np.arange(n + 1) * 10.0
-    x = np.r_[figures[:-1] + 5, -5.0]  # candidate i lies between figures i and i + 1; the last one near figure 0 alone
+    x = np.r_[
+        figures[:-1] + 5, -5.0
+    ]  # candidate i lies between figures i and i + 1; the last one near figure 0 alone
     order, found = detection.matched(x, np.zeros(n + 1), score, figures, np.zeros(n + 1), 5)
     assert found.all() and order[-1] == n
 
 
 def test_a_candidate_on_the_radius_finds_and_one_beyond_it_does_not():
     def found(distance, mpp):
-        image = {"x": [100 + distance], "y": [50], "probability": [0.9], "figures_x": [100], "figures_y": [50],
-                 "mpp": mpp, "domain": "A"}
+        image = {
+            "x": [100 + distance],
+            "y": [50],
+            "probability": [0.9],
+            "figures_x": [100],
+            "figures_y": [50],
+            "mpp": mpp,
+            "domain": "A",
+        }
         return detection.at(detection.score_images([image]))["tp"]
+
     assert detection.RADIUS == 7.5
     assert found(30, 0.25) == 1 and found(30.01, 0.25) == 0
     assert found(15, 0.5) == 1 and found(15.01, 0.5) == 0
 
 
 def test_two_candidates_find_one_figure_once_and_one_candidate_finds_one_of_two():
-    two = {"x": [10, 12], "y": [10, 10], "probability": [0.6, 0.7], "figures_x": [11], "figures_y": [10], "mpp": 1,
-           "domain": "A"}
+    two = {
+        "x": [10, 12],
+        "y": [10, 10],
+        "probability": [0.6, 0.7],
+        "figures_x": [11],
+        "figures_y": [10],
+        "mpp": 1,
+        "domain": "A",
+    }
     assert detection.at(detection.score_images([two])) == {
-        "threshold": None, "tp": 1, "fp": 1, "fn": 0, "precision": 0.5, "recall": 1.0, "f1": 2 / 3}
-    one = two | {"x": [11], "y": [10], "probability": [0.6], "figures_x": [10, 12], "figures_y": [10, 10]}
+        "threshold": None,
+        "tp": 1,
+        "fp": 1,
+        "fn": 0,
+        "precision": 0.5,
+        "recall": 1.0,
+        "f1": 2 / 3,
+    }
+    one = two | {
+        "x": [11],
+        "y": [10],
+        "probability": [0.6],
+        "figures_x": [10, 12],
+        "figures_y": [10, 10],
+    }
     scored = detection.at(detection.score_images([one]))
     assert (scored["tp"], scored["fp"], scored["fn"]) == (1, 0, 1)
 
 
 # ---------------------------------------------------------------- the curve
 
+
 def images(seed=0, number=5):
     rng = np.random.default_rng(seed)
     found = []
     for k in range(number):
         x, y, score, fx, fy = crowd(rng, 40, 120)
-        found.append({"x": x, "y": y, "probability": score, "figures_x": fx, "figures_y": fy, "mpp": (0.25, 0.5)[k % 2],
-                      "domain": "AB"[k % 2]})
+        found.append(
+            {
+                "x": x,
+                "y": y,
+                "probability": score,
+                "figures_x": fx,
+                "figures_y": fy,
+                "mpp": (0.25, 0.5)[k % 2],
+                "domain": "AB"[k % 2],
+            }
+        )
     return found
 
 
@@ -113,7 +161,13 @@ def by_threshold(images, threshold):
     tp = kept = figures = 0
     for image in images:
         keep = image["probability"] >= threshold
-        near = close(image["x"][keep], image["y"][keep], image["figures_x"], image["figures_y"], 7.5 / image["mpp"])
+        near = close(
+            image["x"][keep],
+            image["y"][keep],
+            image["figures_x"],
+            image["figures_y"],
+            7.5 / image["mpp"],
+        )
         tp += (maximum_bipartite_matching(csr_array(near), "column") >= 0).sum() if near.size else 0
         kept, figures = kept + keep.sum(), figures + len(image["figures_x"])
     return int(tp), int(kept - tp), int(figures - tp)
@@ -154,10 +208,24 @@ def test_best_is_the_highest_f1_over_all_thresholds():
 
 
 def test_no_candidates_and_no_figures_are_no_division_by_zero():
-    nothing = {"x": [], "y": [], "probability": [], "figures_x": [], "figures_y": [], "mpp": 0.25, "domain": "A"}
+    nothing = {
+        "x": [],
+        "y": [],
+        "probability": [],
+        "figures_x": [],
+        "figures_y": [],
+        "mpp": 0.25,
+        "domain": "A",
+    }
     missed = nothing | {"figures_x": [1.0, 2.0], "figures_y": [1.0, 2.0]}
     scored = detection.at(detection.score_images([missed]))
-    assert (scored["tp"], scored["fn"], scored["f1"], scored["precision"], scored["recall"]) == (0, 2, 0, 0, 0)
+    assert (scored["tp"], scored["fn"], scored["f1"], scored["precision"], scored["recall"]) == (
+        0,
+        2,
+        0,
+        0,
+        0,
+    )
     scored = detection.at(detection.score_images([nothing]))
     assert np.isnan(scored["f1"]) and np.isnan(scored["recall"])
     false = nothing | {"x": [1.0], "y": [1.0], "probability": [0.4]}
@@ -171,33 +239,62 @@ def test_no_candidates_and_no_figures_are_no_division_by_zero():
 # ---------------------------------------------------------------- files
 
 FIGURES = {"one.tiff": [(100, 100), (300, 300)], "two.tiff": [(50, 60)], "three.tiff": [(70, 70)]}
-#         image, x, y, probability: true, true (29 px), too far (31 px), false, on the image without figures nearby
-SCORED = [("one.tiff", 100, 100, 0.9), ("one.tiff", 300, 329, 0.6), ("one.tiff", 131, 100, 0.8),
-          ("two.tiff", 200, 200, 0.7), ("two.tiff", 50, 60, 0.3)]
+#         image, x, y, probability: true, true (29 px), too far (31 px), false, on the image without
+# figures nearby
+SCORED = [
+    ("one.tiff", 100, 100, 0.9),
+    ("one.tiff", 300, 329, 0.6),
+    ("one.tiff", 131, 100, 0.8),
+    ("two.tiff", 200, 200, 0.7),
+    ("two.tiff", 50, 60, 0.3),
+]
 
 
 @pytest.fixture
 def dataset(tmp_path):
-    """A MIDOG JSON with images of 0.25 µm/px: three with figures and look-alikes; "three" gets no candidate."""
+    """A MIDOG JSON with images of 0.25 µm/px: three with figures and look-alikes; "three" gets no
+    candidate.
+    """
     folder = tmp_path / "tissue"
     folder.mkdir()
     listed, found = [], []
     for k, (name, points) in enumerate(FIGURES.items()):
-        Image.new("RGB", (400, 400), "white").save(folder / name, resolution=40000, resolution_unit=3)
+        Image.new("RGB", (400, 400), "white").save(
+            folder / name, resolution=40000, resolution_unit=3
+        )
         listed.append({"id": k, "file_name": name, "width": 400, "height": 400, "domain": "AAB"[k]})
         for x, y, label in [(*point, 1) for point in points] + [(200, 200, 2)]:
-            found.append({"id": len(found), "image_id": k, "bbox": [x - 25, y - 25, x + 25, y + 25],
-                          "category_id": label})
-    content = {"images": listed, "annotations": found,
-               "categories": [{"id": 1, "name": "mitotic figure"}, {"id": 2, "name": "hard negative"}]}
+            found.append(
+                {
+                    "id": len(found),
+                    "image_id": k,
+                    "bbox": [x - 25, y - 25, x + 25, y + 25],
+                    "category_id": label,
+                }
+            )
+    content = {
+        "images": listed,
+        "annotations": found,
+        "categories": [{"id": 1, "name": "mitotic figure"}, {"id": 2, "name": "hard negative"}],
+    }
     (folder / "annotations.json").write_text(json.dumps(content))
     return folder / "annotations.json"
 
 
 def midog(path, scored=SCORED, listed=("one.tiff", "two.tiff", "three.tiff")):
-    content = {"images": [{"id": k, "file_name": f"elsewhere/{name}"} for k, name in enumerate(listed)],
-               "annotations": [{"id": k, "image_id": listed.index(name), "bbox": [x - 5, y - 5, x + 5, y + 5],
-                                "category_id": 1, "probability": p} for k, (name, x, y, p) in enumerate(scored)]}
+    content = {
+        "images": [{"id": k, "file_name": f"elsewhere/{name}"} for k, name in enumerate(listed)],
+        "annotations": [
+            {
+                "id": k,
+                "image_id": listed.index(name),
+                "bbox": [x - 5, y - 5, x + 5, y + 5],
+                "category_id": 1,
+                "probability": p,
+            }
+            for k, (name, x, y, p) in enumerate(scored)
+        ],
+    }
     path.write_text(json.dumps(content))
     return path
 
@@ -208,24 +305,36 @@ def table(path, scored=SCORED, header="filename,x,y,probability"):
 
 
 def counted(rows, threshold):
-    return {domain: (n, *(detection.at(curve, t)[key] for t in (None, threshold) for key in ("tp", "fp", "fn")))
-            for domain, n, curve in rows}
+    return {
+        domain: (
+            n,
+            *(detection.at(curve, t)[key] for t in (None, threshold) for key in ("tp", "fp", "fn")),
+        )
+        for domain, n, curve in rows
+    }
 
 
 def test_before_and_after_the_second_stage_by_domain(dataset, tmp_path):
     annotations = data.load_dataset(dataset)
     rows = detection.report(midog(tmp_path / "scored.json"), annotations, 0.5)
     # "three" is in the file's list of images: its figure is missed.
-    assert counted(rows, 0.5) == {"all": (3, 3, 2, 1, 2, 2, 2), "A": (2, 3, 2, 0, 2, 2, 1), "B": (1, 0, 0, 1, 0, 0, 1)}
+    assert counted(rows, 0.5) == {
+        "all": (3, 3, 2, 1, 2, 2, 2),
+        "A": (2, 3, 2, 0, 2, 2, 1),
+        "B": (1, 0, 0, 1, 0, 0, 1),
+    }
 
 
 def test_a_csv_names_only_images_with_candidates(dataset, tmp_path):
     annotations = data.load_dataset(dataset)
     rows = detection.report(table(tmp_path / "scored.csv"), annotations, 0.5)
     assert counted(rows, 0.5) == {"all": (2, 3, 2, 0, 2, 2, 1)}
-    # The header says where the probability is, however it is written, and case and folder of a name are nothing.
+    # The header says where the probability is, however it is written, and case and folder of a name
+    # are nothing.
     other = [(f"X/{name.upper()}", x, y, "note", p) for name, x, y, p in SCORED]
-    rows = detection.report(table(tmp_path / "other.csv", other, "filename,x,y,remark, Probability "), annotations, 0.5)
+    rows = detection.report(
+        table(tmp_path / "other.csv", other, "filename,x,y,remark, Probability "), annotations, 0.5
+    )
     assert counted(rows, 0.5) == {"all": (2, 3, 2, 0, 2, 2, 1)}
 
 
@@ -236,19 +345,28 @@ def one_image(dataset, name="one.tiff"):
 
 def test_the_challenges_millimetres_are_those_of_the_image(dataset, tmp_path):
     own = [row for row in SCORED if row[0] == "one.tiff"]
-    content = formats.challenge([r[1] for r in own], [r[2] for r in own], [r[3] for r in own], 0.5, 0.25)
+    content = formats.challenge(
+        [r[1] for r in own], [r[2] for r in own], [r[3] for r in own], 0.5, 0.25
+    )
     (tmp_path / "points.json").write_text(json.dumps(content))
     rows = detection.report(tmp_path / "points.json", one_image(dataset), 0.5)
     assert counted(rows, 0.5) == {"all": (1, 2, 1, 0, 2, 1, 0)}
     rows = detection.report(tmp_path / "points.json", one_image(dataset), 0.7)
     assert counted(rows, 0.7) == {"all": (1, 2, 1, 0, 1, 1, 1)}
     # Said to be coarser, the same millimetres are other px.
-    assert counted(detection.report(tmp_path / "points.json", one_image(dataset), 0.5, mpp=0.5), 0.5)["all"][1] == 0
+    assert (
+        counted(detection.report(tmp_path / "points.json", one_image(dataset), 0.5, mpp=0.5), 0.5)[
+            "all"
+        ][1]
+        == 0
+    )
 
 
 def test_a_file_that_names_no_image_belongs_to_the_only_one(dataset, tmp_path):
     own = [row[1:] for row in SCORED if row[0] == "one.tiff"]
-    rows = detection.report(table(tmp_path / "points.csv", own, "x,y,probability"), one_image(dataset), 0.5)
+    rows = detection.report(
+        table(tmp_path / "points.csv", own, "x,y,probability"), one_image(dataset), 0.5
+    )
     assert counted(rows, 0.5) == {"all": (1, 2, 1, 0, 2, 1, 0)}
     with pytest.raises(UserError, match="does not say which image"):
         detection.report(tmp_path / "points.csv", data.load_dataset(dataset), 0.5)
@@ -257,7 +375,8 @@ def test_a_file_that_names_no_image_belongs_to_the_only_one(dataset, tmp_path):
 def test_a_detector_that_found_nothing_misses_everything(dataset, tmp_path):
     (tmp_path / "points.json").write_text(json.dumps(formats.challenge([], [], [], 0.5, 0.25)))
     assert counted(detection.report(tmp_path / "points.json", one_image(dataset), 0.5), 0.5) == {
-        "all": (1, 0, 0, 2, 0, 0, 2)}
+        "all": (1, 0, 0, 2, 0, 0, 2)
+    }
     found = detection.report(midog(tmp_path / "none.json", []), data.load_dataset(dataset), 0.5)
     assert counted(found, 0.5)["all"] == (3, 0, 0, 4, 0, 0, 4)
     detection.write(tmp_path, found, 0.5)  # and can be written
@@ -273,12 +392,17 @@ def test_only_the_images_of_a_test_set_are_scored(dataset, tmp_path):
 
 def test_images_that_are_not_annotated_are_named_and_left_out(dataset, tmp_path, capsys):
     more = [*SCORED, ("nine.tiff", 5, 5, 0.9)]
-    rows = detection.report(midog(tmp_path / "s.json", more, ("one.tiff", "two.tiff", "three.tiff", "nine.tiff")),
-                            data.load_dataset(dataset), 0.5)
+    rows = detection.report(
+        midog(tmp_path / "s.json", more, ("one.tiff", "two.tiff", "three.tiff", "nine.tiff")),
+        data.load_dataset(dataset),
+        0.5,
+    )
     assert counted(rows, 0.5)["all"] == (3, 3, 2, 1, 2, 2, 2)
     assert "1 images are not in annotations and are left out (nine)" in capsys.readouterr().out
     with pytest.raises(UserError, match="none of its images is in annotations"):
-        detection.report(table(tmp_path / "s.csv", [("nine.tiff", 5, 5, 0.9)]), data.load_dataset(dataset), 0.5)
+        detection.report(
+            table(tmp_path / "s.csv", [("nine.tiff", 5, 5, 0.9)]), data.load_dataset(dataset), 0.5
+        )
 
 
 def test_two_images_of_one_name_are_not_taken_for_each_other(dataset, tmp_path):
@@ -286,24 +410,47 @@ def test_two_images_of_one_name_are_not_taken_for_each_other(dataset, tmp_path):
     Image.open(dataset.parent / "one.tiff").save(dataset.parent / "a" / "one.tiff")
     content = json.loads(dataset.read_text())
     content["images"].append({"id": 9, "file_name": "a/one.tiff", "domain": "A"})
-    content["annotations"].append({"id": 99, "image_id": 9, "bbox": [0, 0, 50, 50], "category_id": 1})
+    content["annotations"].append(
+        {"id": 99, "image_id": 9, "bbox": [0, 0, 50, 50], "category_id": 1}
+    )
     dataset.write_text(json.dumps(content))
     with pytest.raises(UserError, match="two images are called one"):
         detection.report(midog(tmp_path / "scored.json"), data.load_dataset(dataset), 0.5)
 
 
-@pytest.mark.parametrize("content", [
-    "filename,x,y\none.tiff,5,5\n", "filename,x,y,probability\none.tiff,5,5,\n",
-    "filename,x,y,probability\none.tiff,5,5,high\n",
-    json.dumps({"images": [{"id": 0, "file_name": "one.tiff"}],
-                "annotations": [{"id": 0, "image_id": 0, "bbox": [0, 0, 9, 9]}]}),
-    json.dumps({"type": "FeatureCollection", "features": [
-        {"type": "Feature", "geometry": {"type": "Point", "coordinates": [5, 5]}, "properties": {}}]})],
-    ids=["no column", "empty", "text", "json", "geojson"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "filename,x,y\none.tiff,5,5\n",
+        "filename,x,y,probability\none.tiff,5,5,\n",
+        "filename,x,y,probability\none.tiff,5,5,high\n",
+        json.dumps(
+            {
+                "images": [{"id": 0, "file_name": "one.tiff"}],
+                "annotations": [{"id": 0, "image_id": 0, "bbox": [0, 0, 9, 9]}],
+            }
+        ),
+        json.dumps(
+            {
+                "type": "FeatureCollection",
+                "features": [
+                    {
+                        "type": "Feature",
+                        "geometry": {"type": "Point", "coordinates": [5, 5]},
+                        "properties": {},
+                    }
+                ],
+            }
+        ),
+    ],
+    ids=["no column", "empty", "text", "json", "geojson"],
+)
 def test_candidates_without_a_probability_are_refused(dataset, tmp_path, content):
     path = tmp_path / ("scored.csv" if content.startswith("filename") else "scored.json")
     path.write_text(content)
-    with pytest.raises(UserError, match="the candidates have no probability; score them with classify.py first"):
+    with pytest.raises(
+        UserError, match="the candidates have no probability; score them with classify.py first"
+    ):
         detection.report(path, data.load_dataset(dataset), 0.5)
 
 
@@ -316,41 +463,83 @@ def test_images_that_are_not_scored_yet_are_named_and_left_out(dataset, tmp_path
             del candidate["probability"]
     path.write_text(json.dumps(content))
     rows = detection.report(path, data.load_dataset(dataset), 0.5)
-    assert counted(rows, 0.5)["all"] == (2, 2, 1, 1, 2, 1, 1)  # "three", where nothing was found, is still missed
-    assert "1 images have candidates that are not scored yet, and are left out (two)" in capsys.readouterr().out
+    assert counted(rows, 0.5)["all"] == (
+        2,
+        2,
+        1,
+        1,
+        2,
+        1,
+        1,
+    )  # "three", where nothing was found, is still missed
+    assert (
+        "1 images have candidates that are not scored yet, and are left out (two)"
+        in capsys.readouterr().out
+    )
     del content["annotations"][0]["probability"]  # half of an image is a mistake
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="1 of 3 candidates on one.tiff have no probability; score them"):
+    with pytest.raises(
+        UserError, match="1 of 3 candidates on one.tiff have no probability; score them"
+    ):
         detection.report(path, data.load_dataset(dataset), 0.5)
     ids = data.load_dataset(dataset).id[data.load_dataset(dataset).image == "two.tiff"]
     with pytest.raises(UserError, match="none of its scored images is in annotations"):
         detection.report(path, data.load_dataset(dataset), 0.5, ids)
     empty = [(*row[:3], "") if row[0] == "two.tiff" else row for row in SCORED]
-    assert counted(detection.report(table(tmp_path / "scored.csv", empty), data.load_dataset(dataset), 0.5), 0.5)[
-        "all"] == (1, 2, 1, 0, 2, 1, 0)
+    assert counted(
+        detection.report(table(tmp_path / "scored.csv", empty), data.load_dataset(dataset), 0.5),
+        0.5,
+    )["all"] == (1, 2, 1, 0, 2, 1, 0)
     with pytest.raises(UserError, match="hold NaN"):
-        detection.report(table(tmp_path / "nan.csv", [("one.tiff", 5, 5, "nan")]), data.load_dataset(dataset), 0.5)
+        detection.report(
+            table(tmp_path / "nan.csv", [("one.tiff", 5, 5, "nan")]),
+            data.load_dataset(dataset),
+            0.5,
+        )
 
 
 # ---------------------------------------------------------------- the command
 
+
 def test_the_command_writes_tables_and_a_figure(dataset, tmp_path, capsys):
     out = tmp_path / "report"
     scored = midog(tmp_path / "scored.json")
-    assert call(evaluate, "--detection", scored, "--data", dataset, "--threshold", 0.5, "--out", out) == 0
+    assert (
+        call(evaluate, "--detection", scored, "--data", dataset, "--threshold", 0.5, "--out", out)
+        == 0
+    )
     printed = capsys.readouterr().out
     assert "within 7.5 µm, one to one" in printed and "chosen on these very images" in printed
     line = next(line for line in printed.splitlines() if line.startswith("all"))
     # 3 of 5 candidates and 3 of 4 figures before; 2 of 4 and 2 of 4 after
-    assert line.split()[:11] == ["all", "3", "4", "5", "0.600", "0.750", "0.667", "0.500", "0.500", "0.500", "0.667"]
+    assert line.split()[:11] == [
+        "all",
+        "3",
+        "4",
+        "5",
+        "0.600",
+        "0.750",
+        "0.667",
+        "0.500",
+        "0.500",
+        "0.500",
+        "0.667",
+    ]
     with open(out / "detection.csv") as file:
         rows = list(csv.DictReader(file))
     assert [row["domain"] for row in rows] == ["all", "A", "B"]
-    assert float(rows[0]["before_f1"]) == 2 * 3 / (2 * 3 + 2 + 1) and float(rows[0]["after_f1"]) == 0.5
+    assert (
+        float(rows[0]["before_f1"]) == 2 * 3 / (2 * 3 + 2 + 1) and float(rows[0]["after_f1"]) == 0.5
+    )
     with open(out / "detection_curve.csv") as file:
         curve = [row for row in csv.DictReader(file) if row["domain"] == "all"]
     assert [(float(r["threshold"]), int(r["tp"]), int(r["fp"]), int(r["fn"])) for r in curve] == [
-        (0.9, 1, 0, 3), (0.8, 1, 1, 3), (0.7, 1, 2, 3), (0.6, 2, 2, 2), (0.3, 3, 2, 1)]
+        (0.9, 1, 0, 3),
+        (0.8, 1, 1, 3),
+        (0.7, 1, 2, 3),
+        (0.6, 2, 2, 2),
+        (0.3, 3, 2, 1),
+    ]
     for suffix in ("png", "svg"):
         assert (out / f"detection.{suffix}").stat().st_size > 1000
     assert np.asarray(Image.open(out / "detection.png").convert("L")).std() > 5
@@ -363,24 +552,50 @@ def test_the_table_fits_a_terminal_with_midogs_domains(dataset, tmp_path, capsys
         image["domain"] = name
     dataset.write_text(json.dumps(content))
     scored = midog(tmp_path / "scored.json")
-    assert call(evaluate, "--detection", scored, "--data", dataset, "--out", tmp_path / "report") == 0
+    assert (
+        call(evaluate, "--detection", scored, "--data", dataset, "--out", tmp_path / "report") == 0
+    )
     lines = capsys.readouterr().out.splitlines()
     first = next(k for k, line in enumerate(lines) if line.startswith("domain "))
-    assert [line.split()[0] for line in lines[first + 2:first + 6]] == ["all", "CCMCT", "CSTS", "HNT"]
-    assert max(map(len, lines[first:first + 6])) <= 100
-    said = " ".join(lines[first + 6:-1])
-    assert said == "CCMCT: canine cutaneous mast cell tumor, CSTS: canine soft tissue sarcoma, " \
-                   "HNT: human neuroendocrine tumor."
+    assert [line.split()[0] for line in lines[first + 2 : first + 6]] == [
+        "all",
+        "CCMCT",
+        "CSTS",
+        "HNT",
+    ]
+    assert max(map(len, lines[first : first + 6])) <= 100
+    said = " ".join(lines[first + 6 : -1])
+    assert (
+        said == "CCMCT: canine cutaneous mast cell tumor, CSTS: canine soft tissue sarcoma, "
+        "HNT: human neuroendocrine tumor."
+    )
     with open(tmp_path / "report/detection.csv") as file:  # where there is room, the whole name
-        assert [row["domain"] for row in csv.DictReader(file)] == ["all", names[3], names[5], names[4]]
+        assert [row["domain"] for row in csv.DictReader(file)] == [
+            "all",
+            names[3],
+            names[5],
+            names[4],
+        ]
 
 
 def test_annotations_are_read_as_the_flags_say(tmp_path, capsys):
-    Image.new("RGB", (400, 400), "white").save(tmp_path / "one.tiff", resolution=40000, resolution_unit=3)
-    (tmp_path / "own.csv").write_text("slide,x,y,verdict\none.tiff,100,100,M\none.tiff,300,300,M\none.tiff,5,5,N\n")
+    Image.new("RGB", (400, 400), "white").save(
+        tmp_path / "one.tiff", resolution=40000, resolution_unit=3
+    )
+    (tmp_path / "own.csv").write_text(
+        "slide,x,y,verdict\none.tiff,100,100,M\none.tiff,300,300,M\none.tiff,5,5,N\n"
+    )
     scored = table(tmp_path / "scored.csv", [("one.tiff", 100, 100, 0.9)])
-    flags = ("--detection", scored, "--data", tmp_path / "own.csv", "--out", tmp_path / "report", "--columns",
-             "filename=slide,label=verdict")
+    flags = (
+        "--detection",
+        scored,
+        "--data",
+        tmp_path / "own.csv",
+        "--out",
+        tmp_path / "report",
+        "--columns",
+        "filename=slide,label=verdict",
+    )
     assert call(evaluate, *flags, "--positive", "M") == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("all"))
     assert line.split()[1:4] == ["1", "2", "1"]  # one image, two figures, one candidate
@@ -400,20 +615,41 @@ def failure(capsys, *arguments):
 def test_mistakes_end_with_one_line(dataset, tmp_path, capsys):
     scored = midog(tmp_path / "scored.json")
     assert "needs --data" in failure(capsys, "--detection", scored)
-    assert "this is a file" in failure(capsys, "--detection", scored, "--data", dataset, "--out", dataset)
+    assert "this is a file" in failure(
+        capsys, "--detection", scored, "--data", dataset, "--out", dataset
+    )
     assert "no such file" in failure(capsys, "--detection", tmp_path / "no.json", "--data", dataset)
-    assert "no such file" in failure(capsys, "--detection", scored, "--data", dataset, "--only", tmp_path / "run")
+    assert "no such file" in failure(
+        capsys, "--detection", scored, "--data", dataset, "--only", tmp_path / "run"
+    )
     (tmp_path / "half.json").write_text(scored.read_text()[:200])
-    assert "not a readable JSON" in failure(capsys, "--detection", tmp_path / "half.json", "--data", dataset)
+    assert "not a readable JSON" in failure(
+        capsys, "--detection", tmp_path / "half.json", "--data", dataset
+    )
     for k, name in enumerate(FIGURES):  # without a resolution
         Image.new("RGB", (400, 400)).save(dataset.parent / name)
     assert "--source-mpp" in failure(capsys, "--detection", scored, "--data", dataset)
-    assert call(evaluate, "--detection", scored, "--data", dataset, "--source-mpp", 0.25, "--out", tmp_path / "r") == 0
+    assert (
+        call(
+            evaluate,
+            "--detection",
+            scored,
+            "--data",
+            dataset,
+            "--source-mpp",
+            0.25,
+            "--out",
+            tmp_path / "r",
+        )
+        == 0
+    )
 
 
 def test_every_prefix_of_a_small_case_by_hand():
     """Three in a row: the middle candidate comes first and would take the wrong figure."""
     for first, second in itertools.permutations((0.0, 20.0)):
         x = np.array([10.0, first, second])
-        order, found = detection.matched(x, np.zeros(3), [0.9, 0.8, 0.7], np.array([5.0, 15.0]), np.zeros(2), 6)
+        order, found = detection.matched(
+            x, np.zeros(3), [0.9, 0.8, 0.7], np.array([5.0, 15.0]), np.zeros(2), 6
+        )
         assert order.tolist() == [0, 1, 2] and found.tolist() == [True, True, False]

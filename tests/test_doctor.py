@@ -15,7 +15,9 @@ import common
 from onnx_model import doctor, session
 
 HERE = Path(__file__).resolve().parent.parent
-NO_GPU = pytest.mark.skipif(torch.cuda.is_available() or session.nvidia_device(), reason="a GPU is here")
+NO_GPU = pytest.mark.skipif(
+    torch.cuda.is_available() or session.nvidia_device(), reason="a GPU is here"
+)
 
 
 def nvidia_smi(folder, script):
@@ -36,8 +38,12 @@ def screen(capsys):
 def test_the_command_with_a_gpu_that_is_not_used(tmp_path):
     """A driver that sees a GPU on a machine where nothing can use it: status 1, and both are named."""
     path = nvidia_smi(tmp_path / "bin", "echo 'NVIDIA H100 80GB HBM3, 550.54.15, 81559 MiB'")
-    done = subprocess.run([sys.executable, str(HERE / "export.py"), "--doctor"], capture_output=True, text=True,
-                          env={**os.environ, "PATH": path})
+    done = subprocess.run(
+        [sys.executable, str(HERE / "export.py"), "--doctor"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": path},
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "NVIDIA H100 80GB HBM3" in done.stdout
     assert "a GPU is here and torch does not use it" in done.stdout
@@ -76,9 +82,14 @@ def machine(monkeypatch):
     monkeypatch.setattr(doctor, "gpus", lambda: ["a GPU, 1.0, 80 GB"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
-    monkeypatch.setattr(onnxruntime, "get_available_providers",
-                        lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
-    monkeypatch.setattr(doctor, "libraries", lambda: {"libcublas.so.13": "/usr/lib/libcublas.so.13"})
+    monkeypatch.setattr(
+        onnxruntime,
+        "get_available_providers",
+        lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"],
+    )
+    monkeypatch.setattr(
+        doctor, "libraries", lambda: {"libcublas.so.13": "/usr/lib/libcublas.so.13"}
+    )
     opened = session.open_session
 
     def give(session):
@@ -88,7 +99,9 @@ def machine(monkeypatch):
             if isinstance(session, Exception):
                 raise session
             return session, device, "note"
+
         monkeypatch.setattr(session, "open_session", open_session)
+
     return give
 
 
@@ -101,14 +114,20 @@ def test_a_gpu_that_is_used(machine, capsys):
 def test_a_gpu_with_wrong_numbers(machine, capsys):
     machine(Session(error=0.1))
     status, text = screen(capsys)
-    assert status == 1 and "its numbers are wrong" in text and "ONNX Runtime does not use it" in text
+    assert (
+        status == 1 and "its numbers are wrong" in text and "ONNX Runtime does not use it" in text
+    )
 
 
 def test_a_missing_library_is_named(machine, capsys, monkeypatch):
     machine(common.UserError("--device cuda: the CUDA provider did not load"))
-    monkeypatch.setattr(doctor, "libraries", lambda: {"libcublas.so.13": "here", "libcurand.so.10": None})
+    monkeypatch.setattr(
+        doctor, "libraries", lambda: {"libcublas.so.13": "here", "libcurand.so.10": None}
+    )
     status, text = screen(capsys)
-    assert status == 1 and "libcurand.so.10 missing, pip install 'onnxruntime-gpu[cuda,cudnn]'" in text
+    assert (
+        status == 1 and "libcurand.so.10 missing, pip install 'onnxruntime-gpu[cuda,cudnn]'" in text
+    )
 
 
 def test_an_onnxruntime_without_cuda(machine, capsys, monkeypatch):
@@ -121,15 +140,24 @@ def test_an_onnxruntime_without_cuda(machine, capsys, monkeypatch):
 def test_a_provider_that_crashes_is_reported(machine, capsys):
     machine(RuntimeError("CUDA failure 35: driver version is insufficient\nmore"))
     status, text = screen(capsys)
-    assert status == 1 and "driver version is insufficient" in text and "more" not in text.split("insufficient")[1]
+    assert (
+        status == 1
+        and "driver version is insufficient" in text
+        and "more" not in text.split("insufficient")[1]
+    )
 
 
 def test_the_tiny_model_is_right(tmp_path):
     """Its numbers from another side: attention of one head, written out."""
     doctor.tiny_model(tmp_path / "tiny.onnx")
     x = np.random.default_rng(1).standard_normal((3, 4, 64)).astype(np.float32)
-    session = onnxruntime.InferenceSession(str(tmp_path / "tiny.onnx"), providers=["CPUExecutionProvider"])
-    y, = session.run(None, {"x": x})
+    session = onnxruntime.InferenceSession(
+        str(tmp_path / "tiny.onnx"), providers=["CPUExecutionProvider"]
+    )
+    (y,) = session.run(None, {"x": x})
     given = torch.from_numpy(x)
     expected = torch.nn.functional.scaled_dot_product_attention(given, given, given)
-    assert np.abs(y - expected.numpy()).max() < 1e-5 and np.abs(doctor.expected(x) - expected.numpy()).max() < 1e-5
+    assert (
+        np.abs(y - expected.numpy()).max() < 1e-5
+        and np.abs(doctor.expected(x) - expected.numpy()).max() < 1e-5
+    )

@@ -1,4 +1,6 @@
-"""The downloader against a local server that breaks off, answers 416, 429 and 500, and lies about sizes."""
+"""The downloader against a local server that breaks off, answers 416, 429 and 500, and lies about
+sizes.
+"""
 
 import http.server
 import io
@@ -28,7 +30,9 @@ def png(side=300):
 
 
 class Server:
-    """Serves `content` (name → bytes); `moods` (name → list) says how the next answers for a name go wrong."""
+    """Serves `content` (name → bytes); `moods` (name → list) says how the next answers for a name
+    go wrong.
+    """
 
     def __init__(self):
         self.content, self.moods, self.always, self.requests, self.elsewhere = {}, {}, {}, [], ""
@@ -52,7 +56,9 @@ class Server:
                 if mood in (429, 500, 503, 403):
                     return self.answer(mood, {"Retry-After": "0"} if mood == 429 else {})
                 if mood == "416" or start >= len(whole):
-                    return self.answer(416, {"Content-Range": f"bytes */{len(whole) + (mood == '416')}"})
+                    return self.answer(
+                        416, {"Content-Range": f"bytes */{len(whole) + (mood == '416')}"}
+                    )
                 if mood == "login":
                     return self.answer(200, {}, b"<!doctype html><title>Please log in</title>")
                 if mood == "redirect":
@@ -70,7 +76,7 @@ class Server:
                     headers["Content-Range"] = f"bytes {start}-{end - 1}/{total}"
                 body = whole[start:end]
                 if mood == "breaks":
-                    return self.answer(status, headers, body[:len(body) // 2], len(body))
+                    return self.answer(status, headers, body[: len(body) // 2], len(body))
                 if mood == "says less":
                     return self.answer(status, headers, body, max(1, len(body) - 1000))
                 if mood == "says more":
@@ -122,10 +128,26 @@ def test_several_files_at_once(server, tmp_path, capsys):
     assert len(server.requests) == count and "12 of 12 files are there" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("moods", [
-    ["breaks"], ["breaks"] * 6, [500], [503, 500, 500], [429, 429], ["breaks", "no ranges"], ["breaks", "416"],
-    ["breaks", "other part"], ["login"], ["says more"], ["says less"], ["redirect"], ["no ranges"],
-    ["breaks", 500, "breaks", 429, "other part", "breaks", "says more"]], ids=lambda moods: "-".join(map(str, moods)))
+@pytest.mark.parametrize(
+    "moods",
+    [
+        ["breaks"],
+        ["breaks"] * 6,
+        [500],
+        [503, 500, 500],
+        [429, 429],
+        ["breaks", "no ranges"],
+        ["breaks", "416"],
+        ["breaks", "other part"],
+        ["login"],
+        ["says more"],
+        ["says less"],
+        ["redirect"],
+        ["no ranges"],
+        ["breaks", 500, "breaks", 429, "other part", "breaks", "says more"],
+    ],
+    ids=lambda moods: "-".join(map(str, moods)),
+)
 def test_the_file_comes_whole_all_the_same(server, tmp_path, moods):
     server.content = {"001.png": png()}
     server.moods = {"001.png": list(moods)}
@@ -138,9 +160,14 @@ def test_more_bytes_than_announced_are_not_kept(server, tmp_path):
     """Where the size is not known beforehand any more, and the format does not show it."""
     file = io.BytesIO()
     Image.fromarray(RANDOM.integers(0, 255, (99, 99, 3), dtype=np.uint8)).save(file, "TIFF")
-    server.content, server.moods = {"1.svs": file.getvalue()}, {"1.svs": ["login", "breaks", "junk"]}
+    server.content, server.moods = (
+        {"1.svs": file.getvalue()},
+        {"1.svs": ["login", "breaks", "junk"]},
+    )
     get(server, tmp_path)
-    assert (tmp_path / "1.svs").read_bytes() == server.content["1.svs"] and not server.moods["1.svs"]
+    assert (tmp_path / "1.svs").read_bytes() == server.content["1.svs"] and not server.moods[
+        "1.svs"
+    ]
 
 
 def test_what_is_there_is_not_fetched_again(server, tmp_path):
@@ -155,16 +182,29 @@ def test_a_stopped_download_is_continued_by_the_next_process(server, tmp_path):
     server.content = {"001.png": png(), "002.png": png()}
     server.always = {"001.png": None}
     (tmp_path / ".001.png.part").write_bytes(server.content["001.png"][:5000])
-    (tmp_path / ".002.png.part").write_bytes(server.content["002.png"])  # whole, but the name was not given yet
+    (tmp_path / ".002.png.part").write_bytes(
+        server.content["002.png"]
+    )  # whole, but the name was not given yet
     get(server, tmp_path)
     assert ("001.png", "bytes=5000-") in server.requests
     assert {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} == server.content
 
 
-@pytest.mark.parametrize("mood, says", [
-    (500, "answers 500"), (429, "answers 429"), (403, "access is refused"), ("login", "web page"),
-    ("416", "416|size"), ("says less", "PNG|bytes came"), ("breaks", "connection ended")])
-def test_a_server_that_never_delivers_ends_in_one_line_and_spares_the_others(server, tmp_path, mood, says):
+@pytest.mark.parametrize(
+    "mood, says",
+    [
+        (500, "answers 500"),
+        (429, "answers 429"),
+        (403, "access is refused"),
+        ("login", "web page"),
+        ("416", "416|size"),
+        ("says less", "PNG|bytes came"),
+        ("breaks", "connection ended"),
+    ],
+)
+def test_a_server_that_never_delivers_ends_in_one_line_and_spares_the_others(
+    server, tmp_path, mood, says
+):
     server.content = {"001.png": png(), "002.png": png()}
     server.always = {"001.png": mood}
     with pytest.raises(UserError, match=says) as error:
@@ -184,12 +224,20 @@ def test_a_missing_file_is_named(server, tmp_path):
 
 def test_no_server_at_all(tmp_path):
     with pytest.raises(UserError, match="001.png: could not be fetched"):
-        download.fetch("test", tmp_path, files={"001.png": "http://127.0.0.1:9/001.png"}, pause=0.0001)
+        download.fetch(
+            "test", tmp_path, files={"001.png": "http://127.0.0.1:9/001.png"}, pause=0.0001
+        )
 
 
-@pytest.mark.parametrize("elsewhere, says", [
-    ("file:///etc/hostname", "refuses"), ("ftp://127.0.0.1:9/001.png", "could not be fetched"),
-    ("http://127.0.0.1:9/001.png", "could not be fetched"), ("/loop.png", "could not be fetched|refuses")])
+@pytest.mark.parametrize(
+    "elsewhere, says",
+    [
+        ("file:///etc/hostname", "refuses"),
+        ("ftp://127.0.0.1:9/001.png", "could not be fetched"),
+        ("http://127.0.0.1:9/001.png", "could not be fetched"),
+        ("/loop.png", "could not be fetched|refuses"),
+    ],
+)
 def test_a_redirect_to_nowhere_good_ends_in_one_line(server, tmp_path, elsewhere, says):
     server.content, server.elsewhere = {"001.png": png(), "loop.png": png()}, elsewhere
     server.always = {"001.png": "elsewhere", "loop.png": "elsewhere"}
@@ -203,7 +251,10 @@ def test_no_redirect_leaves_encryption():
     follow = download._Redirects().redirect_request
     with pytest.raises(urllib.error.URLError, match="without encryption"):
         follow(request, None, 302, "", {}, "http://example.org/a.png")
-    assert follow(request, None, 302, "", {}, "https://example.org/b.png").full_url == "https://example.org/b.png"
+    assert (
+        follow(request, None, 302, "", {}, "https://example.org/b.png").full_url
+        == "https://example.org/b.png"
+    )
 
 
 @pytest.mark.parametrize("name", ["../a.png", "/tmp/a.png", "b/a.png", ".a.png", "..", "b\\a.png"])
@@ -215,7 +266,9 @@ def test_a_file_name_with_a_path_is_refused(server, tmp_path, name):
 
 def test_too_large_for_the_disk_is_said_before_it_starts(server, tmp_path, monkeypatch):
     server.content = {"001.png": png()}
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
+    monkeypatch.setattr(
+        download.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})()
+    )
     with pytest.raises(UserError, match="are needed"):
         get(server, tmp_path)
     assert names(tmp_path) == [] and len(server.requests) == 1
@@ -238,7 +291,9 @@ def test_only_some(server, tmp_path):
 def test_files_are_checked_by_their_format(tmp_path):
     whole = {"a.png": png(), "a.json": b'{"images": []}'}
     tiff = io.BytesIO()
-    pages = [Image.fromarray(RANDOM.integers(0, 255, (64, 64, 3), dtype=np.uint8)) for _ in range(3)]
+    pages = [
+        Image.fromarray(RANDOM.integers(0, 255, (64, 64, 3), dtype=np.uint8)) for _ in range(3)
+    ]
     pages[0].save(tiff, "TIFF", save_all=True, append_images=pages[1:])
     whole["a.tiff"] = tiff.getvalue()
     database = sqlite3.connect(tmp_path / "made.sqlite")
@@ -249,16 +304,25 @@ def test_files_are_checked_by_their_format(tmp_path):
         path = tmp_path / name
         path.write_bytes(content)
         assert download.damage(path, name) is None, name
-        for bad in (content[:-1000] if len(content) > 2000 else content[:-1], b"", b"<html>", b"II*\0" + b"\xff" * 50,
-                    b"x" * 500):
+        for bad in (
+            content[:-1000] if len(content) > 2000 else content[:-1],
+            b"",
+            b"<html>",
+            b"II*\0" + b"\xff" * 50,
+            b"x" * 500,
+        ):
             path.write_bytes(bad)
             assert download.damage(path, name), (name, bad[:20])
 
 
 def test_the_public_addresses():
-    ccmct, midogpp, midog2022 = (download.addresses(name) for name in ("ccmct", "midogpp", "midog2022"))
+    ccmct, midogpp, midog2022 = (
+        download.addresses(name) for name in ("ccmct", "midogpp", "midog2022")
+    )
     assert len(ccmct) == 33 and len(midogpp) == 505 and len(midog2022) == 407
-    assert ccmct["MITOS_WSI_CCMCT_ODAEL.sqlite"] == "https://ndownloader.figshare.com/files/16261571"
+    assert (
+        ccmct["MITOS_WSI_CCMCT_ODAEL.sqlite"] == "https://ndownloader.figshare.com/files/16261571"
+    )
     assert midogpp["001.tiff"] == "https://figshare.com/ndownloader/files/40282099"
     assert midog2022["001.png"] == "https://zenodo.org/records/6547151/files/001.png"
     assert len(set(midogpp.values())) == 505
@@ -267,7 +331,16 @@ def test_the_public_addresses():
 
 
 def test_the_command(tmp_path):
-    run = subprocess.run([sys.executable, "data.py", "--download", "nothing"], capture_output=True, text=True,
-                         cwd=Path(__file__).parent.parent, env={"MITOSIS_ROOT": str(tmp_path), "PATH": ""})
-    assert run.returncode == 2 and run.stderr.startswith("error: --download nothing") and not run.stdout
+    run = subprocess.run(
+        [sys.executable, "data.py", "--download", "nothing"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        env={"MITOSIS_ROOT": str(tmp_path), "PATH": ""},
+    )
+    assert (
+        run.returncode == 2
+        and run.stderr.startswith("error: --download nothing")
+        and not run.stdout
+    )
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,6 @@
-"""Which runs count: what is damaged, doubled or of another split is named and never averaged; the overview; grids."""
+"""Which runs count: what is damaged, doubled or of another split is named and never averaged; the
+overview; grids.
+"""
 
 import csv
 import fcntl
@@ -43,8 +45,10 @@ def folder(root, fold=1, name="uni-lora", data="tissue"):
 def collected(*roots):
     """({folder: run}, {folder: what is wrong}), folders by their path below the root."""
     found, problems = results.collect(roots)
+
     def short(path):
         return "/".join(path.parts[-3:])
+
     return {short(run.path): run for run in found}, {short(path): what for path, what in problems}
 
 
@@ -53,7 +57,15 @@ def test_finished_runs_count_and_are_read_with_all_their_digits(three_folds, tis
     assert sorted(found) == [f"tissue/uni-lora/frac1-fold{k}" for k in range(3)] and not problems
     run = found["tissue/uni-lora/frac1-fold2"]
     assert (run.data, run.model, run.method, run.label, run.by, run.frac, run.fold, run.domain) == (
-        "tissue", "uni", "lora", "uni-lora", "case", 1.0, 2, None)
+        "tissue",
+        "uni",
+        "lora",
+        "uni-lora",
+        "case",
+        1.0,
+        2,
+        None,
+    )
     stored = common.read_json(run.path / "metrics.json")
     assert run.sets == stored["sets"] and run.threshold == stored["threshold"] and run.seconds == 60
     ids, y, p, case, domain = run.rows("test")
@@ -66,8 +78,10 @@ def test_finished_runs_count_and_are_read_with_all_their_digits(three_folds, tis
 
 # ---------------------------------------------------------------- damaged folders
 
+
 def rewrite(name, change):
     """A damage: the file read, changed and written."""
+
     def damage(path):
         if name.endswith(".json"):
             content = common.read_json(path / name)
@@ -75,11 +89,14 @@ def rewrite(name, change):
             common.write_json(path / name, content)
         else:
             (path / name).write_text(change((path / name).read_text()))
+
     return damage
 
 
 def half(name):
-    return lambda path: (path / name).write_bytes((path / name).read_bytes()[:(path / name).stat().st_size // 2])
+    return lambda path: (path / name).write_bytes(
+        (path / name).read_bytes()[: (path / name).stat().st_size // 2]
+    )
 
 
 def lines(change):
@@ -109,40 +126,95 @@ DAMAGES = {
     "config cut": (half("config.json"), "config.json: not a readable JSON file"),
     "split cut": (half("split.json"), "split.json: not a readable JSON file"),
     "predictions cut": (half("predictions.csv"), "predictions.csv"),
-    "metrics empty": (lambda path: (path / "metrics.json").write_bytes(b""), "not a readable JSON file"),
-    "predictions empty": (lambda path: (path / "predictions.csv").write_bytes(b""), "not a predictions file"),
+    "metrics empty": (
+        lambda path: (path / "metrics.json").write_bytes(b""),
+        "not a readable JSON file",
+    ),
+    "predictions empty": (
+        lambda path: (path / "predictions.csv").write_bytes(b""),
+        "not a predictions file",
+    ),
     "predictions without rows": (lines(lambda rows: rows[:1]), "predictions.csv is empty"),
-    "metrics missing": (lambda path: (path / "metrics.json").unlink(), "not finished; the same command with --resume"),
+    "metrics missing": (
+        lambda path: (path / "metrics.json").unlink(),
+        "not finished; the same command with --resume",
+    ),
     "config missing": (lambda path: (path / "config.json").unlink(), "config.json: no such file"),
     "split missing": (lambda path: (path / "split.json").unlink(), "split.json: no such file"),
-    "predictions missing": (lambda path: (path / "predictions.csv").unlink(), "predictions.csv: no such file"),
-    "random bytes": (lambda path: (path / "predictions.csv").write_bytes(bytes(range(256)) * 50), "predictions.csv"),
-    "json of another kind": (lambda path: (path / "metrics.json").write_text("[1, 2]"), "lacks what belongs there"),
-    "config of another program": (lambda path: common.write_json(path / "config.json", {"hidden_size": 768}),
-                                  "not a run's folder"),
-    "no such flags": (rewrite("config.json", lambda c: c["flags"].pop("model")), "lacks what belongs there"),
-    "a fraction that is none": (rewrite("config.json", lambda c: c["flags"].update(frac="all")), "lacks what belongs"),
+    "predictions missing": (
+        lambda path: (path / "predictions.csv").unlink(),
+        "predictions.csv: no such file",
+    ),
+    "random bytes": (
+        lambda path: (path / "predictions.csv").write_bytes(bytes(range(256)) * 50),
+        "predictions.csv",
+    ),
+    "json of another kind": (
+        lambda path: (path / "metrics.json").write_text("[1, 2]"),
+        "lacks what belongs there",
+    ),
+    "config of another program": (
+        lambda path: common.write_json(path / "config.json", {"hidden_size": 768}),
+        "not a run's folder",
+    ),
+    "no such flags": (
+        rewrite("config.json", lambda c: c["flags"].pop("model")),
+        "lacks what belongs there",
+    ),
+    "a fraction that is none": (
+        rewrite("config.json", lambda c: c["flags"].update(frac="all")),
+        "lacks what belongs",
+    ),
     "last row lost": (lines(lambda rows: rows[:-1]), "do not agree on the set test"),
-    "a row lost and half of one": (lambda path: half("predictions.csv")(path) or rewrite(
-        "predictions.csv", lambda text: text[:text.rindex("\n") - 9])(path), "predictions.csv, line"),
+    "a row lost and half of one": (
+        lambda path: (
+            half("predictions.csv")(path)
+            or rewrite("predictions.csv", lambda text: text[: text.rindex("\n") - 9])(path)
+        ),
+        "predictions.csv, line",
+    ),
     "a row twice": (lines(lambda rows: [*rows, rows[-1]]), "do not agree on the set test"),
     "another row twice": (lines(lambda rows: [*rows[:-2], rows[-1], rows[-1]]), "test"),
-    "no validation rows": (lines(lambda rows: [row for row in rows if not row.startswith("val")]),
-                           "do not agree on the set val"),
+    "no validation rows": (
+        lines(lambda rows: [row for row in rows if not row.startswith("val")]),
+        "do not agree on the set val",
+    ),
     "a label flipped": (rewrite("predictions.csv", flipped), "do not agree on the set test"),
-    "a label of 2": (lines(lambda rows: [*rows[:-1], rows[-1].replace(",0,", ",2,").replace(",1,", ",2,")]),
-                     "labels other than 0 and 1|not a row of predictions"),
-    "a probability of NaN": (lines(lambda rows: [*rows[:-1], rows[-1].rpartition(",")[0] + ",nan\n"]),
-                             "set test: 1 of .* are NaN"),
-    "logits for probabilities": (lines(lambda rows: [rows[0]] + [row.rpartition(",")[0] + "," + row.split(",")[5] + "\n"
-                                                                 for row in rows[1:]]), "are these logits"),
+    "a label of 2": (
+        lines(lambda rows: [*rows[:-1], rows[-1].replace(",0,", ",2,").replace(",1,", ",2,")]),
+        "labels other than 0 and 1|not a row of predictions",
+    ),
+    "a probability of NaN": (
+        lines(lambda rows: [*rows[:-1], rows[-1].rpartition(",")[0] + ",nan\n"]),
+        "set test: 1 of .* are NaN",
+    ),
+    "logits for probabilities": (
+        lines(
+            lambda rows: (
+                [rows[0]]
+                + [row.rpartition(",")[0] + "," + row.split(",")[5] + "\n" for row in rows[1:]]
+            )
+        ),
+        "are these logits",
+    ),
     "metrics of another run": (of_other_fold("metrics.json"), "do not agree"),
     "predictions of another run": (of_other_fold("predictions.csv"), "do not agree"),
-    "split of another run": (of_other_fold("split.json"), "are not those of the annotations that split.json lists"),
-    "split of another dataset": (rewrite("split.json", lambda c: c["dataset"].update(fingerprint="f" * 64)),
-                                 "split.json is of another dataset"),
-    "a test patch in training": (rewrite("split.json", leak), "split.json leaks: .* is in train and in test"),
-    "a case on two sides": (rewrite("split.json", leak_case), "split.json leaks: .* is in train and in val"),
+    "split of another run": (
+        of_other_fold("split.json"),
+        "are not those of the annotations that split.json lists",
+    ),
+    "split of another dataset": (
+        rewrite("split.json", lambda c: c["dataset"].update(fingerprint="f" * 64)),
+        "split.json is of another dataset",
+    ),
+    "a test patch in training": (
+        rewrite("split.json", leak),
+        "split.json leaks: .* is in train and in test",
+    ),
+    "a case on two sides": (
+        rewrite("split.json", leak_case),
+        "split.json leaks: .* is in train and in val",
+    ),
 }
 
 
@@ -162,7 +234,9 @@ def test_a_file_cut_anywhere_is_named_or_says_the_same(copied, name):
     """A file copied in part: no place to cut makes other numbers of it."""
     path = folder(copied)
     whole, before = (path / name).read_bytes(), results.read_run(path)
-    places = np.unique(np.linspace(0, len(whole) - 1, 45).astype(int)).tolist() + [len(whole) - k for k in range(2, 12)]
+    places = np.unique(np.linspace(0, len(whole) - 1, 45).astype(int)).tolist() + [
+        len(whole) - k for k in range(2, 12)
+    ]
     named = 0
     for place in places:
         (path / name).write_bytes(whole[:place])
@@ -171,7 +245,11 @@ def test_a_file_cut_anywhere_is_named_or_says_the_same(copied, name):
         except UserError as error:
             named += str(error).startswith(str(path)) or str(path) in str(error)
             continue
-        assert after.sets == before.sets and after.flags == before.flags and after.hashes == before.hashes
+        assert (
+            after.sets == before.sets
+            and after.flags == before.flags
+            and after.hashes == before.hashes
+        )
     assert named > 45
 
 
@@ -194,8 +272,11 @@ def test_a_folder_that_was_just_begun_is_none(copied):
 
 # ---------------------------------------------------------------- runs that do not belong together
 
+
 def test_another_split_under_one_name_is_left_out(copied, tissue):
-    """Two further models agree with two of the first one's splits; the third was drawn with another seed."""
+    """Two further models agree with two of the first one's splits; the third was drawn with another
+    seed.
+    """
     for model in ("phikon", "virchow"):
         for fold in range(2):
             make(copied, tissue, model, "lora", 1.0, fold)
@@ -212,17 +293,25 @@ def test_another_training_split_with_the_same_test_set_is_left_out(copied, tissu
         make(copied, tissue, model, "lora", 1.0, 1)
     path = folder(copied)
     content = common.read_json(path / "split.json")
-    content["ids"]["train"].pop()  # one annotation fewer to train on: the predictions say nothing of it
+    content["ids"][
+        "train"
+    ].pop()  # one annotation fewer to train on: the predictions say nothing of it
     common.write_json(path / "split.json", content)
     found, problems = collected(copied)
-    assert len(found) == 4 and "another split than 2 other runs have" in problems["tissue/uni-lora/frac1-fold1"]
+    assert (
+        len(found) == 4
+        and "another split than 2 other runs have" in problems["tissue/uni-lora/frac1-fold1"]
+    )
 
 
 def test_where_no_majority_tells_which_split_is_right_none_counts(copied, tissue):
     shutil.rmtree(folder(copied, 1)), shutil.rmtree(folder(copied, 2))
     make(copied, tissue, "phikon", "lora", 1.0, 0, draw=5)
     found, problems = collected(copied)
-    assert not found and sorted(problems) == ["tissue/phikon-lora/frac1-fold0", "tissue/uni-lora/frac1-fold0"]
+    assert not found and sorted(problems) == [
+        "tissue/phikon-lora/frac1-fold0",
+        "tissue/uni-lora/frac1-fold0",
+    ]
     assert all("no telling which is right: neither counts" in what for what in problems.values())
 
 
@@ -232,20 +321,30 @@ def test_a_run_of_another_dataset_in_the_folder_is_left_out(copied, tmp_path):
     shutil.copytree(path, folder(copied, 4))
     found, problems = collected(copied)
     assert len(found) == 3 and list(problems) == ["tissue/uni-lora/frac1-fold4"]
-    assert "a run of the dataset else in the folder of tissue" in problems["tissue/uni-lora/frac1-fold4"]
+    assert (
+        "a run of the dataset else in the folder of tissue"
+        in problems["tissue/uni-lora/frac1-fold4"]
+    )
 
 
 def test_other_annotations_under_the_datasets_name_are_left_out(copied):
     make(copied, annotations(seed=9), "uni", "lora", 1.0, 4)  # the labels of another version
     found, problems = collected(copied)
-    assert len(found) == 3 and "another annotations of its dataset than 3" in problems["tissue/uni-lora/frac1-fold4"]
+    assert (
+        len(found) == 3
+        and "another annotations of its dataset than 3" in problems["tissue/uni-lora/frac1-fold4"]
+    )
 
 
-def test_a_copy_counts_once_and_a_repeat_with_other_predictions_not_at_all(copied, tissue, tmp_path):
+def test_a_copy_counts_once_and_a_repeat_with_other_predictions_not_at_all(
+    copied, tissue, tmp_path
+):
     shutil.copytree(folder(copied), tmp_path / "backup/tissue/uni-lora/frac1-fold1")
     found, problems = results.collect([copied, tmp_path / "backup"])
     assert len(found) == 3 and [what for _, what in problems] in (
-        [f"a copy of {folder(copied)}"], [f"a copy of {tmp_path}/backup/tissue/uni-lora/frac1-fold1"])
+        [f"a copy of {folder(copied)}"],
+        [f"a copy of {tmp_path}/backup/tissue/uni-lora/frac1-fold1"],
+    )
     shutil.rmtree(tmp_path / "backup")
     make(tmp_path / "again", tissue, "uni", "lora", 1.0, 1, strength=0.3)
     found, problems = results.collect([copied, tmp_path / "again"])
@@ -259,8 +358,9 @@ def test_a_root_given_twice_or_inside_another_is_read_once(copied, monkeypatch):
     assert len(found) == 3 and not problems
 
 
-@pytest.mark.parametrize("flag, value", [("epochs", 2), ("lr", 0.1), ("val_frac", 0.1), ("mpp", 0.25),
-                                         ("tissue", True)])
+@pytest.mark.parametrize(
+    "flag, value", [("epochs", 2), ("lr", 0.1), ("val_frac", 0.1), ("mpp", 0.25), ("tissue", True)]
+)
 def test_repeats_with_other_settings_are_not_averaged_with_the_rest(copied, tissue, flag, value):
     """Flags that are not part of a run's name: a short trial left over among the real repeats."""
     make(copied, tissue, "uni", "lora", 1.0, 3, **{flag: value})
@@ -288,10 +388,20 @@ def test_settings_may_differ_between_models_and_fractions(copied, tissue):
 
 def test_further_test_sets_of_other_annotations_are_not_averaged(tissue, tmp_path):
     for fold in range(3):
-        make(tmp_path, tissue, "uni", "lora", 1.0, fold,
-             tests=[annotations("extra", seed=5, size=16 if fold < 2 else 12)])
+        make(
+            tmp_path,
+            tissue,
+            "uni",
+            "lora",
+            1.0,
+            fold,
+            tests=[annotations("extra", seed=5, size=16 if fold < 2 else 12)],
+        )
     found, problems = collected(tmp_path)
-    assert len(found) == 2 and "another test set extra than 2" in problems["tissue/uni-lora/frac1-fold2"]
+    assert (
+        len(found) == 2
+        and "another test set extra than 2" in problems["tissue/uni-lora/frac1-fold2"]
+    )
 
 
 def test_runs_of_other_seeds_and_choices_are_kept_apart(copied, tissue):
@@ -304,6 +414,7 @@ def test_runs_of_other_seeds_and_choices_are_kept_apart(copied, tissue):
 
 # ---------------------------------------------------------------- the command
 
+
 def failure(capsys, *arguments):
     """The one line that a mistake ends with."""
     assert call(evaluate, *arguments) == 2
@@ -314,33 +425,65 @@ def failure(capsys, *arguments):
 
 def test_what_is_not_counted_is_printed_and_stands_in_the_report(copied, tmp_path, capsys):
     half("predictions.csv")(folder(copied))
-    assert call(evaluate, copied, "--out", tmp_path / "report", "--no-gallery", "--replicates", 100) == 0
+    assert (
+        call(evaluate, copied, "--out", tmp_path / "report", "--no-gallery", "--replicates", 100)
+        == 0
+    )
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith(f"not counted: {folder(copied)}: predictions.csv")
     page = (tmp_path / "report/index.html").read_text()
     assert "1 not counted" in page and str(folder(copied)) in page.split("</ul>")[0]
     # and its numbers are in no table: all is as if it were not there
     shutil.rmtree(folder(copied))
-    assert call(evaluate, copied, "--out", tmp_path / "without", "--no-gallery", "--replicates", 100) == 0
+    assert (
+        call(evaluate, copied, "--out", tmp_path / "without", "--no-gallery", "--replicates", 100)
+        == 0
+    )
     names = sorted(path.name for path in (tmp_path / "without").iterdir())
-    assert names == sorted(path.name for path in (tmp_path / "report").iterdir()) and "results.csv" in names
+    assert (
+        names == sorted(path.name for path in (tmp_path / "report").iterdir())
+        and "results.csv" in names
+    )
     for name in set(names) - {"index.html"}:
-        assert (tmp_path / "report" / name).read_bytes() == (tmp_path / "without" / name).read_bytes(), name
+        assert (tmp_path / "report" / name).read_bytes() == (
+            tmp_path / "without" / name
+        ).read_bytes(), name
 
 
 def test_one_row_per_run_and_test_set_with_all_digits(tissue, tmp_path):
     for fold in range(2):
         make(tmp_path / "runs", tissue, "uni", "probe", 1.0, fold, "A")
-    call(evaluate, tmp_path / "runs", "--out", tmp_path / "report", "--no-gallery", "--replicates", 100)
+    call(
+        evaluate,
+        tmp_path / "runs",
+        "--out",
+        tmp_path / "report",
+        "--no-gallery",
+        "--replicates",
+        100,
+    )
     with open(tmp_path / "report/results.csv") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["fold"], row["set"]) for row in rows] == [(k, name) for k in "01" for name in ("test", "B", "C")]
+    assert [(row["fold"], row["set"]) for row in rows] == [
+        (k, name) for k in "01" for name in ("test", "B", "C")
+    ]
     for row in rows:
         stored = common.read_json(f"{row['run']}/metrics.json")["sets"][row["set"]]
-        for key in ("balanced_accuracy", "weighted_f1", "auroc", "average_precision", "brier", "ece"):
+        for key in (
+            "balanced_accuracy",
+            "weighted_f1",
+            "auroc",
+            "average_precision",
+            "brier",
+            "ece",
+        ):
             assert float(row[key]) == stored[key]
         assert float(row["f1_at_threshold"]) == stored["at_threshold"]["f1"]
-        assert (int(row["n"]), int(row["cases"]), row["train_domain"]) == (stored["n"], stored["cases"], "A")
+        assert (int(row["n"]), int(row["cases"]), row["train_domain"]) == (
+            stored["n"],
+            stored["cases"],
+            "A",
+        )
 
 
 def test_the_overview_is_mean_and_deviation_and_fits_a_terminal(three_folds, capsys, tmp_path):
@@ -350,8 +493,13 @@ def test_the_overview_is_mean_and_deviation_and_fits_a_terminal(three_folds, cap
     mean = sum(values) / 3
     deviation = (sum((v - mean) ** 2 for v in values) / 2) ** 0.5
     line = text.splitlines()[-1]
-    assert line.split()[:5] == ["uni", "lora", "1", "test", "3"] and line.endswith(f"{mean:.3f}±{deviation:.3f}")
-    assert text.startswith("tissue: mean ± standard deviation") and max(map(len, text.splitlines())) <= 100
+    assert line.split()[:5] == ["uni", "lora", "1", "test", "3"] and line.endswith(
+        f"{mean:.3f}±{deviation:.3f}"
+    )
+    assert (
+        text.startswith("tissue: mean ± standard deviation")
+        and max(map(len, text.splitlines())) <= 100
+    )
 
 
 def test_the_overview_keeps_seeds_apart(copied, tissue):
@@ -362,21 +510,38 @@ def test_the_overview_keeps_seeds_apart(copied, tissue):
     assert first.startswith("tissue: mean") and second.startswith("tissue, seed 1: mean")
     for text, seed, count in ((first, 0, 3), (second, 1, 2)):
         values = [run.sets["test"]["auroc"] for run in found if run.flags["seed"] == seed]
-        line, = text.splitlines()[3:]
-        assert line.split()[4] == str(count) and line.split()[-1].startswith(f"{np.mean(values):.3f}±")
+        (line,) = text.splitlines()[3:]
+        assert line.split()[4] == str(count) and line.split()[-1].startswith(
+            f"{np.mean(values):.3f}±"
+        )
 
 
 def test_the_overview_of_everything_fits_a_terminal_and_names_what_leaks(tissue, tmp_path):
     long = "vit_large_patch16_224_of_a_long_name"
     for data in (tissue, annotations("a-dataset-with-a-long-name", seed=3)):
-        make(tmp_path, data, long, "lora", 0.001 if data is tissue else 1.0, 0, suffixes=["r8", "a32", "rslora"])
+        make(
+            tmp_path,
+            data,
+            long,
+            "lora",
+            0.001 if data is tissue else 1.0,
+            0,
+            suffixes=["r8", "a32", "rslora"],
+        )
         make(tmp_path, data, "uni", "lora", 1.0, 0, by="annotation")
         for domain in "AB":
-            make(tmp_path, data, "uni", "probe", 1.0, 0, domain, tests=[annotations("extra", seed=1)])
+            make(
+                tmp_path, data, "uni", "probe", 1.0, 0, domain, tests=[annotations("extra", seed=1)]
+            )
     text = evaluate.overview(results.collect([tmp_path])[0])
     assert max(map(len, text.splitlines())) <= 100
-    assert "leaking: split by annotation" in text and sum(", leaking" in line for line in text.splitlines()) == 2
-    assert [line.split()[3:5] for line in text.splitlines() if " extra " in line] == [["extra", "2"]] * 2
+    assert (
+        "leaking: split by annotation" in text
+        and sum(", leaking" in line for line in text.splitlines()) == 2
+    )
+    assert [line.split()[3:5] for line in text.splitlines() if " extra " in line] == [
+        ["extra", "2"]
+    ] * 2
     assert sum(" in domain " in line for line in text.splitlines()) == 2
 
 
@@ -388,16 +553,25 @@ def test_mistakes_end_with_one_line_and_write_nothing(three_folds, tmp_path, cap
     assert "empty: no finished run that can be used" in failure(capsys, "empty")
     assert "file: this is a file" in failure(capsys, "file")
     assert "at least 100" in failure(capsys, three_folds, "--replicates", 5)
-    assert "file: this is a file, a folder is needed" in failure(capsys, three_folds, "--out", "file")
-    assert "this is a file, a folder is needed" in failure(capsys, three_folds, "--out", "file/report")
+    assert "file: this is a file, a folder is needed" in failure(
+        capsys, three_folds, "--out", "file"
+    )
+    assert "this is a file, a folder is needed" in failure(
+        capsys, three_folds, "--out", "file/report"
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]
 
 
 def test_a_folder_of_another_program_is_named_as_one(three_folds, tmp_path, capsys):
     hub = tmp_path / "models--google--vit"
     hub.mkdir()
-    (hub / "config.json").write_text(json.dumps({"hidden_size": 768, "architectures": ["ViTModel"]}))
+    (hub / "config.json").write_text(
+        json.dumps({"hidden_size": 768, "architectures": ["ViTModel"]})
+    )
     assert call(evaluate, tmp_path, "--out", tmp_path / "report") == 2
     said = capsys.readouterr()
-    assert f"not counted: {hub}: not a run's folder: its config.json is that of another program" in said.out
+    assert (
+        f"not counted: {hub}: not a run's folder: its config.json is that of another program"
+        in said.out
+    )
     assert said.err.count("\n") == 1 and not (tmp_path / "report").exists()

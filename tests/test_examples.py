@@ -1,4 +1,6 @@
-"""What examples/ shows: the two-stage detector on demo images, and every line of Python that its README has."""
+"""What examples/ shows: the two-stage detector on demo images, and every line of Python that its
+README has.
+"""
 
 import json
 import os
@@ -26,7 +28,9 @@ from onnx_model import session
 
 @pytest.fixture(scope="module")
 def tissue(tmp_path_factory):
-    """Five demo images, one per domain: annotated; and a model that knows nothing, with the split of its run."""
+    """Five demo images, one per domain: annotated; and a model that knows nothing, with the split
+    of its run.
+    """
     folder = tmp_path_factory.mktemp("examples")
     synthetic.build(folder / "demo", images_per_domain=1)
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -41,24 +45,33 @@ def tissue(tmp_path_factory):
 
 
 def run(script, *arguments, folder=HERE):
-    return subprocess.run([sys.executable, str(HERE / "examples" / script), *map(str, arguments)], cwd=folder,
-                          capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, str(HERE / "examples" / script), *map(str, arguments)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
 
 
 def points(path, mpp=0.25):
     """(x, y in px, probability, name) out of the challenge's JSON, which is in millimetres."""
     content = json.loads(path.read_text())
     assert content["type"] == "Multiple points" and content["version"] == {"major": 1, "minor": 0}
-    rows = [(p["point"][0] * 1000 / mpp, p["point"][1] * 1000 / mpp, p["probability"], p["name"])
-            for p in content["points"]]
+    rows = [
+        (p["point"][0] * 1000 / mpp, p["point"][1] * 1000 / mpp, p["probability"], p["name"])
+        for p in content["points"]
+    ]
     assert all(len(p["point"]) == 3 for p in content["points"])
     return rows
 
 
 # ---------------------------------------------------------------- the first stage
 
+
 def test_the_first_stage_finds_the_figures(tissue):
-    """In every domain's stain: nearly every mitotic figure lies near a candidate, and none is found twice."""
+    """In every domain's stain: nearly every mitotic figure lies near a candidate, and none is found
+    twice.
+    """
     _, table, _ = tissue
     for name in np.unique(table.image):
         x, y, score = detector.blobs(table.image_path(name), 0.25)
@@ -72,10 +85,12 @@ def test_the_first_stage_finds_the_figures(tissue):
 
 
 def test_tiles_leave_no_trace(tmp_path):
-    """A blob is found where it is, once, between two tiles too, and at any resolution; on glass there is none."""
+    """A blob is found where it is, once, between two tiles too, and at any resolution; on glass
+    there is none.
+    """
     side, places = 2600, [(700, 700), (1856.5, 400.5), (1856, 1856), (30, 2570), (2560, 1300)]
     y, x = np.mgrid[0:side, 0:side].astype(np.float32)
-    amount = sum(np.exp(-((x - a) ** 2 + (y - b) ** 2) / (2 * 12 ** 2)) for a, b in places) + 0.4
+    amount = sum(np.exp(-((x - a) ** 2 + (y - b) ** 2) / (2 * 12**2)) for a, b in places) + 0.4
     colours = np.exp(-amount[..., None] * np.array([0.65, 0.70, 0.29])) * 255
     Image.fromarray(colours.astype(np.uint8)).save(tmp_path / "a.png")
     for mpp in (0.25, 0.2):
@@ -88,8 +103,8 @@ def test_tiles_leave_no_trace(tmp_path):
 
 
 def test_blur_is_nearly_a_gaussian():
-    """Of a point: its sum and its width. Beside pixels that are not known (outside of the slide) as if these were as
-    those that are."""
+    """Of a point: its sum and its width. Beside pixels that are not known (outside of the slide) as
+    if these were as those that are."""
     image = np.zeros((201, 201), np.float32)
     image[100, 100] = 1
     distance = np.arange(201) - 100
@@ -97,7 +112,7 @@ def test_blur_is_nearly_a_gaussian():
         spread = detector.blur(image, sigma)
         assert spread.sum() == pytest.approx(1, abs=1e-3)
         for axis in (0, 1):
-            assert (spread.sum(axis=axis) @ distance ** 2) ** 0.5 == pytest.approx(sigma, rel=0.15)
+            assert (spread.sum(axis=axis) @ distance**2) ** 0.5 == pytest.approx(sigma, rel=0.15)
     known = np.ones((201, 201), bool)
     known[:, 150:] = False
     flat = np.where(known, np.float32(0.7), np.float32(0))
@@ -106,6 +121,7 @@ def test_blur_is_nearly_a_gaussian():
 
 
 # ---------------------------------------------------------------- how it is measured
+
 
 def test_measures_against_brute_force():
     """Every threshold by itself: matched greedily, each figure once, and F1 by its definition."""
@@ -129,39 +145,68 @@ def test_measures_against_brute_force():
                     found += 1
         expected = found / called, found / 18, 2 * found / (called + 18)
         assert (precision[k], recall[k], f1[k]) == pytest.approx(expected)
-        assert detector.at(images, "p", threshold) == pytest.approx((f1[k], precision[k], recall[k]))
+        assert detector.at(images, "p", threshold) == pytest.approx(
+            (f1[k], precision[k], recall[k])
+        )
     assert detector.at(images, "p", detector.best(images, "p"))[0] == f1.max()
     assert detector.at(images, "p", 2.0) == (0, 0, 0)
 
 
 # ---------------------------------------------------------------- the command
 
+
 def test_the_command_measures_on_held_out_images(tissue, tmp_path):
-    """What it writes, against the same computed from its own output: thresholds from validation images alone."""
+    """What it writes, against the same computed from its own output: thresholds from validation
+    images alone.
+    """
     folder, table, split = tissue
-    done = run("two_stage_detector.py", folder / "run" / "model.onnx", "--data", folder / "demo", "--out", tmp_path)
+    done = run(
+        "two_stage_detector.py",
+        folder / "run" / "model.onnx",
+        "--data",
+        folder / "demo",
+        "--out",
+        tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     held_out = np.unique(table.image[table.rows(split.test)])
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [Path(n).stem for n in held_out]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [
+        Path(n).stem for n in held_out
+    ]
     result = json.loads((tmp_path / "detection.json").read_text())
     model, images = session.Classifier(folder / "run" / "model.onnx", "cpu"), []
     for name in held_out:
         x, y, probability, names = zip(*points(tmp_path / Path(name).stem / "mitotic-figures.json"))
         chosen = np.array(probability) >= result["both"]["threshold"]
         assert [n == "mitotic figure" for n in names] == chosen.tolist()
-        crops = np.stack([slides.read(table.image_path(name), a, b, 224) for a, b in zip(x[:20], y[:20])])
+        crops = np.stack(
+            [slides.read(table.image_path(name), a, b, 224) for a, b in zip(x[:20], y[:20])]
+        )
         assert np.abs(model(crops) - probability[:20]).max() <= 1e-5
         figures = (table.image == name) & (table.label == 1)
-        images.append({"x": np.array(x), "y": np.array(y), "p": np.array(probability), "mpp": 0.25,
-                       "truth": np.stack([table.x[figures], table.y[figures]], axis=1)})
+        images.append(
+            {
+                "x": np.array(x),
+                "y": np.array(y),
+                "p": np.array(probability),
+                "mpp": 0.25,
+                "truth": np.stack([table.x[figures], table.y[figures]], axis=1),
+            }
+        )
     f1, precision, recall = detector.at(images, "p", result["both"]["threshold"])
     assert (result["both"]["f1"], result["both"]["recall"]) == pytest.approx((f1, recall))
-    for name, one in zip(held_out, images):  # the first stage's score is not in the file; its best threshold, again
+    for name, one in zip(
+        held_out, images
+    ):  # the first stage's score is not in the file; its best threshold, again
         x, y, one["blob"] = detector.blobs(table.image_path(name), 0.25)
         assert np.allclose(x, one["x"]) and np.allclose(y, one["y"])
-    best = max(detector.at(images, "blob", t)[0] for t in np.concatenate([one["blob"] for one in images]))
+    best = max(
+        detector.at(images, "blob", t)[0] for t in np.concatenate([one["blob"] for one in images])
+    )
     assert result["first"]["f1"] == pytest.approx(best)
-    assert result["candidates"] == sum(len(one["x"]) for one in images) and result["images"] == len(held_out)
+    assert result["candidates"] == sum(len(one["x"]) for one in images) and result["images"] == len(
+        held_out
+    )
     assert Image.open(tmp_path / "detection.png").width > 1000
     assert f"{result['first']['f1']:.3f}" in done.stdout and f"{f1:.3f}" in done.stdout
 
@@ -175,17 +220,22 @@ def test_the_command_on_a_slide_and_its_mistakes(tissue, tmp_path):
     rows = points(tmp_path / "out" / Path(image).stem / "mitotic-figures.json")
     mitotic = sum(name == "mitotic figure" for *_, name in rows)
     assert f"{len(rows)} candidates, {mitotic} mitotic figures" in done.stdout
-    for arguments, text in (([model], "--slide is needed"), ([tmp_path / "no.onnx", "--slide", image], "no such file"),
-                            ([model, "--slide", tmp_path / "no.svs"], "no such image"),
-                            ([model, "--data", tmp_path / "none"], "none"),
-                            ([model, "--data", folder / "demo", "--split", tmp_path / "no.json"], "no such file"),
-                            ([model, "--slide", image, "--mpp", 0], "between 0.01 and 100"),
-                            ([model, "--slide", image, "--mpp", -0.25], "between 0.01 and 100"),
-                            ([model, "--slide", image, "--mpp", "nan"], "between 0.01 and 100"),
-                            ([model, "--slide", image, tmp_path / f"{image.stem}.png"], "would replace the other's"),
-                            ([model, "--data", folder / "demo", "--slide", held_out], "would replace the other's")):
+    for arguments, text in (
+        ([model], "--slide is needed"),
+        ([tmp_path / "no.onnx", "--slide", image], "no such file"),
+        ([model, "--slide", tmp_path / "no.svs"], "no such image"),
+        ([model, "--data", tmp_path / "none"], "none"),
+        ([model, "--data", folder / "demo", "--split", tmp_path / "no.json"], "no such file"),
+        ([model, "--slide", image, "--mpp", 0], "between 0.01 and 100"),
+        ([model, "--slide", image, "--mpp", -0.25], "between 0.01 and 100"),
+        ([model, "--slide", image, "--mpp", "nan"], "between 0.01 and 100"),
+        ([model, "--slide", image, tmp_path / f"{image.stem}.png"], "would replace the other's"),
+        ([model, "--data", folder / "demo", "--slide", held_out], "would replace the other's"),
+    ):
         done = run("two_stage_detector.py", *arguments, "--out", tmp_path / "not")
-        assert done.returncode == 2 and text in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert done.returncode == 2 and text in done.stderr and "Traceback" not in done.stderr, (
+            done.stderr
+        )
     assert not (tmp_path / "not").exists()
 
 
@@ -193,40 +243,73 @@ def test_the_command_on_a_slide_and_its_mistakes(tissue, tmp_path):
 def test_the_command_on_a_real_slide(tissue, tmp_path):
     folder, _, _ = tissue
     slide = Path(os.environ["MITOSIS_REALDATA"]) / "slides" / "CMU-1-Small-Region.svs"
-    done = run("two_stage_detector.py", folder / "run" / "model.onnx", "--slide", slide, "--out", tmp_path)
+    done = run(
+        "two_stage_detector.py", folder / "run" / "model.onnx", "--slide", slide, "--out", tmp_path
+    )
     assert done.returncode == 0, done.stderr
     x, y, probability, _ = zip(*points(tmp_path / slide.stem / "mitotic-figures.json", mpp=0.499))
-    assert 100 < len(x) < 20_000 and 0 <= min(x) and max(x) <= 2220 and 0 <= min(y) and max(y) <= 2967
+    assert (
+        100 < len(x) < 20_000 and 0 <= min(x) and max(x) <= 2220 and 0 <= min(y) and max(y) <= 2967
+    )
     assert np.isfinite(probability).all()
 
 
 @pytest.mark.slow
 def test_the_second_stage_raises_f1(tmp_path):
-    """From the demo dataset to detections: on held-out images both stages are better than the first at its best."""
+    """From the demo dataset to detections: on held-out images both stages are better than the first
+    at its best.
+    """
+
     def python(*arguments):
-        done = subprocess.run([sys.executable, *map(str, arguments)], cwd=HERE, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, *map(str, arguments)], cwd=HERE, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
+
     python("-m", "demo.synthetic", "--out", tmp_path / "demo")
-    python("train.py", "--data", tmp_path / "demo", "--lora", "--epochs", 8, "--epoch-size", 640, "--val-frac", 0.25,
-           "--lr", "2e-3", "--runs", tmp_path / "runs")  # few steps, so a larger learning rate
-    run_folder, = (path.parent for path in (tmp_path / "runs").rglob("metrics.json"))
+    python(
+        "train.py",
+        "--data",
+        tmp_path / "demo",
+        "--lora",
+        "--epochs",
+        8,
+        "--epoch-size",
+        640,
+        "--val-frac",
+        0.25,
+        "--lr",
+        "2e-3",
+        "--runs",
+        tmp_path / "runs",
+    )  # few steps, so a larger learning rate
+    (run_folder,) = (path.parent for path in (tmp_path / "runs").rglob("metrics.json"))
     python("export.py", run_folder)
-    python("examples/two_stage_detector.py", run_folder / "model.onnx", "--data", tmp_path / "demo", "--out",
-           tmp_path / "out")
+    python(
+        "examples/two_stage_detector.py",
+        run_folder / "model.onnx",
+        "--data",
+        tmp_path / "demo",
+        "--out",
+        tmp_path / "out",
+    )
     result = json.loads((tmp_path / "out" / "detection.json").read_text())
     assert result["both"]["f1"] > result["first"]["f1"] + 0.1, result
 
 
 # ---------------------------------------------------------------- the README
 
+
 def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", (HERE / "examples" / "README.md").read_text(), re.DOTALL)
+    return re.findall(
+        rf"```{language}\n(.*?)```", (HERE / "examples" / "README.md").read_text(), re.DOTALL
+    )
 
 
 def test_the_openvino_lines(tissue, tmp_path, monkeypatch):
     pytest.importorskip("openvino")
     folder, _, _ = tissue
-    code, = (block for block in blocks("python") if "openvino" in block)
+    (code,) = (block for block in blocks("python") if "openvino" in block)
     (tmp_path / "model.onnx").write_bytes((folder / "run" / "model.onnx").read_bytes())
     model = session.Classifier(tmp_path / "model.onnx", "cpu")
     (tmp_path / "model.parity.json").write_text(json.dumps(model.metadata))

@@ -24,10 +24,12 @@ import runs
 from onnx_model import graph, parity, session
 
 HERE = Path(__file__).resolve().parent.parent
-HARNESS = ("import sys; sys.path[:0] = [{here!r}, {tests!r}]\n"
-           "import onnx_models, models, export, common\n"
-           "for spec in onnx_models.FAMILIES.values(): models.ENCODERS[spec.name] = spec\n"
-           "sys.argv[0] = 'export.py'\ncommon.command(export.main)\n").format(here=str(HERE), tests=str(HERE / "tests"))
+HARNESS = (
+    "import sys; sys.path[:0] = [{here!r}, {tests!r}]\n"
+    "import onnx_models, models, export, common\n"
+    "for spec in onnx_models.FAMILIES.values(): models.ENCODERS[spec.name] = spec\n"
+    "sys.argv[0] = 'export.py'\ncommon.command(export.main)\n"
+).format(here=str(HERE), tests=str(HERE / "tests"))
 
 
 @pytest.fixture(autouse=True)
@@ -44,8 +46,12 @@ def made(tmp_path_factory):
     def get(family="gelu", method="lora", taught=0):
         if (family, method, taught) not in done:
             path = folder / f"{family}-{method}{taught}"
-            done[family, method, taught] = (path, *make_run(path, family, method, folder / "data", taught=taught))
+            done[family, method, taught] = (
+                path,
+                *make_run(path, family, method, folder / "data", taught=taught),
+            )
         return done[family, method, taught]
+
     return get
 
 
@@ -61,13 +67,23 @@ def names(folder):
     return sorted(path.name for path in Path(folder).iterdir())
 
 
-@pytest.mark.parametrize("family,method", [*((name, "lora") for name in FAMILIES if name != "resnet50"),
-                                           ("resnet50", "probe"), ("gelu", "full")])
+@pytest.mark.parametrize(
+    "family,method",
+    [
+        *((name, "lora") for name in FAMILIES if name != "resnet50"),
+        ("resnet50", "probe"),
+        ("gelu", "full"),
+    ],
+)
 def test_run_to_model(family, method, made, tmp_path, monkeypatch, capsys):
-    """The file gives the probabilities of the unmerged model, says what it is, and comes with its report."""
+    """The file gives the probabilities of the unmerged model, says what it is, and comes with its
+    report.
+    """
     run, weights, unmerged = made(family, method)
-    out, images = tmp_path / "model.onnx", patches(64, seed=9)[:64 if family != "resnet50" else 8]
-    assert command(monkeypatch, run, "--out", out, "--patches", 70 if family != "resnet50" else 8) == 0
+    out, images = tmp_path / "model.onnx", patches(64, seed=9)[: 64 if family != "resnet50" else 8]
+    assert (
+        command(monkeypatch, run, "--out", out, "--patches", 70 if family != "resnet50" else 8) == 0
+    )
     assert names(tmp_path) == ["model.onnx", "model.parity.json"]
     classifier = session.Classifier(out, device="cpu")
     with torch.inference_mode():
@@ -85,29 +101,57 @@ def test_run_to_model(family, method, made, tmp_path, monkeypatch, capsys):
     assert "licence" in printed and "largest" in printed and str(out) in printed
 
 
-# A random SwiGLU network blows the noise of bytes up to a tenth of its embedding or more, and its AUROC, near a half,
-# follows: the gate refuses some of them, as it should. So those that have to pass it in int8 have learned something.
-@pytest.mark.parametrize("precision,family,how", [
-    *(("fp16", name, {}) for name in FAMILIES if name != "resnet50"), ("int8", "gelu", {}), ("int8", "torchvision", {}),
-    *(("int8", name, {"method": "full", "taught": 120}) for name in ("swiglu", "clsmean"))])
+# A random SwiGLU network blows the noise of bytes up to a tenth of its embedding or more, and its
+# AUROC, near a half, follows: the gate refuses some of them, as it should. So those that have to
+# pass it in int8 have learned something.
+@pytest.mark.parametrize(
+    "precision,family,how",
+    [
+        *(("fp16", name, {}) for name in FAMILIES if name != "resnet50"),
+        ("int8", "gelu", {}),
+        ("int8", "torchvision", {}),
+        *(("int8", name, {"method": "full", "taught": 120}) for name in ("swiglu", "clsmean")),
+    ],
+)
 def test_smaller_precisions(precision, family, how, made, tmp_path, monkeypatch):
-    """Adapters merged, in fewer bits, the weights in a file of their own: at every batch near the unmerged model."""
+    """Adapters merged, in fewer bits, the weights in a file of their own: at every batch near the
+    unmerged model.
+    """
     run, _, unmerged = made(family, **how)
     out, images = tmp_path / "m.onnx", patches(64, seed=9)
-    assert command(monkeypatch, run, "--out", out, "--precision", precision, "--external", "--patches", 70) == 0
+    assert (
+        command(
+            monkeypatch, run, "--out", out, "--precision", precision, "--external", "--patches", 70
+        )
+        == 0
+    )
     assert names(tmp_path) == ["m.onnx", "m.onnx.data", "m.parity.json"]
     with torch.inference_mode():
         expected = torch.sigmoid(unmerged(torch.from_numpy(images))).numpy()
     classifier = session.Classifier(out, "cpu")
     for batch in (1, 2, 7, 64):
         off = np.abs(classifier(images[:batch]) - expected[:batch])
-        assert off.max() > 1e-8 and (off.max() <= 5e-3 if precision == "fp16" else off.mean() <= 0.1), batch
+        assert off.max() > 1e-8 and (
+            off.max() <= 5e-3 if precision == "fp16" else off.mean() <= 0.1
+        ), batch
     report = classifier.metadata["parity"]
-    assert report["problems"] == [] and [row["batch"] for row in report["measured"]] == [1, 2, 7, 64]
+    assert report["problems"] == [] and [row["batch"] for row in report["measured"]] == [
+        1,
+        2,
+        7,
+        64,
+    ]
     assert report["measured"][-1]["auroc_change"] >= -parity.AUROC_LOSS
-    blocks, whole = (sum(p.numel() for p in part.parameters()) for part in (unmerged.encoder.blocks, unmerged.encoder))
-    smaller = blocks * (2 if precision == "fp16" else 1) + (whole - blocks) * 4  # the patch embedding stays float32
-    assert (tmp_path / "m.onnx.data").stat().st_size < 1.1 * smaller + 100_000  # biases, scales, borders of pages
+    blocks, whole = (
+        sum(p.numel() for p in part.parameters())
+        for part in (unmerged.encoder.blocks, unmerged.encoder)
+    )
+    smaller = (
+        blocks * (2 if precision == "fp16" else 1) + (whole - blocks) * 4
+    )  # the patch embedding stays float32
+    assert (
+        tmp_path / "m.onnx.data"
+    ).stat().st_size < 1.1 * smaller + 100_000  # biases, scales, borders of pages
 
 
 def test_an_earlier_export_leaves_nothing(made, tmp_path, monkeypatch):
@@ -120,11 +164,30 @@ def test_an_earlier_export_leaves_nothing(made, tmp_path, monkeypatch):
 
 def test_options(made, tmp_path, monkeypatch):
     run, _, _ = made("swiglu")
-    assert command(monkeypatch, run, "--out", tmp_path / "m.onnx", "--opset", 18, "--input", "float", "--embedding",
-                   "--threshold", "sensitivity=0.9", "--calibrate") == 0
+    assert (
+        command(
+            monkeypatch,
+            run,
+            "--out",
+            tmp_path / "m.onnx",
+            "--opset",
+            18,
+            "--input",
+            "float",
+            "--embedding",
+            "--threshold",
+            "sensitivity=0.9",
+            "--calibrate",
+        )
+        == 0
+    )
     model = session.Classifier(tmp_path / "m.onnx", "cpu")
     m = model.metadata
-    assert model.input == "float" and model.outputs == ["probability", "embedding"] and m["opset"] == 18
+    assert (
+        model.input == "float"
+        and model.outputs == ["probability", "embedding"]
+        and m["opset"] == 18
+    )
     assert "sensitivity" in m["threshold"]["rule"] and m["temperature"] != 1
     saved = runs.read_predictions(run / "predictions.csv")
     calibrated = export.sigmoid(saved["logit"] / m["temperature"])
@@ -132,14 +195,19 @@ def test_options(made, tmp_path, monkeypatch):
     assert "Attention" not in {node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node}
 
 
-def test_annotations_whose_images_are_gone_fall_back_to_the_demo(made, tmp_path, monkeypatch, capsys):
+def test_annotations_whose_images_are_gone_fall_back_to_the_demo(
+    made, tmp_path, monkeypatch, capsys
+):
     run, _, _ = made()
     config, from_source = json.loads((run / "config.json").read_text()), export.data.from_source
     here = dict(config["source"])
     shutil.copy(here["data"], tmp_path / "MIDOG.json")
     config["source"] |= {"data": str(tmp_path / "MIDOG.json"), "images": str(tmp_path)}
-    monkeypatch.setattr(export.data, "from_source",  # the run's own data stands in for the demo's
-                        lambda kept, **options: from_source(here if kept["data"] == "demo" else kept, **options))
+    monkeypatch.setattr(
+        export.data,
+        "from_source",  # the run's own data stands in for the demo's
+        lambda kept, **options: from_source(here if kept["data"] == "demo" else kept, **options),
+    )
     args = argparse.Namespace(data=None, images=None)
     found, labels, ids, source = export.validation_patches(run, config, args, 8)
     assert source.startswith("demo patches") and len(found) == len(labels) == 8 and len(ids) == 0
@@ -154,9 +222,12 @@ def test_a_wrong_graph_does_not_come_out(break_it, made, tmp_path, monkeypatch, 
     run, _, _ = made()
     if break_it == "normalisation":
         tokens = graph.tokens
-        monkeypatch.setattr(graph, "tokens", lambda g, e, x, i, mean, std: tokens(g, e, x, i, mean * 1.01, std))
+        monkeypatch.setattr(
+            graph, "tokens", lambda g, e, x, i, mean, std: tokens(g, e, x, i, mean * 1.01, std)
+        )
     elif break_it == "lora":
         import lora
+
         merge = lora.merge_lora
 
         def half(encoder):
@@ -164,11 +235,17 @@ def test_a_wrong_graph_does_not_come_out(break_it, made, tmp_path, monkeypatch, 
                 if hasattr(module, "lora_B"):
                     module.lora_B.data *= 0.99
             return merge(encoder)
+
         monkeypatch.setattr(lora, "merge_lora", half)
     elif break_it == "head":
         emitted = graph.emit
-        monkeypatch.setattr(graph, "emit", lambda model, file, p, o, i, e, t, peaks:
-                            emitted(model, file, p, o, i, e, t * 1.01, peaks))
+        monkeypatch.setattr(
+            graph,
+            "emit",
+            lambda model, file, p, o, i, e, t, peaks: emitted(
+                model, file, p, o, i, e, t * 1.01, peaks
+            ),
+        )
     else:
         monkeypatch.setattr(graph, "gelu", lambda g, x, half, at: g.op("Relu", x, at=at))
     assert command(monkeypatch, run, "--out", tmp_path / "m.onnx") == 2
@@ -177,9 +254,20 @@ def test_a_wrong_graph_does_not_come_out(break_it, made, tmp_path, monkeypatch, 
 
 
 def test_gate_by_precision():
-    row = {"provider": "CPU", "batch": 64, "patches": 64, "largest": 1e-3, "mean": 0, "changed": 0,
-           "auroc_change": -0.004}
-    assert parity.problems([row], "fp32") and not parity.problems([row], "fp16") and not parity.problems([row], "int8")
+    row = {
+        "provider": "CPU",
+        "batch": 64,
+        "patches": 64,
+        "largest": 1e-3,
+        "mean": 0,
+        "changed": 0,
+        "auroc_change": -0.004,
+    }
+    assert (
+        parity.problems([row], "fp32")
+        and not parity.problems([row], "fp16")
+        and not parity.problems([row], "int8")
+    )
     assert parity.problems([{**row, "auroc_change": -0.006}], "int8")
     assert parity.problems([{**row, "auroc_change": None}], "int8")
     assert parity.problems([{**row, "largest": 6e-3}], "fp16")
@@ -203,6 +291,7 @@ def test_predictions_in_lower_precision_are_reported(made, tmp_path, monkeypatch
 
 # ---------------------------------------------------------------- threshold, temperature, licence
 
+
 def test_threshold_is_the_best_f1():
     generator = np.random.default_rng(0)
     for _ in range(20):
@@ -212,8 +301,12 @@ def test_threshold_is_the_best_f1():
         def f1(t):
             hit = ((p >= t) & (labels == 1)).sum()
             return 2 * hit / ((p >= t).sum() + labels.sum())
+
         value, _ = export.best_threshold(labels, p, "f1")
-        assert f1(value) == pytest.approx(max(f1(t) for t in np.unique(p))) and np.abs(p - value).min() > 1e-6
+        assert (
+            f1(value) == pytest.approx(max(f1(t) for t in np.unique(p)))
+            and np.abs(p - value).min() > 1e-6
+        )
         value, _ = export.best_threshold(labels, p, "sensitivity=0.8")
         assert (p[labels == 1] >= value).mean() >= 0.8
         assert (p[labels == 1] >= value + 0.1).mean() < 0.8  # the next higher one finds too few
@@ -238,16 +331,22 @@ def test_temperature_recovers_the_scale():
 
 def test_licences_that_forbid(made, tmp_path, monkeypatch, capsys):
     import dataclasses
+
     run, _, _ = made()
-    for change, text in (({"derivatives": False, "licence": "CC-BY-NC-ND-4.0"}, "no"),
-                         ({"licence": "Owkin non-commercial"}, "not for commercial use")):
-        monkeypatch.setitem(models.ENCODERS, "tiny-gelu", dataclasses.replace(FAMILIES["gelu"], **change))
+    for change, text in (
+        ({"derivatives": False, "licence": "CC-BY-NC-ND-4.0"}, "no"),
+        ({"licence": "Owkin non-commercial"}, "not for commercial use"),
+    ):
+        monkeypatch.setitem(
+            models.ENCODERS, "tiny-gelu", dataclasses.replace(FAMILIES["gelu"], **change)
+        )
         assert command(monkeypatch, run, "--out", tmp_path / "m.onnx") == 0
         assert f"redistribution: {text}" in capsys.readouterr().out
         assert session.Classifier(tmp_path / "m.onnx", "cpu").metadata["redistribution"] == text
 
 
 # ---------------------------------------------------------------- mistakes and accidents
+
 
 def test_mistakes_are_one_line(made, tmp_path, monkeypatch, capsys):
     run, weights, _ = made()
@@ -257,12 +356,15 @@ def test_mistakes_are_one_line(made, tmp_path, monkeypatch, capsys):
     wrong, _ = make_run(other / "run", "gelu", "lora", folder, seed=5)
     out = tmp_path / "out"
     out.mkdir()
-    for arguments, text in ((["--out", out / "m.bin"], "must end with .onnx"), (["--opset", 12], "--opset"),
-                            (["--out", out / "m.onnx", "--weights", wrong], "trained on other weights"),
-                            (["--out", out / "m.onnx", "--weights", tmp_path / "none"], "none"),
-                            (["--out", out / "m.onnx", "--data", tmp_path / "none"], "none"),
-                            (["--out", out / "m.onnx", "--threshold", "f3"], "--threshold"),
-                            (["--patches", 1], "--patches")):
+    for arguments, text in (
+        (["--out", out / "m.bin"], "must end with .onnx"),
+        (["--opset", 12], "--opset"),
+        (["--out", out / "m.onnx", "--weights", wrong], "trained on other weights"),
+        (["--out", out / "m.onnx", "--weights", tmp_path / "none"], "none"),
+        (["--out", out / "m.onnx", "--data", tmp_path / "none"], "none"),
+        (["--out", out / "m.onnx", "--threshold", "f3"], "--threshold"),
+        (["--patches", 1], "--patches"),
+    ):
         assert command(monkeypatch, run, *arguments) == 2
         error = capsys.readouterr().err
         assert text in error and "Traceback" not in error, (arguments, error)
@@ -273,14 +375,18 @@ def test_mistakes_are_one_line(made, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("size,check", [("8m", True), ("10m", True), ("10m", False)])
 def test_full_disk(size, check, made, tmp_path, monkeypatch, capsys):
-    """Too small for the patches; for the model; for the model, when what is free was not looked at before."""
+    """Too small for the patches; for the model; for the model, when what is free was not looked at
+    before.
+    """
     run, _, _ = made()
     with mounted(tmp_path / "small", f"size={size}") as disk:
         if not check:
             monkeypatch.setattr(export, "room", lambda *_: None)
         assert command(monkeypatch, run, "--out", disk / "m.onnx", "--patches", 64) == 2
         error = capsys.readouterr().err
-        assert ("are needed" if check and size == "10m" else "the disk is full") in error and "Traceback" not in error
+        assert (
+            "are needed" if check and size == "10m" else "the disk is full"
+        ) in error and "Traceback" not in error
         assert names(disk) == []
 
 
@@ -292,16 +398,28 @@ def test_read_only_folder(made, tmp_path, monkeypatch, capsys):
 
 
 def test_killed_at_any_time(made, tmp_path, monkeypatch):
-    """While a model.onnx stands there it is whole; the next export clears away what a killed one left."""
+    """While a model.onnx stands there it is whole; the next export clears away what a killed one
+    left.
+    """
     run, _, _ = made()
-    arguments = [sys.executable, "-c", HARNESS, str(run), "--out", str(tmp_path / "m.onnx"), "--external"]
+    arguments = [
+        sys.executable,
+        "-c",
+        HARNESS,
+        str(run),
+        "--out",
+        str(tmp_path / "m.onnx"),
+        "--external",
+    ]
     assert command(monkeypatch, run, "--out", tmp_path / "m.onnx", "--external") == 0
     expected = session.Classifier(tmp_path / "m.onnx", "cpu")(patches(2))
     generator = random.Random(0)
     for kind in (signal.SIGKILL, signal.SIGTERM):
         process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         end = time.monotonic() + 120
-        while not (own := list(tmp_path.glob(f".m.onnx.{process.pid}.*"))) and process.poll() is None:
+        while (
+            not (own := list(tmp_path.glob(f".m.onnx.{process.pid}.*"))) and process.poll() is None
+        ):
             assert time.monotonic() < end
             time.sleep(0.01)
         time.sleep(generator.uniform(0, 1.5))
@@ -323,19 +441,32 @@ def test_no_moment_with_an_old_graph_and_new_weights(tmp_path, monkeypatch):
 
     def watch(source, target):
         replace(source, target)
-        seen.append({name: (tmp_path / name).read_text() if (tmp_path / name).exists() else None
-                     for name in ("m.onnx", "m.onnx.data")})
+        seen.append(
+            {
+                name: (tmp_path / name).read_text() if (tmp_path / name).exists() else None
+                for name in ("m.onnx", "m.onnx.data")
+            }
+        )
+
     monkeypatch.setattr(os, "replace", watch)
     export.put_in_place(folder, tmp_path / "m.onnx")
-    assert [state["m.onnx"] for state in seen] == [None, None, "new"] and seen[-1]["m.onnx.data"] == "new"
+    assert [state["m.onnx"] for state in seen] == [None, None, "new"] and seen[-1][
+        "m.onnx.data"
+    ] == "new"
 
 
 # ---------------------------------------------------------------- large
 
+
 @pytest.mark.slow
 def test_giant_with_little_memory(tmp_path):
-    """1.1 billion parameters in fp16: the peak of the export and of its check stays under 1.6 times the fp32 size."""
+    """1.1 billion parameters in fp16: the peak of the export and of its check stays under 1.6 times
+    the fp32 size.
+    """
     sys.path.insert(0, str(HERE / "bench"))
-    done = subprocess.run([sys.executable, str(HERE / "bench" / "giant_export.py"), "--folder", str(tmp_path)],
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(HERE / "bench" / "giant_export.py"), "--folder", str(tmp_path)],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,8 +1,9 @@
-"""Readers against made-up and mutated files: the same table from every format; whatever is wrong ends in one line.
+"""Readers against made-up and mutated files: the same table from every format; whatever is wrong
+ends in one line.
 
-A mutated file may be read or refused. What is read must be what a second, naive reader of the same file finds: the
-same places with the same labels, and no image outside its folder. Anything else than a UserError fails the test.
-"""
+A mutated file may be read or refused. What is read must be what a second, naive reader of the same
+file finds: the same places with the same labels, and no image outside its folder. Anything else
+than a UserError fails the test."""
 
 import contextlib
 import csv
@@ -27,18 +28,61 @@ from dataset import slides
 
 QUICK, MANY = 250, 2500  # mutated inputs of each kind; the second marked as slow
 NAME = {1: "mitotic figure", 0: "not mitotic figure"}
-# What a value may turn into: other types, no numbers, paths out of the folder, control characters, too much of it.
-ODD = (None, True, False, 0, 1, 2, -1, 0.5, 1e308, -1e9, 10 ** 400, "", " ", "1", "2", "1.0", "nan", "inf", "1e999",
-       "0x1", "١", "1_0", "../001.png", "../../etc/passwd", "/etc/passwd", "C:\\001.png", "a/../../b.png", "..\\b.png",
-       "~/b", "a\0b", "\n", "\ud800", "é" * 200, "x" * 3000, "mitotic figure", "other", "Mitosis", [], {}, [1],
-       {"a": 1}, [[]])
+# What a value may turn into: other types, no numbers, paths out of the folder, control characters,
+# too much of it.
+ODD = (
+    None,
+    True,
+    False,
+    0,
+    1,
+    2,
+    -1,
+    0.5,
+    1e308,
+    -1e9,
+    10**400,
+    "",
+    " ",
+    "1",
+    "2",
+    "1.0",
+    "nan",
+    "inf",
+    "1e999",
+    "0x1",
+    "١",
+    "1_0",
+    "../001.png",
+    "../../etc/passwd",
+    "/etc/passwd",
+    "C:\\001.png",
+    "a/../../b.png",
+    "..\\b.png",
+    "~/b",
+    "a\0b",
+    "\n",
+    "\ud800",
+    "é" * 200,
+    "x" * 3000,
+    "mitotic figure",
+    "other",
+    "Mitosis",
+    [],
+    {},
+    [1],
+    {"a": 1},
+    [[]],
+)
 
 
 @contextlib.contextmanager
 def no_hang(seconds=60):
     """An input that needs a minute is one that hangs: the alarm's exception is no UserError."""
+
     def alarm(*_):
         raise TimeoutError
+
     old = signal.signal(signal.SIGALRM, alarm)
     signal.alarm(seconds)
     try:
@@ -50,54 +94,105 @@ def no_hang(seconds=60):
 
 # ---------------------------------------------------------------- the same table in every format
 
+
 def as_midog(rows):
     images = sorted({row[0] for row in rows})
-    return json.dumps({
-        "images": [{"id": i, "file_name": name, "width": 900, "height": 800} for i, name in enumerate(images)],
-        "categories": [{"id": 1, "name": NAME[1]}, {"id": 2, "name": NAME[0]}],
-        "annotations": [{"id": i, "image_id": images.index(image), "category_id": 1 if label else 2,
-                         "bbox": [x - 25, y - 25, x + 25, y + 25]} for i, (image, x, y, label) in enumerate(rows)]})
+    return json.dumps(
+        {
+            "images": [
+                {"id": i, "file_name": name, "width": 900, "height": 800}
+                for i, name in enumerate(images)
+            ],
+            "categories": [{"id": 1, "name": NAME[1]}, {"id": 2, "name": NAME[0]}],
+            "annotations": [
+                {
+                    "id": i,
+                    "image_id": images.index(image),
+                    "category_id": 1 if label else 2,
+                    "bbox": [x - 25, y - 25, x + 25, y + 25],
+                }
+                for i, (image, x, y, label) in enumerate(rows)
+            ],
+        }
+    )
 
 
 def as_csv(rows, label=str):
     file = io.StringIO()
-    csv.writer(file).writerows([("filename", "x", "y", "label"), *((i, x, y, label(k)) for i, x, y, k in rows)])
+    csv.writer(file).writerows(
+        [("filename", "x", "y", "label"), *((i, x, y, label(k)) for i, x, y, k in rows)]
+    )
     return file.getvalue()
 
 
 def as_patches(rows):
     file = io.StringIO()
-    csv.writer(file).writerows([("path", "label", "case", "domain"), *(
-        (f"{i:03d}.png", label, image, "a") for i, (image, _, _, label) in enumerate(rows))])
+    csv.writer(file).writerows(
+        [
+            ("path", "label", "case", "domain"),
+            *((f"{i:03d}.png", label, image, "a") for i, (image, _, _, label) in enumerate(rows)),
+        ]
+    )
     return file.getvalue()
 
 
 def as_geojson(rows):
-    return json.dumps({"type": "FeatureCollection", "features": [
-        {"type": "Feature", "id": f"{i}", "properties": {"classification": {"name": NAME[label]}}, "geometry":
-         {"type": "Point", "coordinates": [x, y]} if i % 2 else
-         {"type": "Polygon", "coordinates": [[[x - 9, y - 9], [x + 9, y - 9], [x + 9, y + 9], [x - 9, y + 9]]]}}
-        for i, (_, x, y, label) in enumerate(rows)]})
+    return json.dumps(
+        {
+            "type": "FeatureCollection",
+            "features": [
+                {
+                    "type": "Feature",
+                    "id": f"{i}",
+                    "properties": {"classification": {"name": NAME[label]}},
+                    "geometry": {"type": "Point", "coordinates": [x, y]}
+                    if i % 2
+                    else {
+                        "type": "Polygon",
+                        "coordinates": [
+                            [[x - 9, y - 9], [x + 9, y - 9], [x + 9, y + 9], [x - 9, y + 9]]
+                        ],
+                    },
+                }
+                for i, (_, x, y, label) in enumerate(rows)
+            ],
+        }
+    )
 
 
 def as_sqlite(rows, path, schema="old"):
-    sliderunner(path, [(i, x, y, 1 if label else 2) for i, x, y, label in rows], [(1, NAME[1]), (2, NAME[0])],
-                schema).close()
+    sliderunner(
+        path,
+        [(i, x, y, 1 if label else 2) for i, x, y, label in rows],
+        [(1, NAME[1]), (2, NAME[0])],
+        schema,
+    ).close()
     return path.read_bytes()
 
 
-file_names = st.text(st.characters(codec="utf-8", exclude_characters="/\\:", exclude_categories=("Cc", "Cs", "Z")),
-                     min_size=1, max_size=20).filter(lambda name: name.strip(".") and name.isprintable())
+file_names = st.text(
+    st.characters(codec="utf-8", exclude_characters="/\\:", exclude_categories=("Cc", "Cs", "Z")),
+    min_size=1,
+    max_size=20,
+).filter(lambda name: name.strip(".") and name.isprintable())
 positions = st.integers(0, 4000).map(lambda n: n / 2)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-@given(names=st.lists(file_names, min_size=1, max_size=4, unique=True), folder=st.sampled_from(["", "a/", "a b/c/"]),
-       cells=st.lists(st.tuples(st.integers(0, 3), positions, positions), min_size=2, max_size=20), first=st.booleans())
-def test_every_format_gives_the_table_that_was_written(tmp_path_factory, names, folder, cells, first):
+@given(
+    names=st.lists(file_names, min_size=1, max_size=4, unique=True),
+    folder=st.sampled_from(["", "a/", "a b/c/"]),
+    cells=st.lists(st.tuples(st.integers(0, 3), positions, positions), min_size=2, max_size=20),
+    first=st.booleans(),
+)
+def test_every_format_gives_the_table_that_was_written(
+    tmp_path_factory, names, folder, cells, first
+):
     here = tmp_path_factory.mktemp("formats")
-    rows = [(f"{folder}{names[which % len(names)]}.png", x, y, int((i % 2) ^ first))
-            for i, (which, x, y) in enumerate(cells)]
+    rows = [
+        (f"{folder}{names[which % len(names)]}.png", x, y, int((i % 2) ^ first))
+        for i, (which, x, y) in enumerate(cells)
+    ]
     wanted = sorted((Path(image).stem, x, y, label) for image, x, y, label in rows)
     (here / "a.json").write_text(as_midog(rows))
     (here / "a.csv").write_text(as_csv(rows))
@@ -115,13 +210,21 @@ def test_every_format_gives_the_table_that_was_written(tmp_path_factory, names, 
 
 # ---------------------------------------------------------------- naive readers of the same files
 
+
 def naive_midog(path):
     content = json.loads(path.read_text("utf-8-sig"))
     images = {float(image["id"]): image["file_name"] for image in content["images"]}
     names = {float(category["id"]): category["name"] for category in content["categories"]}
-    return [(images[float(a["image_id"])], (float(a["bbox"][0]) + float(a["bbox"][2])) / 2,
-             (float(a["bbox"][1]) + float(a["bbox"][3])) / 2, meaning(names[float(a["category_id"])]))
-            for a in content["annotations"] if a.get("category_id") is not None]
+    return [
+        (
+            images[float(a["image_id"])],
+            (float(a["bbox"][0]) + float(a["bbox"][2])) / 2,
+            (float(a["bbox"][1]) + float(a["bbox"][3])) / 2,
+            meaning(names[float(a["category_id"])]),
+        )
+        for a in content["annotations"]
+        if a.get("category_id") is not None
+    ]
 
 
 def naive_geojson(path):
@@ -133,10 +236,20 @@ def naive_geojson(path):
         if not kind or not isinstance(kind, str) or not kind.strip():
             continue
         points = feature["geometry"]["coordinates"]
-        corners = {"Point": lambda: [points], "MultiPoint": lambda: points, "Polygon": lambda: points[0]}
+        corners = {
+            "Point": lambda: [points],
+            "MultiPoint": lambda: points,
+            "Polygon": lambda: points[0],
+        }
         xs, ys = zip(*((float(p[0]), float(p[1])) for p in corners[feature["geometry"]["type"]]()))
-        found.append((path.name.replace(".geojson", ""), (min(xs) + max(xs)) / 2, (min(ys) + max(ys)) / 2,
-                      meaning(kind)))
+        found.append(
+            (
+                path.name.replace(".geojson", ""),
+                (min(xs) + max(xs)) / 2,
+                (min(ys) + max(ys)) / 2,
+                meaning(kind),
+            )
+        )
     return found
 
 
@@ -147,10 +260,17 @@ def naive_csv(path):
 
     def column(*names):
         return header.index(next(name for name in names if name in header))
+
     image, label = column("path", "filename", "image", "file"), column("label", "class")
     x, y = (column("x"), column("y")) if "filename" in header else (None, None)
-    found = [(row[image], *((float(row[x]), float(row[y])) if x is not None else (math.nan, math.nan)),
-              meaning(row[label], numbers=True)) for row in rows[1:]]
+    found = [
+        (
+            row[image],
+            *((float(row[x]), float(row[y])) if x is not None else (math.nan, math.nan)),
+            meaning(row[label], numbers=True),
+        )
+        for row in rows[1:]
+    ]
     return found if x is not None else list({row[0]: row for row in found}.values())
 
 
@@ -158,20 +278,43 @@ def naive_sqlite(path):
     connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
     connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
     with contextlib.closing(connection):
-        names = {str(uid): name for uid, name in connection.execute("SELECT uid, name FROM Classes")}
-        deleted = {uid for (uid,) in connection.execute("SELECT uid FROM Annotations WHERE deleted != 0")} \
-            if "deleted" in [row[1] for row in connection.execute("PRAGMA table_info(Annotations)")] else set()
+        names = {
+            str(uid): name for uid, name in connection.execute("SELECT uid, name FROM Classes")
+        }
+        deleted = (
+            {uid for (uid,) in connection.execute("SELECT uid FROM Annotations WHERE deleted != 0")}
+            if "deleted" in [row[1] for row in connection.execute("PRAGMA table_info(Annotations)")]
+            else set()
+        )
         slide = dict(connection.execute("SELECT uid, filename FROM Slides"))
-        where = {owner: (x, y) for owner, x, y in connection.execute(
-            "SELECT annoId, coordinateX, coordinateY FROM Annotations_coordinates")}
-        rows = [(uid, s, meaning(names.get(str(kind)))) for uid, s, type, kind in connection.execute(
-            "SELECT uid, slide, type, agreedClass FROM Annotations") if type in (1, 4) and uid not in deleted]
-        return [(slide[s], float(where[uid][0]), float(where[uid][1]), label)
-                for uid, s, label in rows if label is not None]
+        where = {
+            owner: (x, y)
+            for owner, x, y in connection.execute(
+                "SELECT annoId, coordinateX, coordinateY FROM Annotations_coordinates"
+            )
+        }
+        rows = [
+            (uid, s, meaning(names.get(str(kind))))
+            for uid, s, type, kind in connection.execute(
+                "SELECT uid, slide, type, agreedClass FROM Annotations"
+            )
+            if type in (1, 4) and uid not in deleted
+        ]
+        return [
+            (slide[s], float(where[uid][0]), float(where[uid][1]), label)
+            for uid, s, label in rows
+            if label is not None
+        ]
 
 
-WORDS = {"mitotic figure": 1, "mitotic": 1, "mitosis": 1, "not mitotic figure": 0, "not mitotic": 0,
-         "no mitotic figure": 0}
+WORDS = {
+    "mitotic figure": 1,
+    "mitotic": 1,
+    "mitosis": 1,
+    "not mitotic figure": 0,
+    "not mitotic": 0,
+    "no mitotic figure": 0,
+}
 
 
 def meaning(name, numbers=False):
@@ -184,13 +327,32 @@ def meaning(name, numbers=False):
 
 
 def tidy(rows):
-    """Rows as the reader should give them: names without needless parts; None (neither class) left out."""
-    return sorted(((("/".join(p for p in str(image).strip().replace("\\", "/").split("/") if p not in ("", "."))),
-                    "" if math.isnan(x) else x, "" if math.isnan(y) else y, label)
-                   for image, x, y, label in rows if label is not None), key=repr)
+    """Rows as the reader should give them: names without needless parts; None (neither class) left
+    out.
+    """
+    return sorted(
+        (
+            (
+                (
+                    "/".join(
+                        p
+                        for p in str(image).strip().replace("\\", "/").split("/")
+                        if p not in ("", ".")
+                    )
+                ),
+                "" if math.isnan(x) else x,
+                "" if math.isnan(y) else y,
+                label,
+            )
+            for image, x, y, label in rows
+            if label is not None
+        ),
+        key=repr,
+    )
 
 
 # ---------------------------------------------------------------- mutations
+
 
 def mutated_bytes(rng, content):
     """Flipped bits, bytes cut out, put in, doubled; the end cut off."""
@@ -201,13 +363,15 @@ def mutated_bytes(rng, content):
         if kind == 0 and at < len(content):
             content[at] ^= 1 << int(rng.integers(0, 8))
         elif kind == 1:
-            del content[at:at + n]
+            del content[at : at + n]
         elif kind == 2:
             content[at:at] = rng.integers(0, 256, n, np.uint8).tobytes()
         elif kind == 3:
-            content[at:at] = content[at:at + 10 * n]
+            content[at:at] = content[at : at + 10 * n]
         elif kind == 4:
-            content[at:at + n] = bytes([int(rng.choice([0, 255, 34, 44, 46, 47, 48, 49, 50, 91, 123, 10]))]) * n
+            content[at : at + n] = (
+                bytes([int(rng.choice([0, 255, 34, 44, 46, 47, 48, 49, 50, 91, 123, 10]))]) * n
+            )
         elif rng.random() < 0.3:
             del content[at:]
     return bytes(content)
@@ -228,7 +392,9 @@ def mutated_json(rng, content):
         every = list(nodes(tree))
         if not every:
             break
-        (container, key), (other, other_key) = (every[int(i)] for i in rng.integers(0, len(every), 2))
+        (container, key), (other, other_key) = (
+            every[int(i)] for i in rng.integers(0, len(every), 2)
+        )
         kind = rng.integers(0, 6)
         if kind <= 2:
             container[key] = ODD[int(rng.integers(0, len(ODD)))]
@@ -298,7 +464,8 @@ KINDS = {  # name of the file → (content, mutation that knows the format, naiv
     "patches.csv": (lambda path: as_patches(ROWS).encode(), mutated_csv, naive_csv),
     "a.geojson": (lambda path: as_geojson(ROWS).encode(), mutated_json, naive_geojson),
     "old.sqlite": (lambda path: as_sqlite(ROWS, path, "old"), mutated_sqlite, naive_sqlite),
-    "new.sqlite": (lambda path: as_sqlite(ROWS, path, "new"), mutated_sqlite, naive_sqlite)}
+    "new.sqlite": (lambda path: as_sqlite(ROWS, path, "new"), mutated_sqlite, naive_sqlite),
+}
 
 
 def read_or_refuse(path, naive):
@@ -311,7 +478,9 @@ def read_or_refuse(path, naive):
             return False
     root = path.parent.resolve()
     for image in [*a.image.tolist(), *a.all_images, *a.missing]:
-        assert a.image_path(image).resolve().is_relative_to(root) and ".." not in image.split("/"), image
+        assert a.image_path(image).resolve().is_relative_to(root) and ".." not in image.split(
+            "/"
+        ), image
     assert set(a.label.tolist()) <= {0, 1} and len(set(a.id.tolist())) == len(a)
     found = list(zip(a.image.tolist(), a.x.tolist(), a.y.tolist(), a.label.tolist()))
     assert tidy(found) == tidy(naive(path))
@@ -320,7 +489,11 @@ def read_or_refuse(path, naive):
 
 def fuzz(tmp_path, name, how, number, seed):
     make, by_format, naive = KINDS[name]
-    path, rng, accepted = tmp_path / name, np.random.default_rng([seed, list(KINDS).index(name), how == "bytes"]), 0
+    path, rng, accepted = (
+        tmp_path / name,
+        np.random.default_rng([seed, list(KINDS).index(name), how == "bytes"]),
+        0,
+    )
     content = make(path)
     path.write_bytes(content)
     assert read_or_refuse(path, naive)
@@ -333,7 +506,9 @@ def fuzz(tmp_path, name, how, number, seed):
             print(f"input {i}: {bad[:20000]!r}")
             raise
     print(f"{name}, {how}: {accepted} of {number} read, the others refused")
-    assert 0.02 * number < accepted < 0.98 * number  # else the mutations are too coarse or too fine to tell
+    assert (
+        0.02 * number < accepted < 0.98 * number
+    )  # else the mutations are too coarse or too fine to tell
 
 
 @pytest.mark.parametrize("how", ["bytes", "values"])
@@ -351,6 +526,7 @@ def test_many_mutated_files(tmp_path, name, how):
 
 # ---------------------------------------------------------------- split files and images
 
+
 def test_a_mutated_split_file_never_leaks(tmp_path):
     rows = [(f"{i % 12:03d}.png", 10.0 * i, 5.0 * i, i // 12 % 2) for i in range(96)]
     (tmp_path / "a.csv").write_text(as_csv(rows))
@@ -358,7 +534,9 @@ def test_a_mutated_split_file_never_leaks(tmp_path):
     data.make_split(a).save(tmp_path / "split.json")
     content = (tmp_path / "split.json").read_bytes()
     for i in range(2 * QUICK):
-        (tmp_path / "split.json").write_bytes((mutated_bytes if i % 2 else mutated_json)(rng, content))
+        (tmp_path / "split.json").write_bytes(
+            (mutated_bytes if i % 2 else mutated_json)(rng, content)
+        )
         try:
             split = data.load_split(tmp_path / "split.json", a)
         except UserError as error:
@@ -371,15 +549,27 @@ def test_a_mutated_split_file_never_leaks(tmp_path):
     assert 0 < accepted < 2 * QUICK
 
 
-@pytest.mark.parametrize("name, options", [
-    ("a.png", {}), ("a.jpg", {"quality": 90}), ("strips.tif", {"compression": "tiff_lzw"}),
-    ("tiles.tif", {"tile": (64, 64), "compression": "jpeg", "tiffinfo": {322: 64, 323: 64}})])
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("a.png", {}),
+        ("a.jpg", {"quality": 90}),
+        ("strips.tif", {"compression": "tiff_lzw"}),
+        ("tiles.tif", {"tile": (64, 64), "compression": "jpeg", "tiffinfo": {322: 64, 323: 64}}),
+    ],
+)
 def test_mutated_images_are_read_or_refused_in_one_line(tmp_path, name, options):
     path, rng, refused = tmp_path / name, np.random.default_rng(0), 0
-    Image.fromarray(rng.integers(0, 255, (8, 8, 3), np.uint8)).resize((128, 128)).save(path, **options)
+    Image.fromarray(rng.integers(0, 255, (8, 8, 3), np.uint8)).resize((128, 128)).save(
+        path, **options
+    )
     content = path.read_bytes()
     for _ in range(QUICK // 2):
-        path.write_bytes(mutated_bytes(rng, content[:rng.integers(1, len(content))] if rng.random() < 0.2 else content))
+        path.write_bytes(
+            mutated_bytes(
+                rng, content[: rng.integers(1, len(content))] if rng.random() < 0.2 else content
+            )
+        )
         try:
             with no_hang():
                 assert slides.read(path, 64, 64, 128).shape == (128, 128, 3)

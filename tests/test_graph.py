@@ -1,4 +1,6 @@
-"""The graph against the network it was written from: every family, precision, opset, batch; and in other runtimes."""
+"""The graph against the network it was written from: every family, precision, opset, batch; and in
+other runtimes.
+"""
 
 import numpy as np
 import onnx
@@ -46,7 +48,9 @@ def test_every_precision_and_batch(family, tmp_path):
             assert p.shape == (len(some),) and e.shape == (len(some), model.encoder.embed_dim)
             assert p.dtype == e.dtype == np.float32
             if precision == "int8":  # random networks: the embedding keeps its direction
-                assert np.linalg.norm(e - embedding[:batch]) <= 0.1 * np.linalg.norm(embedding[:batch]), batch
+                assert np.linalg.norm(e - embedding[:batch]) <= 0.1 * np.linalg.norm(
+                    embedding[:batch]
+                ), batch
                 continue
             assert np.abs(p - probability[:batch]).max() <= tolerance, (precision, batch)
             assert np.abs(e - embedding[:batch]).max() <= 100 * tolerance * np.abs(embedding).max()
@@ -59,8 +63,10 @@ def test_other_opsets(opset, precision, tmp_path):
     proto = write_model(tmp_path / "m.onnx", model, precision, opset)
     onnx.checker.check_model(str(tmp_path / "m.onnx"), full_check=True)
     assert ("Attention" in {node.op_type for node in proto.graph.node}) == (opset >= 23)
-    p, = session(tmp_path / "m.onnx").run(["probability"], {"patches": images})
-    assert np.abs(p - torch_numbers(model, images)[0]).max() <= (1e-5 if precision == "fp32" else 5e-3)
+    (p,) = session(tmp_path / "m.onnx").run(["probability"], {"patches": images})
+    assert np.abs(p - torch_numbers(model, images)[0]).max() <= (
+        1e-5 if precision == "fp32" else 5e-3
+    )
 
 
 @pytest.mark.parametrize("family", VITS)
@@ -68,7 +74,9 @@ def test_one_attention_per_block_and_nothing_left_to_fold(family, tmp_path):
     proto = write_model(tmp_path / "m.onnx", classifier(family))
     kinds = [node.op_type for node in proto.graph.node]
     assert kinds.count("Attention") == 2 and "Softmax" not in kinds
-    assert not any("gamma" in tensor.name for tensor in proto.graph.initializer), "LayerScale is folded"
+    assert not any("gamma" in tensor.name for tensor in proto.graph.initializer), (
+        "LayerScale is folded"
+    )
     assert kinds.count("Mul") == (2 if FAMILIES[family].mlp == "swiglu" else 0) * 2
 
 
@@ -86,7 +94,7 @@ def test_float_input_is_the_same_model(tmp_path):
         write_model(tmp_path / "m.onnx", model, input="float")
         mean, std = (np.array(v, np.float32) for v in model.encoder.spec.norm)
         given = ((images / np.float32(255) - mean) / std).transpose(0, 3, 1, 2).astype(np.float32)
-        p, = session(tmp_path / "m.onnx").run(["probability"], {"patches": given})
+        (p,) = session(tmp_path / "m.onnx").run(["probability"], {"patches": given})
         assert np.abs(p - torch_numbers(model, images)[0]).max() <= 1e-5
 
 
@@ -107,8 +115,12 @@ def test_augmentation_at_test_time_is_inside(input, tmp_path):
     images = patches(3)
     write_model(tmp_path / "m.onnx", model, input=input)
     mean, std = (np.array(v) for v in model.encoder.spec.norm)
-    given = images if input == "uint8" else ((images / 255 - mean) / std).transpose(0, 3, 1, 2).astype(np.float32)
-    p, = session(tmp_path / "m.onnx").run(["probability"], {"patches": given})
+    given = (
+        images
+        if input == "uint8"
+        else ((images / 255 - mean) / std).transpose(0, 3, 1, 2).astype(np.float32)
+    )
+    (p,) = session(tmp_path / "m.onnx").run(["probability"], {"patches": given})
     assert np.abs(p - torch_numbers(model, images)[0]).max() <= 1e-5
     assert np.abs(p - torch_numbers(plain, images)[0]).max() > 1e-4
 
@@ -116,7 +128,7 @@ def test_augmentation_at_test_time_is_inside(input, tmp_path):
 def test_temperature_divides_the_logit(tmp_path):
     model, images = classifier("gelu"), patches(4)
     write_model(tmp_path / "m.onnx", model, temperature=2.5)
-    p, = session(tmp_path / "m.onnx").run(["probability"], {"patches": images})
+    (p,) = session(tmp_path / "m.onnx").run(["probability"], {"patches": images})
     with torch.inference_mode():
         expected = torch.sigmoid(model(torch.from_numpy(images)) / 2.5).numpy()
     assert np.abs(p - expected).max() <= 1e-5
@@ -124,7 +136,9 @@ def test_temperature_divides_the_logit(tmp_path):
 
 @pytest.mark.parametrize("family", ["gelu", "swiglu"])
 def test_half_precision_survives_large_activations(family, tmp_path):
-    """The residual stream at 1e4 (as in large DINOv2 models), then also the hidden layer at 1e4 and beyond."""
+    """The residual stream at 1e4 (as in large DINOv2 models), then also the hidden layer at 1e4 and
+    beyond.
+    """
     images = patches(4)
     for where in ("residual", "hidden"):
         model = classifier(family)
@@ -141,14 +155,15 @@ def test_half_precision_survives_large_activations(family, tmp_path):
             model(torch.from_numpy(images))
         assert max(peaks[0, "attn"], peaks[0, "mlp"], peaks[1, "attn"], peaks[1, "mlp"]) > 1e4
         write_model(tmp_path / "m.onnx", model, "fp16", peaks=peaks)
-        p, = session(tmp_path / "m.onnx").run(["probability"], {"patches": images})
+        (p,) = session(tmp_path / "m.onnx").run(["probability"], {"patches": images})
         assert np.isfinite(p).all() and np.abs(p - expected).max() <= 5e-3, where
 
 
 @pytest.mark.parametrize("family", ["gelu", "swiglu"])
 def test_bytes_survive_channels_that_stand_out(family, tmp_path):
-    """Channels a hundred times larger than the others before every product, and weights that undo it: the same network,
-    but one step for all channels leaves the others no digits, until they are evened out."""
+    """Channels a hundred times larger than the others before every product, and weights that undo
+    it: the same network, but one step for all channels leaves the others no digits, until they are
+    evened out."""
     model, images = classifier(family), patches(8)
     with torch.no_grad():
         for block in model.encoder.blocks:
@@ -172,7 +187,7 @@ def test_bytes_survive_channels_that_stand_out(family, tmp_path):
     off = []
     for seen in (None, peaks):
         write_model(tmp_path / "m.onnx", model, "int8", embedding=True, peaks=seen)
-        e, = session(tmp_path / "m.onnx").run(["embedding"], {"patches": images})
+        (e,) = session(tmp_path / "m.onnx").run(["embedding"], {"patches": images})
         off.append(np.linalg.norm(e - expected) / np.linalg.norm(expected - expected.mean(axis=0)))
     assert off[1] < 0.3 and off[1] < 0.2 * off[0], off
 
@@ -188,7 +203,7 @@ def test_half_precision_with_a_tiny_layerscale(tmp_path):
         model.encoder.pos_embed.mul_(1e-3)
         model.encoder.cls_token.mul_(1e-3)
     write_model(tmp_path / "m.onnx", model, "fp16")
-    p, = session(tmp_path / "m.onnx").run(["probability"], {"patches": images})
+    (p,) = session(tmp_path / "m.onnx").run(["probability"], {"patches": images})
     assert np.abs(p - torch_numbers(model, images)[0]).max() <= 5e-3
 
 
@@ -196,10 +211,11 @@ def test_half_precision_with_a_tiny_layerscale(tmp_path):
 @pytest.mark.parametrize("family", ["gelu", "clsmean"])
 def test_reference_evaluator_agrees(family, precision, tmp_path):
     from onnx.reference import ReferenceEvaluator
+
     model, images = classifier(family), patches(2)
     write_model(tmp_path / "m.onnx", model, precision)
-    expected, = session(tmp_path / "m.onnx").run(["probability"], {"patches": images})
-    got, = ReferenceEvaluator(str(tmp_path / "m.onnx")).run(["probability"], {"patches": images})
+    (expected,) = session(tmp_path / "m.onnx").run(["probability"], {"patches": images})
+    (got,) = ReferenceEvaluator(str(tmp_path / "m.onnx")).run(["probability"], {"patches": images})
     assert np.abs(got - expected).max() <= (1e-5 if precision == "fp32" else 2e-2)
 
 
@@ -207,12 +223,17 @@ def test_reference_evaluator_agrees(family, precision, tmp_path):
 def test_openvino_agrees(family, tmp_path):
     openvino = pytest.importorskip("openvino")
     model, images = classifier(family), patches(2)
-    for opset in (23, 20)[:1 if family == "resnet50" else 2]:  # without attention these are one graph
+    for opset in (23, 20)[
+        : 1 if family == "resnet50" else 2
+    ]:  # without attention these are one graph
         write_model(tmp_path / "m.onnx", model, opset=opset)
-        compiled = openvino.Core().compile_model(str(tmp_path / "m.onnx"), "CPU",
-                                                 {"INFERENCE_PRECISION_HINT": "f32"})
+        compiled = openvino.Core().compile_model(
+            str(tmp_path / "m.onnx"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+        )
         got = compiled({"patches": images})["probability"]
-        assert np.abs(got - torch_numbers(model, images)[0]).max() <= (5e-5 if family == "resnet50" else 1e-5)
+        assert np.abs(got - torch_numbers(model, images)[0]).max() <= (
+            5e-5 if family == "resnet50" else 1e-5
+        )
 
 
 def test_weights_beside_and_inside_are_the_same(tmp_path):
@@ -221,5 +242,8 @@ def test_weights_beside_and_inside_are_the_same(tmp_path):
     write_model(tmp_path / "b.onnx", model, inline=False)
     assert (tmp_path / "b.onnx").stat().st_size < 60_000 < (tmp_path / "b.onnx.data").stat().st_size
     onnx.checker.check_model(str(tmp_path / "b.onnx"))
-    a, b = (session(tmp_path / f"{name}.onnx").run(["probability"], {"patches": images})[0] for name in "ab")
+    a, b = (
+        session(tmp_path / f"{name}.onnx").run(["probability"], {"patches": images})[0]
+        for name in "ab"
+    )
     assert np.array_equal(a, b)

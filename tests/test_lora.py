@@ -23,7 +23,14 @@ def vit(dtype=torch.float32, seed=0):
     """A small timm ViT with weights that are not trivial; the same names as models.ViT."""
     torch.manual_seed(seed)
     network = timm.models.vision_transformer.VisionTransformer(
-        img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=0, init_values=0.5)
+        img_size=32,
+        patch_size=8,
+        embed_dim=48,
+        depth=2,
+        num_heads=3,
+        num_classes=0,
+        init_values=0.5,
+    )
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -35,8 +42,14 @@ def pair(dtype=torch.float32, dropout=0.0, dora=False, rslora=False):
     plain = vit(dtype)
     ours = copy.deepcopy(plain)
     assert lora.add_lora(ours, RANK, ALPHA, dropout, dora=dora, rslora=rslora) == 8
-    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules=TARGETS, use_dora=dora,
-                             use_rslora=rslora)
+    config = peft.LoraConfig(
+        r=RANK,
+        lora_alpha=ALPHA,
+        lora_dropout=dropout,
+        target_modules=TARGETS,
+        use_dora=dora,
+        use_rslora=rslora,
+    )
     theirs = peft.get_peft_model(copy.deepcopy(plain), config)
     generator, named = torch.Generator().manual_seed(3), dict(theirs.named_modules())
     with torch.no_grad():
@@ -46,14 +59,18 @@ def pair(dtype=torch.float32, dropout=0.0, dora=False, rslora=False):
             other.lora_A["default"].weight.copy_(layer.lora_A)
             other.lora_B["default"].weight.copy_(layer.lora_B)
             if dora:
-                layer.lora_magnitude.mul_(1 + 0.2 * torch.rand(len(layer.lora_magnitude), generator=generator))
+                layer.lora_magnitude.mul_(
+                    1 + 0.2 * torch.rand(len(layer.lora_magnitude), generator=generator)
+                )
                 other.lora_magnitude_vector["default"].weight.copy_(layer.lora_magnitude)
             if dropout:
                 other.lora_dropout["default"] = OurDropout(layer)
     x = torch.randn(3, 3, 32, 32, generator=generator).to(dtype)
     with torch.no_grad():
         before, after = plain(x), ours(x)
-    assert (after - before).norm() > 0.1 * before.norm()  # an adapter that changes nothing would prove nothing
+    assert (
+        after - before
+    ).norm() > 0.1 * before.norm()  # an adapter that changes nothing would prove nothing
     return ours, theirs.eval(), x
 
 
@@ -67,8 +84,12 @@ class OurDropout(nn.Module):
     def forward(self, x):
         if not self.training:
             return x
-        layer, = self.layers
-        return x * lora.keep_mask(layer.key, x[0].numel(), layer.p).view(x.shape) / lora.kept_share(layer.p)
+        (layer,) = self.layers
+        return (
+            x
+            * lora.keep_mask(layer.key, x[0].numel(), layer.p).view(x.shape)
+            / lora.kept_share(layer.p)
+        )
 
 
 def trained(ours, theirs):
@@ -77,7 +98,10 @@ def trained(ours, theirs):
     out = []
     for name, layer in lora.adapted(ours):
         other = named[f"base_model.model.{name}"]
-        out += [(layer.lora_A, other.lora_A["default"].weight), (layer.lora_B, other.lora_B["default"].weight)]
+        out += [
+            (layer.lora_A, other.lora_A["default"].weight),
+            (layer.lora_B, other.lora_B["default"].weight),
+        ]
         if layer.lora_magnitude is not None:
             out.append((layer.lora_magnitude, other.lora_magnitude_vector["default"].weight))
     return out
@@ -114,7 +138,10 @@ def test_twenty_adam_steps_equal_peft(dtype, bound, dropout):
         theirs.double()
     weight = torch.randn(48, generator=torch.Generator().manual_seed(0)).to(dtype)
     y = torch.tensor([1, 0, 1], dtype=dtype)
-    optimizers = [torch.optim.Adam([p for p in m.parameters() if p.requires_grad], lr=1e-3) for m in (ours, theirs)]
+    optimizers = [
+        torch.optim.Adam([p for p in m.parameters() if p.requires_grad], lr=1e-3)
+        for m in (ours, theirs)
+    ]
     for step in range(20):
         for network, optimizer in zip((ours, theirs), optimizers):
             network.train()
@@ -130,21 +157,42 @@ def test_twenty_adam_steps_equal_peft(dtype, bound, dropout):
 
 WHOLE = {  # the encoders' variety at a small width: registers, packed SwiGLU, LayerScale, positions
     "gelu": (dict(dim=48, depth=2, heads=3, patch=32, hidden=96), {}),
-    "swiglu": (dict(dim=48, depth=2, heads=3, patch=32, hidden=128, mlp="swiglu", layerscale=True, registers=4,
-                    pos="patches"),
-               dict(mlp_ratio=128 / 48, mlp_layer=timm.layers.SwiGLUPacked, act_layer=nn.SiLU, init_values=0.5,
-                    reg_tokens=4, no_embed_class=True))}
+    "swiglu": (
+        dict(
+            dim=48,
+            depth=2,
+            heads=3,
+            patch=32,
+            hidden=128,
+            mlp="swiglu",
+            layerscale=True,
+            registers=4,
+            pos="patches",
+        ),
+        dict(
+            mlp_ratio=128 / 48,
+            mlp_layer=timm.layers.SwiGLUPacked,
+            act_layer=nn.SiLU,
+            init_values=0.5,
+            reg_tokens=4,
+            no_embed_class=True,
+        ),
+    ),
+}
 
 
 @pytest.mark.parametrize("kind", WHOLE)
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 def test_our_encoder_equals_timm_with_peft(kind, dtype, bound):
-    """models.ViT, whose last block computes the class token alone, with dropout: embedding and gradients."""
+    """models.ViT, whose last block computes the class token alone, with dropout: embedding and
+    gradients.
+    """
     row, arguments = WHOLE[kind]
     arguments = {"mlp_ratio": row["hidden"] / row["dim"], **arguments}
     ours = models.build(models.Encoder(kind, "", "", 0, **row), "cls")
     theirs = timm.models.vision_transformer.VisionTransformer(
-        img_size=224, patch_size=32, embed_dim=48, depth=2, num_heads=3, num_classes=0, **arguments)
+        img_size=224, patch_size=32, embed_dim=48, depth=2, num_heads=3, num_classes=0, **arguments
+    )
     torch.manual_seed(1)
     with torch.no_grad():
         for p in ours.parameters():
@@ -152,8 +200,9 @@ def test_our_encoder_equals_timm_with_peft(kind, dtype, bound):
     theirs.load_state_dict(ours.state_dict())
     ours, theirs = ours.to(dtype), theirs.to(dtype)
     lora.add_lora(ours, RANK, ALPHA, 0.2)
-    theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.2,
-                                                         target_modules=TARGETS))
+    theirs = peft.get_peft_model(
+        theirs, peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.2, target_modules=TARGETS)
+    )
     theirs.to(dtype)
     x, named = torch.randn(3, 3, 224, 224, dtype=dtype), dict(theirs.named_modules())
     before = ours.eval()(x)
@@ -175,6 +224,7 @@ def test_our_encoder_equals_timm_with_peft(kind, dtype, bound):
 
 
 # ---------------------------------------------------------------- merging
+
 
 @pytest.mark.parametrize("kind", KINDS, ids=["lora", "dora", "rslora"])
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
@@ -244,7 +294,9 @@ def test_an_adapter_of_zeros_is_no_adapter():
     with torch.no_grad():
         assert relative(ours(x), plain(x)) < 1e-6
     lora.merge_lora(ours)
-    assert all(torch.equal(plain.state_dict()[name], value) for name, value in ours.state_dict().items())
+    assert all(
+        torch.equal(plain.state_dict()[name], value) for name, value in ours.state_dict().items()
+    )
 
 
 def test_the_adapter_turned_off_is_the_base_model():
@@ -270,11 +322,14 @@ def test_a_hundred_switches_change_no_bit():
 
 # ---------------------------------------------------------------- what is adapted
 
+
 def test_layers_are_counted_and_the_rest_is_frozen():
     for targets in (lora.TARGETS, ("qkv",), ("fc1", "fc2")):
         network = vit()
         assert lora.add_lora(network, targets=targets) == 2 * len(targets)
-        free = {name.rpartition(".")[2] for name, p in network.named_parameters() if p.requires_grad}
+        free = {
+            name.rpartition(".")[2] for name, p in network.named_parameters() if p.requires_grad
+        }
         assert free == {"lora_A", "lora_B"}
     with pytest.raises(UserError, match="0 layers found"):
         lora.add_lora(vit(), targets=("query",))
@@ -293,9 +348,9 @@ def test_the_start_is_the_references():
     torch.manual_seed(0)
     layer = lora.LoRALinear(nn.Linear(64, 32), 8, 16, 0.0, 0)
     assert layer.scale == 2 and (layer.lora_B == 0).all()
-    bound = 1 / 64 ** 0.5  # kaiming-uniform with a = sqrt(5)
+    bound = 1 / 64**0.5  # kaiming-uniform with a = sqrt(5)
     A = layer.lora_A.detach()
-    assert A.abs().max() <= bound and A.std().item() == pytest.approx(bound / 3 ** 0.5, rel=0.1)
+    assert A.abs().max() <= bound and A.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
     assert lora.LoRALinear(nn.Linear(4, 4), 16, 16, 0, 0, rslora=True).scale == 4
 
 
@@ -308,6 +363,7 @@ def test_every_encoder_takes_an_adapter(name):
 
 # ---------------------------------------------------------------- dropout
 
+
 def test_masks_have_the_share_and_are_independent():
     layer = [lora.LoRALinear(nn.Linear(256, 8), 2, 2, 0.1, i) for i in range(2)]
     network = nn.Module()
@@ -315,17 +371,30 @@ def test_masks_have_the_share_and_are_independent():
 
     def masks(seed, step, samples):
         lora.set_step(network, seed, step, samples)
-        return torch.stack([lora.keep_mask(m.key, 50 * 256, 0.1) for m in layer]).float()  # [layer, B, elements]
+        return torch.stack(
+            [lora.keep_mask(m.key, 50 * 256, 0.1) for m in layer]
+        ).float()  # [layer, B, elements]
+
     a = masks(0, 0, range(16))
     n = a.numel()
     assert abs(a.mean() - lora.kept_share(0.1)) < 4 * (0.09 / n) ** 0.5
     assert abs(lora.kept_share(0.1) - 0.9) < 1e-5
     assert abs(a.mean((0, 2)) - 0.9).max() < 0.01 and abs(a.mean((0, 1)) - 0.9).max() < 0.35
-    others = [masks(0, 1, range(16)), masks(1, 0, range(16)), masks(0, 0, range(16, 32)), masks(2 ** 62, 0, range(16)),
-              masks(-1, 0, range(16)), a.flip(0), a.roll(1, 1), a.roll(1, 2), a.roll(4, 2), a.roll(257, 2)]
+    others = [
+        masks(0, 1, range(16)),
+        masks(1, 0, range(16)),
+        masks(0, 0, range(16, 32)),
+        masks(2**62, 0, range(16)),
+        masks(-1, 0, range(16)),
+        a.flip(0),
+        a.roll(1, 1),
+        a.roll(1, 2),
+        a.roll(4, 2),
+        a.roll(257, 2),
+    ]
     for b in others:
         correlation = np.corrcoef(a.flatten(), b.flatten())[0, 1]
-        assert abs(correlation) < 5 / n ** 0.5
+        assert abs(correlation) < 5 / n**0.5
     assert torch.equal(a, masks(0, 0, range(16)))
     # A batch in parts, as accumulation and several processes see it.
     parts = torch.cat([masks(0, 0, range(k, k + 4)) for k in range(0, 16, 4)], dim=1)
@@ -345,12 +414,15 @@ def test_dropout_keeps_the_mean():
 
 def test_checkpointing_sees_the_same_masks():
     from torch.utils.checkpoint import checkpoint
+
     grads = []
     for again in (False, True):
         ours, _, x = pair(dropout=0.3)
         if again:
             for block in ours.blocks:
-                block.forward = (lambda f: lambda x, **k: checkpoint(f, x, use_reentrant=False, **k))(block.forward)
+                block.forward = (
+                    lambda f: lambda x, **k: checkpoint(f, x, use_reentrant=False, **k)
+                )(block.forward)
         lora.set_step(ours.train(), 5, 6, range(3))
         ours(x).square().sum().backward()
         grads.append([p.grad for p in ours.parameters() if p.requires_grad])
@@ -362,7 +434,9 @@ def test_bf16_base_trains_float32_adapters():
     lora.set_step(ours.train(), 0, 0, range(3))
     ours(x).float().square().sum().backward()
     exact, _, _ = pair(torch.float32, 0.1)
-    exact.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in ours.state_dict().items()})
+    exact.load_state_dict(
+        {k: v.float() if v.is_floating_point() else v for k, v in ours.state_dict().items()}
+    )
     lora.set_step(exact.train(), 0, 0, range(3))
     exact(x.float()).square().sum().backward()
     for (_, a), (_, b) in zip(lora.adapted(ours), lora.adapted(exact)):
@@ -370,9 +444,15 @@ def test_bf16_base_trains_float32_adapters():
         assert relative(a.lora_A.grad, b.lora_A.grad) < 0.1
 
 
-@pytest.mark.parametrize("backend, dora", [
-    ("aot_eager", False), pytest.param("aot_eager", True, marks=pytest.mark.slow),
-    pytest.param("inductor", False, marks=pytest.mark.slow), pytest.param("inductor", True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backend, dora",
+    [
+        ("aot_eager", False),
+        pytest.param("aot_eager", True, marks=pytest.mark.slow),
+        pytest.param("inductor", False, marks=pytest.mark.slow),
+        pytest.param("inductor", True, marks=pytest.mark.slow),
+    ],
+)
 def test_compiles_whole(backend, dora):
     ours, _, x = pair(dropout=0.1, dora=dora)
     torch._dynamo.reset()
@@ -395,6 +475,7 @@ def test_compiles_whole(backend, dora):
 
 # ---------------------------------------------------------------- files
 
+
 def test_state_is_strict():
     ours, _, x = pair()
     state = lora.lora_state_dict(ours)
@@ -402,8 +483,11 @@ def test_state_is_strict():
     lora.add_lora(fresh, RANK, ALPHA)
     lora.load_lora(fresh, state)
     assert relative(fresh(x), ours(x)) < 1e-6
-    for wrong in ({**state, "more": torch.zeros(1)}, dict(list(state.items())[1:]),
-                  {name: value[:2] for name, value in state.items()}):
+    for wrong in (
+        {**state, "more": torch.zeros(1)},
+        dict(list(state.items())[1:]),
+        {name: value[:2] for name, value in state.items()},
+    ):
         with pytest.raises(UserError, match="does not fit"):
             lora.load_lora(fresh, wrong)
 
@@ -425,10 +509,18 @@ def test_our_adapter_loads_into_peft_and_back(tmp_path, kind):
     assert names[0] == names[1]
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"peft_type": "IA3"}, "not the configuration"), ({"bias": "all"}, "bias"),
-    ({"rank_pattern": {"qkv": 8}}, "rank_pattern"), ({"r": "many"}, "must be numbers"),
-    ({"modules_to_save": ["head"]}, "modules_to_save"), ({"r": 8}, "does not fit"), ({"r": 0}, "rank")])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"peft_type": "IA3"}, "not the configuration"),
+        ({"bias": "all"}, "bias"),
+        ({"rank_pattern": {"qkv": 8}}, "rank_pattern"),
+        ({"r": "many"}, "must be numbers"),
+        ({"modules_to_save": ["head"]}, "modules_to_save"),
+        ({"r": 8}, "does not fit"),
+        ({"r": 0}, "rank"),
+    ],
+)
 def test_an_adapter_that_does_not_fit_is_one_line(tmp_path, change, words):
     ours, _, _ = pair()
     lora.save_peft(ours, tmp_path)

@@ -1,4 +1,6 @@
-"""The resumable array on disk: what a kill, a change, damage, a full disk and several writers do to it."""
+"""The resumable array on disk: what a kill, a change, damage, a full disk and several writers do to
+it.
+"""
 
 import errno
 import json
@@ -38,7 +40,9 @@ def test_what_is_written_is_read(tmp_path):
         array[0] = 1
 
 
-@pytest.mark.parametrize("dtype, shape", [(np.uint8, (7, 5, 5, 3)), (np.float16, (7, 9)), (np.int64, (7,))])
+@pytest.mark.parametrize(
+    "dtype, shape", [(np.uint8, (7, 5, 5, 3)), (np.float16, (7, 9)), (np.int64, (7,))]
+)
 def test_rows_in_any_order_and_grouping(tmp_path, dtype, shape):
     values = np.random.default_rng(0).integers(0, 200, shape).astype(dtype)
     with memmap.Writer(tmp_path / "x", shape, dtype, {}) as writer:
@@ -85,8 +89,12 @@ with memmap.Writer(sys.argv[1], (1000, 50), np.float32, {"a": 1}) as writer:
 
 
 def run_and_kill(path, after):
-    """Rows begun and rows written when the process was killed with `after` parts written (None: not killed)."""
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    """Rows begun and rows written when the process was killed with `after` parts written (None: not
+    killed).
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
     todo, computed, written, parts = None, set(), set(), 0
     for line in process.stdout:
         word, *rows = line.split()
@@ -108,7 +116,9 @@ def test_a_killed_writer_continues_and_repeats_nothing(tmp_path):
     path, done = tmp_path / "x", set()
     for after in (30, 20, 1, None):
         todo, computed, written = run_and_kill(path, after)
-        assert todo == set(range(1000)) - done  # what was written is never computed again, nothing else is left out
+        assert (
+            todo == set(range(1000)) - done
+        )  # what was written is never computed again, nothing else is left out
         if after is not None:
             here = set(np.flatnonzero(np.fromfile(path.with_name("x.done"), np.uint8)).tolist())
             assert done | written <= here <= done | computed  # of the rows in work, at most
@@ -119,12 +129,15 @@ def test_a_killed_writer_continues_and_repeats_nothing(tmp_path):
 def test_rows_count_only_once_they_are_on_the_disk(tmp_path, monkeypatch):
     with memmap.Writer(tmp_path / "x", (10, 3), np.float32, PRINT) as writer:
         seen, sync = [], os.fdatasync
-        monkeypatch.setattr(memmap.os, "fdatasync", lambda file: seen.append(writer.done[:4].tolist()) or sync(file))
+        monkeypatch.setattr(
+            memmap.os, "fdatasync", lambda file: seen.append(writer.done[:4].tolist()) or sync(file)
+        )
         writer.write([0, 1], 1)
         assert seen == [[0, 0, 0, 0]] and writer.done[:4].tolist() == [1, 1, 0, 0]
 
         def full(*_):
             raise OSError(errno.ENOSPC, "No space left on device")
+
         monkeypatch.setattr(memmap.os, "pwrite", full)
         with pytest.raises(OSError):
             writer.write([2, 3], 1)
@@ -133,12 +146,18 @@ def test_rows_count_only_once_they_are_on_the_disk(tmp_path, monkeypatch):
 
 def test_stale_names_what_differs_in_one_line(tmp_path):
     fill(tmp_path / "x")
-    for change, says in (({"weights": "other"}, 'other weights ("abc", now "other")'),
-                         ({"size": (224, 320)}, "other size ([224, 224], now [224, 320])"),
-                         ({"new": 1}, "other new (null, now 1)")):
+    for change, says in (
+        ({"weights": "other"}, 'other weights ("abc", now "other")'),
+        ({"size": (224, 320)}, "other size ([224, 224], now [224, 320])"),
+        ({"new": 1}, "other new (null, now 1)"),
+    ):
         with pytest.raises(memmap.Stale) as error:
             memmap.open_store(tmp_path / "x", {**PRINT, **change})
-        assert says in str(error.value) and "\n" not in str(error.value) and str(tmp_path / "x") in str(error.value)
+        assert (
+            says in str(error.value)
+            and "\n" not in str(error.value)
+            and str(tmp_path / "x") in str(error.value)
+        )
     memmap.open_store(tmp_path / "x", {**PRINT, "size": (224, 224)})  # a tuple is a list in JSON
 
 
@@ -148,8 +167,11 @@ def test_half_done_with_another_fingerprint_is_started_anew(tmp_path, capsys):
     with memmap.Writer(tmp_path / "x", (10, 3), np.float32, PRINT) as writer:
         assert writer.todo.tolist() == list(range(2, 10))
     assert capsys.readouterr().out == ""
-    for shape, dtype, fingerprint in (((10, 3), np.float32, {"weights": "b"}), ((11, 3), np.float32, {"weights": "b"}),
-                                      ((11, 3), np.float16, {"weights": "b"})):
+    for shape, dtype, fingerprint in (
+        ((10, 3), np.float32, {"weights": "b"}),
+        ((11, 3), np.float32, {"weights": "b"}),
+        ((11, 3), np.float16, {"weights": "b"}),
+    ):
         with memmap.Writer(tmp_path / "x", shape, dtype, fingerprint) as writer:
             assert len(writer.todo) == shape[0]
         out = capsys.readouterr().out
@@ -171,7 +193,7 @@ def test_damage_is_found(tmp_path):
     fill(path, 40)
     good = array.read_bytes()
     for at in (len(good) - 1, len(good) // 2, 130):
-        array.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1:])
+        array.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
         with pytest.raises(memmap.Damaged, match="damaged; delete it"):
             memmap.open_store(path, PRINT)
         memmap.open_store(path, PRINT, verify=False)  # asked not to look
@@ -193,8 +215,10 @@ def test_a_broken_index_is_one_line(tmp_path):
     good = json.loads(index.read_text())
     for text in ("", "{", "[]", json.dumps({"shape": 3}), json.dumps({**good, "fingerprint": 3})):
         index.write_text(text)
-        for use in (lambda: memmap.open_store(tmp_path / "x", PRINT),
-                    lambda: memmap.Writer(tmp_path / "x", (10, 3), np.float32, PRINT).__enter__()):
+        for use in (
+            lambda: memmap.open_store(tmp_path / "x", PRINT),
+            lambda: memmap.Writer(tmp_path / "x", (10, 3), np.float32, PRINT).__enter__(),
+        ):
             with pytest.raises(UserError, match="delete it"):
                 use()
     for edit in ({"shape": [9, 3]}, {"dtype": "<f8"}, {"checksum": 1}):
@@ -262,8 +286,12 @@ with memmap.Writer(path, (400, 1000), np.uint16, {"a": 1}, shared=True) as write
 
 
 def test_several_processes_write_disjoint_rows(tmp_path):
-    processes = [subprocess.Popen([sys.executable, "-c", SHARED, str(rank), "4", str(tmp_path / "x")], cwd=ROOT)
-                 for rank in range(4)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SHARED, str(rank), "4", str(tmp_path / "x")], cwd=ROOT
+        )
+        for rank in range(4)
+    ]
     assert [process.wait(60) for process in processes] == [0] * 4
     array = memmap.open_store(tmp_path / "x", {"a": 1})
     assert np.array_equal(array, np.arange(400)[:, None] * np.ones(1000))
@@ -272,10 +300,18 @@ def test_several_processes_write_disjoint_rows(tmp_path):
 def test_a_writer_that_comes_after_the_end_destroys_nothing(tmp_path):
     fill(tmp_path / "x")
     before = (tmp_path / "x.npy").stat().st_mtime_ns
-    subprocess.run([sys.executable, "-c", "import sys, numpy as np, store\n"
-                    "with memmap.Writer(sys.argv[1], (10, 3), np.float32, "
-                    f"{PRINT!r}, shared=True) as w: assert not len(w.todo); w.finish()", str(tmp_path / "x")],
-                   cwd=ROOT, check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys, numpy as np, store\n"
+            "with memmap.Writer(sys.argv[1], (10, 3), np.float32, "
+            f"{PRINT!r}, shared=True) as w: assert not len(w.todo); w.finish()",
+            str(tmp_path / "x"),
+        ],
+        cwd=ROOT,
+        check=True,
+    )
     assert (tmp_path / "x.npy").stat().st_mtime_ns == before
     memmap.open_store(tmp_path / "x", PRINT)
 
@@ -293,6 +329,11 @@ with memmap.Writer(sys.argv[1], (100, 4 << 20), np.uint8, {}) as writer:
     writer.finish()
     print((psutil.Process().memory_info().rss - before) >> 20)
 """
-    out = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")], cwd=ROOT, check=True, capture_output=True,
-                         text=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "x")],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
     assert int(out) < 60

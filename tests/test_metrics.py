@@ -15,7 +15,9 @@ NEAR = 1e-12
 
 
 def problem(k):
-    """(labels, probabilities, weights or None): of 1 to 200 patches, with ties, weights of zero, single classes."""
+    """(labels, probabilities, weights or None): of 1 to 200 patches, with ties, weights of zero,
+    single classes.
+    """
     rng = np.random.default_rng([5, k])
     n = int(rng.integers(1, 201))
     p = rng.random(n)
@@ -26,7 +28,11 @@ def problem(k):
         y[:] = k // 10 % 2
     weight = None
     if k % 2:
-        weight = rng.integers(0, 4, n).astype(float) if k % 4 == 1 else rng.random(n) * (rng.random(n) < 0.7)
+        weight = (
+            rng.integers(0, 4, n).astype(float)
+            if k % 4 == 1
+            else rng.random(n) * (rng.random(n) < 0.7)
+        )
     return y, p, weight
 
 
@@ -41,7 +47,8 @@ def holds(y, weight, label):
 
 
 def compared(problems, ours, theirs, needs):
-    """Largest difference over the problems in which the needed classes are there, and how many those were.
+    """Largest difference over the problems in which the needed classes are there, and how many
+    those were.
 
     Elsewhere ours must be NaN: that is what `needs` says.
     """
@@ -69,12 +76,16 @@ def test_the_problems_hold_every_special_case(problems):
     assert sum(len(set(p.tolist())) < len(p) for _, p, _ in problems) > 500
     assert sum(weight is not None and (weight == 0).any() for _, _, weight in problems) > 400
     # a class that is there, but with weights of zero alone
-    assert any(weight is not None and (y == 1).any() and not holds(y, weight, 1) for y, _, weight in problems)
+    assert any(
+        weight is not None and (y == 1).any() and not holds(y, weight, 1)
+        for y, _, weight in problems
+    )
 
 
 def test_auroc_equals_scikit_learn(problems):
     def theirs(y, p, weight):
         return reference.roc_auc_score(y, p, sample_weight=weight)
+
     assert compared(problems, metrics.auroc, theirs, BOTH) <= NEAR
 
 
@@ -105,6 +116,7 @@ def test_auroc_of_a_rare_and_of_a_frequent_class_counts_every_pair():
 def test_average_precision_equals_scikit_learn(problems):
     def theirs(y, p, weight):
         return reference.average_precision_score(y, p, sample_weight=weight)
+
     assert compared(problems, metrics.average_precision, theirs, POSITIVE) <= NEAR
 
 
@@ -115,27 +127,42 @@ def at_half(function):
 def test_balanced_accuracy_equals_scikit_learn_also_with_a_single_class(problems):
     def theirs(y, p, weight):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it warns of the missing class, and takes the other one alone
+            warnings.simplefilter(
+                "ignore"
+            )  # it warns of the missing class, and takes the other one alone
             return reference.balanced_accuracy_score(y, p >= 0.5, sample_weight=weight)
+
     assert compared(problems, at_half(metrics.balanced_accuracy), theirs, ANY) <= NEAR
 
 
 def test_weighted_f1_equals_scikit_learn(problems):
     def theirs(y, p, weight):
-        return reference.f1_score(y, p >= 0.5, sample_weight=weight, average="weighted", zero_division=0,
-                                  labels=[0, 1])
+        return reference.f1_score(
+            y, p >= 0.5, sample_weight=weight, average="weighted", zero_division=0, labels=[0, 1]
+        )
+
     assert compared(problems, at_half(metrics.weighted_f1), theirs, ANY) <= NEAR
 
 
 def test_sensitivity_and_specificity_equal_scikit_learn(problems):
-    for ours, label, needs in ((metrics.sensitivity, 1, POSITIVE), (metrics.specificity, 0, NEGATIVE)):
+    for ours, label, needs in (
+        (metrics.sensitivity, 1, POSITIVE),
+        (metrics.specificity, 0, NEGATIVE),
+    ):
+
         def theirs(y, p, weight):
-            return reference.recall_score(y, p >= 0.5, pos_label=label, sample_weight=weight, zero_division=0)
+            return reference.recall_score(
+                y, p >= 0.5, pos_label=label, sample_weight=weight, zero_division=0
+            )
+
         assert compared(problems, at_half(ours), theirs, needs) <= NEAR
 
 
 def test_precision_and_f1_of_the_mitotic_class_equal_scikit_learn(problems):
-    for ours, theirs in ((metrics.precision, reference.precision_score), (metrics.f1, reference.f1_score)):
+    for ours, theirs in (
+        (metrics.precision, reference.precision_score),
+        (metrics.f1, reference.f1_score),
+    ):
         for y, p, weight in weighed(problems):
             wanted = theirs(y, p >= 0.5, sample_weight=weight, zero_division=0)
             assert abs(ours(y, p >= 0.5, weight) - wanted) <= NEAR
@@ -143,13 +170,18 @@ def test_precision_and_f1_of_the_mitotic_class_equal_scikit_learn(problems):
 
 def test_confusion_equals_scikit_learn(problems):
     for y, p, weight in weighed(problems):
-        tn, fp, fn, tp = reference.confusion_matrix(y, p >= 0.5, sample_weight=weight, labels=[0, 1]).ravel()
-        assert np.allclose(metrics.confusion(y, p >= 0.5, weight), (tp, fp, fn, tn), rtol=0, atol=NEAR * 200)
+        tn, fp, fn, tp = reference.confusion_matrix(
+            y, p >= 0.5, sample_weight=weight, labels=[0, 1]
+        ).ravel()
+        assert np.allclose(
+            metrics.confusion(y, p >= 0.5, weight), (tp, fp, fn, tn), rtol=0, atol=NEAR * 200
+        )
 
 
 def test_brier_equals_scikit_learn(problems):
     def theirs(y, p, weight):
         return reference.brier_score_loss(y, p, sample_weight=weight, pos_label=1)
+
     assert compared(problems, metrics.brier, theirs, ANY) <= NEAR
 
 
@@ -157,8 +189,11 @@ def ece_by_loop(y, p, weight, bins):
     total, error = 0.0, 0.0
     weight = np.ones(len(y)) if weight is None else weight
     for k in range(bins):
-        # [k/bins, (k+1)/bins), the last one closed; as p * bins, which is how the borders are rounded
-        own = [i for i in range(len(y)) if k <= p[i] * bins < k + 1 or (k == bins - 1 and p[i] == 1)]
+        # [k/bins, (k+1)/bins), the last one closed; as p * bins, which is how the borders are
+        # rounded
+        own = [
+            i for i in range(len(y)) if k <= p[i] * bins < k + 1 or (k == bins - 1 and p[i] == 1)
+        ]
         mass = sum(weight[i] for i in own)
         if mass:
             mean = sum(weight[i] * p[i] for i in own) / mass
@@ -175,6 +210,7 @@ def test_calibration_error_equals_a_loop_over_bins(problems, bins):
 
     def theirs(y, p, weight):
         return ece_by_loop(y, p, weight, bins)
+
     assert compared(problems, ours, theirs, ANY) <= NEAR
 
 
@@ -193,8 +229,13 @@ def test_calibration_of_what_is_known_by_hand():
 def test_a_missing_class_is_not_a_number_where_it_is_needed():
     nan = np.isnan
     for y in ([1, 1, 1], [0, 0, 0]):
-        assert nan(metrics.auroc(y, [0.1, 0.5, 0.9])) and nan(metrics.auroc(y, [0.1, 0.5, 0.9], [1, 1, 1]))
-    assert nan(metrics.average_precision([0, 0], [0.1, 0.9])) and metrics.average_precision([1, 1], [0.1, 0.9]) == 1
+        assert nan(metrics.auroc(y, [0.1, 0.5, 0.9])) and nan(
+            metrics.auroc(y, [0.1, 0.5, 0.9], [1, 1, 1])
+        )
+    assert (
+        nan(metrics.average_precision([0, 0], [0.1, 0.9]))
+        and metrics.average_precision([1, 1], [0.1, 0.9]) == 1
+    )
     assert nan(metrics.sensitivity([0, 0], [0, 1])) and nan(metrics.specificity([1, 1], [0, 1]))
     assert metrics.precision([1, 0], [0, 0]) == 0 and metrics.f1([0, 0], [0, 0]) == 0
     assert metrics.balanced_accuracy([1, 1, 1, 1], [1, 1, 1, 0]) == 0.75
@@ -202,16 +243,30 @@ def test_a_missing_class_is_not_a_number_where_it_is_needed():
 
 
 def test_no_predictions_at_all_are_not_a_number():
-    for function in (metrics.auroc, metrics.average_precision, metrics.brier, metrics.expected_calibration_error,
-                     metrics.balanced_accuracy, metrics.weighted_f1, metrics.sensitivity, metrics.specificity):
+    for function in (
+        metrics.auroc,
+        metrics.average_precision,
+        metrics.brier,
+        metrics.expected_calibration_error,
+        metrics.balanced_accuracy,
+        metrics.weighted_f1,
+        metrics.sensitivity,
+        metrics.specificity,
+    ):
         assert np.isnan(function([], [])), function
     assert metrics.precision([], []) == metrics.f1([], []) == 0
 
 
 RANKING = (metrics.auroc, metrics.average_precision)
 PROBABILITY = (metrics.brier, metrics.expected_calibration_error)
-DECISION = (metrics.balanced_accuracy, metrics.weighted_f1, metrics.sensitivity, metrics.specificity, metrics.precision,
-            metrics.f1)
+DECISION = (
+    metrics.balanced_accuracy,
+    metrics.weighted_f1,
+    metrics.sensitivity,
+    metrics.specificity,
+    metrics.precision,
+    metrics.f1,
+)
 
 
 @pytest.mark.parametrize("function", RANKING + PROBABILITY + DECISION, ids=lambda f: f.__name__)
@@ -238,8 +293,13 @@ def test_decisions_are_zero_or_one():
 
 # ---------------------------------------------------------------- thresholds
 
+
 def f1_by_hand(y, p, t):
-    tp, fp, fn = np.sum((p >= t) & (y == 1)), np.sum((p >= t) & (y == 0)), np.sum((p < t) & (y == 1))
+    tp, fp, fn = (
+        np.sum((p >= t) & (y == 1)),
+        np.sum((p >= t) & (y == 0)),
+        np.sum((p < t) & (y == 1)),
+    )
     return 2 * tp / (2 * tp + fp + fn)
 
 
@@ -253,10 +313,14 @@ def test_the_threshold_of_the_best_f1_equals_brute_force(problems):
         values = {score: f1_by_hand(y, p, score) for score in np.unique(p)}
         best = max(values.values())
         assert abs(f1_by_hand(y, p, found) - best) <= NEAR
-        # Of several: the one whose middle between its score and the next lower one is nearest to 0.5.
+        # Of several: the one whose middle between its score and the next lower one is nearest to
+        # 0.5.
         scores = sorted(values)
-        middles = [(s + (scores[i - 1] if i else min(0, s))) / 2 for i, s in enumerate(scores)
-                   if values[s] >= best - NEAR]
+        middles = [
+            (s + (scores[i - 1] if i else min(0, s))) / 2
+            for i, s in enumerate(scores)
+            if values[s] >= best - NEAR
+        ]
         several += len(middles) > 1
         assert min(abs(m - 0.5) for m in middles) == abs(found - 0.5)
         # Halfway: a score that moves by rounding stays on its side.
@@ -289,33 +353,50 @@ def test_the_threshold_separates_scores_that_differ_in_the_last_digit():
 
 # ---------------------------------------------------------------- summaries
 
+
 def test_a_summary_equals_scikit_learn_and_is_plain_json():
     rng = np.random.default_rng(3)
     y, p, cases = rng.integers(0, 2, 300), np.round(rng.random(300), 2), rng.integers(0, 9, 300)
     found = json.loads(json.dumps(metrics.summarise(y, p, cases, 0.37)))
     assert (found["n"], found["positives"], found["cases"]) == (300, y.sum(), 9)
-    for key, wanted in (("balanced_accuracy", reference.balanced_accuracy_score(y, p >= 0.5)),
-                        ("weighted_f1", reference.f1_score(y, p >= 0.5, average="weighted")),
-                        ("auroc", reference.roc_auc_score(y, p)), ("brier", reference.brier_score_loss(y, p)),
-                        ("average_precision", reference.average_precision_score(y, p)),
-                        ("ece", ece_by_loop(y, p, None, 15))):
+    for key, wanted in (
+        ("balanced_accuracy", reference.balanced_accuracy_score(y, p >= 0.5)),
+        ("weighted_f1", reference.f1_score(y, p >= 0.5, average="weighted")),
+        ("auroc", reference.roc_auc_score(y, p)),
+        ("brier", reference.brier_score_loss(y, p)),
+        ("average_precision", reference.average_precision_score(y, p)),
+        ("ece", ece_by_loop(y, p, None, 15)),
+    ):
         assert abs(found[key] - wanted) <= NEAR, key
     for part, t in (("at_0.5", 0.5), ("at_threshold", 0.37)):
         own, pred = found[part], p >= t
         assert own["threshold"] == t
-        for key, wanted in (("balanced_accuracy", reference.balanced_accuracy_score(y, pred)),
-                            ("weighted_f1", reference.f1_score(y, pred, average="weighted")),
-                            ("sensitivity", reference.recall_score(y, pred)),
-                            ("specificity", reference.recall_score(y, pred, pos_label=0)),
-                            ("precision", reference.precision_score(y, pred)), ("f1", reference.f1_score(y, pred))):
+        for key, wanted in (
+            ("balanced_accuracy", reference.balanced_accuracy_score(y, pred)),
+            ("weighted_f1", reference.f1_score(y, pred, average="weighted")),
+            ("sensitivity", reference.recall_score(y, pred)),
+            ("specificity", reference.recall_score(y, pred, pos_label=0)),
+            ("precision", reference.precision_score(y, pred)),
+            ("f1", reference.f1_score(y, pred)),
+        ):
             assert abs(own[key] - wanted) <= NEAR, (part, key)
-        assert [own[k] for k in ("tn", "fp", "fn", "tp")] == reference.confusion_matrix(y, pred).ravel().tolist()
+        assert [own[k] for k in ("tn", "fp", "fn", "tp")] == reference.confusion_matrix(
+            y, pred
+        ).ravel().tolist()
 
 
 def test_a_summary_of_one_class_says_none():
     found = metrics.summarise([1, 1], [0.2, 0.9])
-    assert found["auroc"] is None and found["balanced_accuracy"] is None and found["at_0.5"]["specificity"] is None
-    assert found["average_precision"] == 1 and found["at_0.5"]["sensitivity"] == 0.5 and found["cases"] is None
+    assert (
+        found["auroc"] is None
+        and found["balanced_accuracy"] is None
+        and found["at_0.5"]["specificity"] is None
+    )
+    assert (
+        found["average_precision"] == 1
+        and found["at_0.5"]["sensitivity"] == 0.5
+        and found["cases"] is None
+    )
     found = metrics.summarise([0, 0], [0.2, 0.9])
     assert found["average_precision"] is None and found["at_0.5"]["sensitivity"] is None
     with warnings.catch_warnings():
@@ -327,8 +408,12 @@ def predictions():
     rng = np.random.default_rng(4)
     label = rng.integers(0, 2, 90)
     p = np.clip(0.2 + 0.3 * label + 0.3 * rng.random(90), 0, 1)
-    return {"set": np.repeat(["val", "test", "B"], 30), "case": np.repeat(list("abcdef"), 15), "label": label,
-            "probability": p}
+    return {
+        "set": np.repeat(["val", "test", "B"], 30),
+        "case": np.repeat(list("abcdef"), 15),
+        "label": label,
+        "probability": p,
+    }
 
 
 def test_the_threshold_of_a_run_is_chosen_on_validation_alone():
@@ -338,13 +423,22 @@ def test_the_threshold_of_a_run_is_chosen_on_validation_alone():
     assert found["threshold"] == t and list(found["sets"]) == ["val", "test", "B"]
     for name, rows in (("val", slice(30)), ("test", slice(30, 60)), ("B", slice(60, 90))):
         y, p = columns["label"][rows], columns["probability"][rows]
-        assert found["sets"][name]["at_threshold"]["f1"] == pytest.approx(f1_by_hand(y, p, t), abs=NEAR)
-        assert found["sets"][name]["auroc"] == pytest.approx(reference.roc_auc_score(y, p), abs=NEAR)
+        assert found["sets"][name]["at_threshold"]["f1"] == pytest.approx(
+            f1_by_hand(y, p, t), abs=NEAR
+        )
+        assert found["sets"][name]["auroc"] == pytest.approx(
+            reference.roc_auc_score(y, p), abs=NEAR
+        )
         assert found["sets"][name]["cases"] == 2
     columns["probability"] = columns["probability"].copy()
-    columns["probability"][30:] = 1 - columns["probability"][30:]  # other test predictions, the same threshold
+    columns["probability"][30:] = (
+        1 - columns["probability"][30:]
+    )  # other test predictions, the same threshold
     assert metrics.of_predictions(columns)["threshold"] == t
-    assert metrics.of_predictions({key: values[30:] for key, values in columns.items()})["threshold"] == 0.5
+    assert (
+        metrics.of_predictions({key: values[30:] for key, values in columns.items()})["threshold"]
+        == 0.5
+    )
 
 
 def test_nan_in_one_set_of_a_run_is_named():

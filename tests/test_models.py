@@ -19,19 +19,42 @@ import weights
 from common import UserError
 
 TINY = dict(dim=48, depth=3, heads=3, hidden=96, patch=16, layerscale=True)
-TRANSFORMERS_SPECS = {"phikon": ("phikon_hf_v4", "phikon_hf_v5"), "hibou-b": ("hibou_b_hf_v4", "hibou_b_hf_v5"),
-                      "hibou-l": ("hibou_l_hf_v4",), "phikon-v2": ("phikon_v2_hf_v4", "phikon_v2_hf_v5"),
-                      "midnight": ("midnight12k_hf_v4",), "vit-b-tv": ("tv_vit_b_16",), "vit-h-swag": ("tv_vit_h_14",),
-                      # google's two files have the names and the shape of these
-                      "vit-b": ("phikon_hf_v4", "phikon_hf_v5"), "vit-h": ("tv_vit_h_14",)}
-TIMM_SPECS = {"phikon": "phikon_timm_equiv", "uni": "uni", "virchow": "virchow", "virchow2": "virchow2",
-              "h-optimus-0": "h_optimus_0", "h-optimus-1": "h_optimus_1", "prov-gigapath": "prov_gigapath",
-              "uni2-h": "uni2_h", "h0-mini": "h0_mini", "phikon-v2": "phikon_v2_timm_equiv",
-              "hibou-b": "hibou_b_timm_equiv", "hibou-l": "hibou_l_timm_equiv", "midnight": "midnight12k_timm_equiv",
-              "kaiko-s16": "kaiko_vits16", "kaiko-b16": "kaiko_vitb16", "kaiko-l14": "kaiko_vitl14",
-              "lunit-s16": "lunit_vits16", "lunit-s8": "lunit_vits8", "dinov2-s": "timm_vit_small_patch14_dinov2",
-              "dinov2-b": "timm_vit_base_patch14_dinov2", "dinov2-l": "timm_vit_large_patch14_dinov2",
-              "dinov2-g": "timm_vit_giant_patch14_dinov2"}
+TRANSFORMERS_SPECS = {
+    "phikon": ("phikon_hf_v4", "phikon_hf_v5"),
+    "hibou-b": ("hibou_b_hf_v4", "hibou_b_hf_v5"),
+    "hibou-l": ("hibou_l_hf_v4",),
+    "phikon-v2": ("phikon_v2_hf_v4", "phikon_v2_hf_v5"),
+    "midnight": ("midnight12k_hf_v4",),
+    "vit-b-tv": ("tv_vit_b_16",),
+    "vit-h-swag": ("tv_vit_h_14",),
+    # google's two files have the names and the shape of these
+    "vit-b": ("phikon_hf_v4", "phikon_hf_v5"),
+    "vit-h": ("tv_vit_h_14",),
+}
+TIMM_SPECS = {
+    "phikon": "phikon_timm_equiv",
+    "uni": "uni",
+    "virchow": "virchow",
+    "virchow2": "virchow2",
+    "h-optimus-0": "h_optimus_0",
+    "h-optimus-1": "h_optimus_1",
+    "prov-gigapath": "prov_gigapath",
+    "uni2-h": "uni2_h",
+    "h0-mini": "h0_mini",
+    "phikon-v2": "phikon_v2_timm_equiv",
+    "hibou-b": "hibou_b_timm_equiv",
+    "hibou-l": "hibou_l_timm_equiv",
+    "midnight": "midnight12k_timm_equiv",
+    "kaiko-s16": "kaiko_vits16",
+    "kaiko-b16": "kaiko_vitb16",
+    "kaiko-l14": "kaiko_vitl14",
+    "lunit-s16": "lunit_vits16",
+    "lunit-s8": "lunit_vits8",
+    "dinov2-s": "timm_vit_small_patch14_dinov2",
+    "dinov2-b": "timm_vit_base_patch14_dinov2",
+    "dinov2-l": "timm_vit_large_patch14_dinov2",
+    "dinov2-g": "timm_vit_giant_patch14_dinov2",
+}
 
 
 def shapes(model):
@@ -46,9 +69,21 @@ def on_meta(spec):
 @pytest.fixture
 def tiny(monkeypatch):
     """Rows of small networks, one per kind of embedding."""
-    rows = {"tiny": models.Encoder("tiny", "", "MIT", 0, **TINY, files=("tiny.safetensors",)),
-            "tiny-regs": models.Encoder("tiny-regs", "", "MIT", 0, **{**TINY, "patch": 14}, mlp="swiglu", registers=4,
-                                        pos="patches", pool="cls+mean", norm=models.OPTIMUS)}
+    rows = {
+        "tiny": models.Encoder("tiny", "", "MIT", 0, **TINY, files=("tiny.safetensors",)),
+        "tiny-regs": models.Encoder(
+            "tiny-regs",
+            "",
+            "MIT",
+            0,
+            **{**TINY, "patch": 14},
+            mlp="swiglu",
+            registers=4,
+            pos="patches",
+            pool="cls+mean",
+            norm=models.OPTIMUS,
+        ),
+    }
     for name, row in rows.items():
         monkeypatch.setitem(models.ENCODERS, name, row)
     return rows
@@ -60,6 +95,7 @@ def patches(count, seed=0):
 
 # ---------------------------------------------------------------- the table
 
+
 @pytest.mark.parametrize("name", [*references.TIMM, *references.EQUIVALENT])
 def test_names_shapes_and_parameters_are_the_reference(name):
     """The whole depth, on meta, at the resolution of the published file."""
@@ -67,23 +103,35 @@ def test_names_shapes_and_parameters_are_the_reference(name):
     network, reference = on_meta(spec), references.timm_model(name)
     assert shapes(network) == shapes(reference)
     assert sum(p.numel() for p in network.parameters()) == spec.params
-    assert [b.norm1.eps for b in reference.blocks] == [1e-6] * spec.depth  # timm's; the table may say otherwise
+    assert [b.norm1.eps for b in reference.blocks] == [
+        1e-6
+    ] * spec.depth  # timm's; the table may say otherwise
     assert spec.eps == (1e-12 if spec.repo.startswith("google/") else 1e-6)
     assert spec.heads == reference.blocks[0].attn.num_heads
 
 
 def test_every_row_has_a_reference():
-    assert {row.name for row in models.ROWS} == {"demo", "resnet50", *references.TIMM, *references.EQUIVALENT}
+    assert {row.name for row in models.ROWS} == {
+        "demo",
+        "resnet50",
+        *references.TIMM,
+        *references.EQUIVALENT,
+    }
 
 
 def test_resnet50_is_torchvisions():
     from torchvision.models import resnet50
+
     with torch.device("meta"):
         reference = resnet50()
     spec = models.ENCODERS["resnet50"]
     theirs = {k: v for k, v in shapes(reference).items() if not k.startswith("fc.")}
     assert shapes(on_meta(spec)) == theirs
-    assert sum(p.numel() for p in reference.parameters()) == spec.params + 2048 * 1000 + 1000 == 25_557_032
+    assert (
+        sum(p.numel() for p in reference.parameters())
+        == spec.params + 2048 * 1000 + 1000
+        == 25_557_032
+    )
 
 
 def test_parameters_with_torchvisions_heads():
@@ -113,8 +161,10 @@ def expanded(spec, block):
     """All names with shapes: the listed ones, block 0 repeated over the depth."""
     found = {name: tuple(shape) for name, shape in spec["non_block"].items()}
     for i in range(spec["depth"]):
-        found |= {name.replace(block.format(0), block.format(i), 1): tuple(shape)
-                  for name, shape in spec["block0"].items()}
+        found |= {
+            name.replace(block.format(0), block.format(i), 1): tuple(shape)
+            for name, shape in spec["block0"].items()
+        }
     return found
 
 
@@ -126,26 +176,41 @@ def test_collected_names(name):
     assert sum(p.numel() for p in network.parameters()) == collected["total_params"]
     spec = models.ENCODERS[name]
     assert (spec.eps, spec.heads, 1 + spec.registers) == tuple(
-        collected[fact] for fact in ("norm_eps", "num_heads", "num_prefix_tokens"))
+        collected[fact] for fact in ("norm_eps", "num_heads", "num_prefix_tokens")
+    )
 
 
 def test_collected_names_of_resnet50():
     collected = model_spec("tv_resnet50")
-    theirs = {name: tuple(shape) for part in ("non_block", "block0") for name, shape in collected[part].items()}
+    theirs = {
+        name: tuple(shape)
+        for part in ("non_block", "block0")
+        for name, shape in collected[part].items()
+    }
     ours = shapes(on_meta(models.ENCODERS["resnet50"]))
     assert len(ours) == collected["n_tensors"] - 2  # fc's two
     assert theirs.items() - ours.items() == {("fc.weight", (1000, 2048)), ("fc.bias", (1000,))}
 
 
 def test_every_row_is_collected():
-    assert {row.name for row in models.ROWS} == {"demo", "resnet50", *TIMM_SPECS, *TRANSFORMERS_SPECS}
+    assert {row.name for row in models.ROWS} == {
+        "demo",
+        "resnet50",
+        *TIMM_SPECS,
+        *TRANSFORMERS_SPECS,
+    }
 
 
-@pytest.mark.parametrize("name, file", [(n, f) for n, files in TRANSFORMERS_SPECS.items() for f in files])
+@pytest.mark.parametrize(
+    "name, file", [(n, f) for n, files in TRANSFORMERS_SPECS.items() for f in files]
+)
 def test_collected_names_are_translated(name, file):
     collected = model_spec(file)
-    block = next(b for b in ("encoder.layers.encoder_layer_{}.", "encoder.layer.{}.", "layers.{}.")
-                 if next(iter(collected["block0"])).startswith(b.format(0)))
+    block = next(
+        b
+        for b in ("encoder.layers.encoder_layer_{}.", "encoder.layer.{}.", "layers.{}.")
+        if next(iter(collected["block0"])).startswith(b.format(0))
+    )
     theirs = expanded(collected, block)
     if "n_tensors" in collected:
         assert len(theirs) == collected["n_tensors"]
@@ -162,6 +227,7 @@ def test_collected_names_are_translated(name, file):
 
 # ---------------------------------------------------------------- embeddings
 
+
 def filled(spec, **choices):
     with torch.device("meta"):
         network = models.build(spec, **choices)
@@ -169,7 +235,9 @@ def filled(spec, **choices):
     return references.fill(network).eval()
 
 
-@pytest.mark.parametrize("patch, middle", [(16, slice(5, 9)), (14, slice(6, 10)), (8, slice(10, 18))])
+@pytest.mark.parametrize(
+    "patch, middle", [(16, slice(5, 9)), (14, slice(6, 10)), (8, slice(10, 18))]
+)
 def test_pools(patch, middle):
     spec = models.Encoder("x", "", "MIT", 0, **{**TINY, "patch": patch}, registers=2, pos="patches")
     x = references.noise(2 * 3 * 224 * 224, 3).view(2, 3, 224, 224)
@@ -180,9 +248,12 @@ def test_pools(patch, middle):
             tokens = block(tokens)
         tokens = whole.norm(tokens)
         grid = tokens[:, 3:].unflatten(1, (224 // patch, 224 // patch))
-        expected = {"cls": tokens[:, 0], "mean": tokens[:, 3:].mean(1),
-                    "cls+mean": torch.cat([tokens[:, 0], tokens[:, 3:].mean(1)], 1),
-                    "patch-center": grid[:, middle, middle].mean((1, 2))}
+        expected = {
+            "cls": tokens[:, 0],
+            "mean": tokens[:, 3:].mean(1),
+            "cls+mean": torch.cat([tokens[:, 0], tokens[:, 3:].mean(1)], 1),
+            "patch-center": grid[:, middle, middle].mean((1, 2)),
+        }
         for pool, value in expected.items():
             network = filled(spec, pool=pool)
             assert network.embed_dim == value.shape[1]
@@ -197,7 +268,7 @@ def test_attention_and_its_gradients_in_training(dtype, bound):
     found, wanted = [], []
     for one, exact in ((found, False), (wanted, True)):
         leaves = [(t.double() if exact else t.clone()).requires_grad_() for t in (q, k, v)]
-        scores = leaves[0] @ leaves[1].transpose(-2, -1) / 8 ** 0.5
+        scores = leaves[0] @ leaves[1].transpose(-2, -1) / 8**0.5
         out = scores.softmax(-1) @ leaves[2] if exact else models.attention(*leaves)
         out.backward(g.to(out.dtype))
         one += [out.detach().double(), *(leaf.grad.double() for leaf in leaves)]
@@ -215,12 +286,18 @@ def test_layer_reads_an_earlier_block_after_the_final_norm():
                 network = models.build(spec, layer=layer)
             state = {k: v for k, v in reference.state_dict().items() if k in network.state_dict()}
             network.load_state_dict(state, assign=True)
-            (_, prefix), = reference.get_intermediate_layers(x, n=[layer - 1], norm=True, return_prefix_tokens=True)
+            ((_, prefix),) = reference.get_intermediate_layers(
+                x, n=[layer - 1], norm=True, return_prefix_tokens=True
+            )
             torch.testing.assert_close(network(x), prefix[:, 0], rtol=1e-5, atol=1e-5)
 
 
 def test_what_cannot_be_chosen():
-    for choices, word in ((dict(pool="max"), "--pool max"), (dict(layer=0), "--layer 0"), (dict(layer=13), "1 to 12")):
+    for choices, word in (
+        (dict(pool="max"), "--pool max"),
+        (dict(layer=0), "--layer 0"),
+        (dict(layer=13), "1 to 12"),
+    ):
         with pytest.raises(UserError, match=word):
             models.load_encoder("kaiko-s16", "random", **choices)
     for choices in (dict(pool="cls"), dict(layer=1)):
@@ -236,14 +313,18 @@ def test_random_weights(tiny):
     with torch.inference_mode():
         assert torch.equal(a(x), b(x)) and a(x).isfinite().all()
         assert (a(x)[0] - a(x)[1]).norm() > 1e-2 * a(x)[0].norm()
-    assert a.weights_hash == "random" and a.licence == "MIT" and a.embed_dim == 96 and not a.training
+    assert (
+        a.weights_hash == "random" and a.licence == "MIT" and a.embed_dim == 96 and not a.training
+    )
     assert models.load_encoder("resnet50", "random", dtype="bf16")(x.bfloat16()).isfinite().all()
 
 
 @pytest.mark.parametrize("shape", [(5, 48), (2, 7, 48)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_linear_layer_is_torchs(shape, bias):
-    """With a gradient and without (another library on CPUs), in every precision, under autocast too."""
+    """With a gradient and without (another library on CPUs), in every precision, under autocast
+    too.
+    """
     torch.manual_seed(0)
     layer, plain = models.Linear(48, 32, bias=bias), torch.nn.Linear(48, 32, bias=bias)
     plain.load_state_dict(layer.state_dict())
@@ -252,8 +333,12 @@ def test_a_linear_layer_is_torchs(shape, bias):
         for grad in (True, False):
             with torch.set_grad_enabled(grad):
                 mine, its = layer.to(dtype)(x.to(dtype)), plain.to(dtype)(x.to(dtype))
-                assert mine.dtype == dtype and mine.shape == its.shape and mine.requires_grad == grad
-                torch.testing.assert_close(mine, its, rtol=0, atol=2e-2 if dtype == torch.bfloat16 else 2e-6)
+                assert (
+                    mine.dtype == dtype and mine.shape == its.shape and mine.requires_grad == grad
+                )
+                torch.testing.assert_close(
+                    mine, its, rtol=0, atol=2e-2 if dtype == torch.bfloat16 else 2e-6
+                )
     layer.float()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
@@ -274,6 +359,7 @@ def test_linear_layers_are_named_as_in_timm(tiny):
 
 # ---------------------------------------------------------------- the classifier
 
+
 @pytest.mark.parametrize("name", ["kaiko-s16", "lunit-s16", "dinov2-s"])
 def test_classifier_normalises_as_published(name):
     encoder = models.load_encoder(name, "random", layer=1)
@@ -282,7 +368,9 @@ def test_classifier_normalises_as_published(name):
     mean, std = (np.array(v) for v in references.NORMALISATION.get(name, references.IN))
     x = torch.from_numpy(((images / 255 - mean) / std).transpose(0, 3, 1, 2)).float()
     with torch.inference_mode():
-        torch.testing.assert_close(model.embed(torch.from_numpy(images)), encoder(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            model.embed(torch.from_numpy(images)), encoder(x), rtol=1e-5, atol=1e-5
+        )
         model.mean += 0.02  # another normalisation is seen
         assert (model.embed(torch.from_numpy(images)) - encoder(x)).abs().max() > 1e-4
 
@@ -293,9 +381,14 @@ def test_classifier_takes_bytes_and_floats(tiny):
     with torch.inference_mode():
         logits = model(images)
         assert logits.shape == (3,) and logits.dtype == torch.float32
-        torch.testing.assert_close(model(images.permute(0, 3, 1, 2) / 255), logits, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            model(images.permute(0, 3, 1, 2) / 255), logits, rtol=1e-6, atol=1e-6
+        )
         torch.testing.assert_close(model.classify(model.embed(images)), logits, rtol=0, atol=0)
-    assert {k for k in model.state_dict() if not k.startswith("encoder.")} == {"head.weight", "head.bias"}
+    assert {k for k in model.state_dict() if not k.startswith("encoder.")} == {
+        "head.weight",
+        "head.bias",
+    }
 
 
 def test_classifier_keeps_the_head_in_float32(tiny):
@@ -331,18 +424,26 @@ def test_compiles_without_graph_breaks(tiny):
             torch.testing.assert_close(compiled(images), model(images), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name, pool", [("tiny", "cls"), ("tiny-regs", "cls+mean"), ("tiny-regs", "patch-center")])
+@pytest.mark.parametrize(
+    "name, pool", [("tiny", "cls"), ("tiny-regs", "cls+mean"), ("tiny-regs", "patch-center")]
+)
 def test_exports_with_a_dynamic_batch(tiny, name, pool):
     model = models.PatchClassifier(models.load_encoder(name, "random", pool=pool)).eval()
-    program = torch.export.export(model, (torch.from_numpy(patches(2)),),
-                                  dynamic_shapes=({0: torch.export.Dim("n", min=1, max=512)},))
+    program = torch.export.export(
+        model,
+        (torch.from_numpy(patches(2)),),
+        dynamic_shapes=({0: torch.export.Dim("n", min=1, max=512)},),
+    )
     for count in (1, 5):
         images = torch.from_numpy(patches(count, seed=1))
         with torch.inference_mode():
-            torch.testing.assert_close(program.module()(images), model(images), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                program.module()(images), model(images), rtol=1e-5, atol=1e-5
+            )
 
 
 # ---------------------------------------------------------------- predict
+
 
 class Reader:
     """Patches that know who read them."""
@@ -377,15 +478,26 @@ def test_predict(classifier):
         assert found.dtype == np.float32 and found.shape == (11,)
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     rows = [7, 2, 2, 10]
-    np.testing.assert_allclose(models.predict(classifier, reader, rows, batch_size=3), expected[rows], rtol=1e-5,
-                               atol=1e-5)
-    np.testing.assert_allclose(models.predict(classifier, reader, batch_size=4, output="embedding"), embeddings,
-                               rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(models.predict(classifier, reader.array, batch_size=4), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        models.predict(classifier, reader, rows, batch_size=3), expected[rows], rtol=1e-5, atol=1e-5
+    )
+    np.testing.assert_allclose(
+        models.predict(classifier, reader, batch_size=4, output="embedding"),
+        embeddings,
+        rtol=1e-5,
+        atol=1e-5,
+    )
+    np.testing.assert_allclose(
+        models.predict(classifier, reader.array, batch_size=4), expected, rtol=1e-5, atol=1e-5
+    )
     kept = []
-    models.predict(classifier, reader, [7, 2, 2, 10], batch_size=3, keep=lambda *batch: kept.append(batch))
+    models.predict(
+        classifier, reader, [7, 2, 2, 10], batch_size=3, keep=lambda *batch: kept.append(batch)
+    )
     assert [own.tolist() for own, _ in kept] == [[7, 2, 2], [10]]
-    np.testing.assert_allclose(np.concatenate([values for _, values in kept]), expected[rows], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        np.concatenate([values for _, values in kept]), expected[rows], rtol=1e-5, atol=1e-5
+    )
     assert threading.current_thread().name not in reader.threads
     assert models.predict(classifier, reader, []).shape == (0,)
     assert models.predict(classifier, reader, [], output="embedding").shape == (0, 96)
@@ -431,6 +543,7 @@ def test_predict_passes_on_the_readers_error_and_leaves_no_thread(classifier):
 
 # ---------------------------------------------------------------- device and precision
 
+
 def test_devices_and_precisions(monkeypatch, capsys):
     assert models.resolve_device("cpu").type == "cpu"
     for name in ("gpu", "meta:x", *([] if torch.cuda.is_available() else ["cuda", "cuda:3"])):
@@ -438,7 +551,11 @@ def test_devices_and_precisions(monkeypatch, capsys):
             models.resolve_device(name)
     assert models.resolve_dtype("auto", "cpu") == torch.float32
     assert models.resolve_dtype("bf16", torch.device("cpu")) == torch.bfloat16
-    for capability, expected in (((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
+    for capability, expected in (
+        ((7, 5), torch.float32),
+        ((8, 0), torch.bfloat16),
+        ((9, 0), torch.bfloat16),
+    ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         assert models.resolve_dtype("auto", "cuda", models.ENCODERS["uni"]) == expected
     with pytest.raises(UserError, match="--dtype half"):
@@ -451,6 +568,7 @@ def test_devices_and_precisions(monkeypatch, capsys):
 
 # ---------------------------------------------------------------- finished runs
 
+
 @pytest.fixture
 def base(tiny, tmp_path):
     """A weights file of the row "tiny", and its encoder."""
@@ -462,8 +580,10 @@ def base(tiny, tmp_path):
 def make_run(folder, base, method, state, **flags):
     encoder = models.load_encoder("tiny", base)
     flags = dict(model="tiny", method=method, pool=None, layer=None, **flags)
-    common.write_json(folder / "config.json", {"flags": flags, "encoder": {"name": "tiny",
-                                                                         "weights_hash": encoder.weights_hash}})
+    common.write_json(
+        folder / "config.json",
+        {"flags": flags, "encoder": {"name": "tiny", "weights_hash": encoder.weights_hash}},
+    )
     save_file(state, folder / "model.safetensors")
     return folder
 
@@ -475,7 +595,9 @@ def test_load_probe_run(base, tmp_path):
     images = torch.from_numpy(patches(2))
     assert torch.equal(loaded(images), model(images)) and not loaded.training
     assert config["flags"]["method"] == "probe"
-    make_run(tmp_path / "run", base, "probe", model.head.state_dict(prefix="head."), weights=str(base))
+    make_run(
+        tmp_path / "run", base, "probe", model.head.state_dict(prefix="head."), weights=str(base)
+    )
     assert torch.equal(checkpoint.load_run(run)[0](images), model(images))
 
 
@@ -500,8 +622,16 @@ def test_load_lora_run(base, tmp_path):
             if "lora_" in name:
                 p.normal_(0, 0.2)
     state = {f"encoder.{k}": v for k, v in lora.lora_state_dict(model.encoder).items()}
-    run = make_run(tmp_path / "run", base, "lora", {**state, **model.head.state_dict(prefix="head.")}, rank=4, alpha=8,
-                   dropout=0.1, targets=["qkv", "proj", "fc1", "fc2"])
+    run = make_run(
+        tmp_path / "run",
+        base,
+        "lora",
+        {**state, **model.head.state_dict(prefix="head.")},
+        rank=4,
+        alpha=8,
+        dropout=0.1,
+        targets=["qkv", "proj", "fc1", "fc2"],
+    )
     images = torch.from_numpy(patches(2))
     plain = models.PatchClassifier(models.load_encoder("tiny", base)).eval()
     plain.head = model.head
@@ -529,7 +659,9 @@ def test_load_run_refuses(base, tiny, tmp_path):
     save_file({"head.weight": head["head.weight"]}, run / "model.safetensors")
     with pytest.raises(UserError, match=r"1 missing \(head.bias\)"):
         checkpoint.load_run(run, base)
-    save_file({"head.weight": torch.zeros(1, 7), "head.bias": torch.zeros(1)}, run / "model.safetensors")
+    save_file(
+        {"head.weight": torch.zeros(1, 7), "head.bias": torch.zeros(1)}, run / "model.safetensors"
+    )
     with pytest.raises(UserError, match="head.weight"):
         checkpoint.load_run(run, base)
     (run / "model.safetensors").write_bytes(b"123")
@@ -544,6 +676,7 @@ def test_load_run_refuses(base, tiny, tmp_path):
 
 
 # ---------------------------------------------------------------- the command
+
 
 def command(monkeypatch, capsys, *arguments):
     monkeypatch.setattr("sys.argv", ["models.py", *map(str, arguments)])
@@ -566,7 +699,11 @@ def test_a_file_is_verified(monkeypatch, capsys, base):
     out = command(monkeypatch, capsys, "tiny", "--weights", base, "--device", "cpu")
     assert models.load_encoder("tiny", base).weights_hash in out
     assert "ms per image" in out and "first four" in out
-    assert out.splitlines()[3] == command(monkeypatch, capsys, "tiny", "--weights", base, "--device",
-                                          "cpu").splitlines()[3]
+    assert (
+        out.splitlines()[3]
+        == command(monkeypatch, capsys, "tiny", "--weights", base, "--device", "cpu").splitlines()[
+            3
+        ]
+    )
     with pytest.raises(UserError, match="no such file"):
         command(monkeypatch, capsys, "tiny", "--weights", base.parent / "other")

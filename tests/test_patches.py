@@ -1,4 +1,6 @@
-"""Patches out of images, of the store of crops and of ready-made files: the same bytes, however they are read."""
+"""Patches out of images, of the store of crops and of ready-made files: the same bytes, however
+they are read.
+"""
 
 import csv
 import errno
@@ -30,9 +32,11 @@ HEIGHT, WIDTH = 700, 900
 def pixels(seed, height=HEIGHT, width=WIDTH):
     """Noise over coarse blobs, white on the left: tissue and glass."""
     rng = np.random.default_rng(seed)
-    blobs = np.kron(rng.integers(60, 180, (height // 20 + 1, width // 20 + 1, 3)), np.ones((20, 20, 1)))
+    blobs = np.kron(
+        rng.integers(60, 180, (height // 20 + 1, width // 20 + 1, 3)), np.ones((20, 20, 1))
+    )
     image = (blobs[:height, :width] + rng.integers(-20, 20, (height, width, 3))).astype(np.uint8)
-    image[:, :width // 3] = 245
+    image[:, : width // 3] = 245
     return image
 
 
@@ -44,7 +48,9 @@ def write_image(path, array):
 
 
 def made(folder, suffix=".png", n=5, each=30, seed=0, shape=(HEIGHT, WIDTH)):
-    """Annotations on n images that are written to `folder`; centres also outside, at halves and at the border."""
+    """Annotations on n images that are written to `folder`; centres also outside, at halves and at
+    the border.
+    """
     folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(seed)
     names = [f"{i:03d}{suffix}" for i in range(n)]
@@ -56,9 +62,18 @@ def made(folder, suffix=".png", n=5, each=30, seed=0, shape=(HEIGHT, WIDTH)):
     label = np.zeros(len(image), np.int8)
     label[::10] = 1  # few, so that there is room for random patches
     return data.Annotations(
-        np.array([f"a{i}" for i in range(len(image))]), image, np.char.replace(image, suffix, ""),
-        np.full(len(image), "all"), x, y, label, "made", folder,
-        sizes={name: (shape[1], shape[0]) for name in names}, all_images=names)
+        np.array([f"a{i}" for i in range(len(image))]),
+        image,
+        np.char.replace(image, suffix, ""),
+        np.full(len(image), "all"),
+        x,
+        y,
+        label,
+        "made",
+        folder,
+        sizes={name: (shape[1], shape[0]) for name in names},
+        all_images=names,
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -83,10 +98,12 @@ def sampler(a, **options):
 def no_images(monkeypatch):
     def refuse(image):
         raise AssertionError(f"{image} was opened")
+
     monkeypatch.setattr(slides, "open_slide", refuse)
 
 
 # ---------------------------------------------------------------- out of images
+
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
 def test_annotated_patches_are_slides_windows(tmp_path, suffix):
@@ -109,7 +126,9 @@ def test_a_sample_is_read_where_it_says(tmp_path):
         got = patches_module.Patches(a).read_sample(sample, 100)
         assert (sample["row"] < 0).sum() == 16
         for patch, s in zip(got, sample):
-            assert np.array_equal(patch, slides.read(a.root / names[s["image"]], s["x"], s["y"], 100))
+            assert np.array_equal(
+                patch, slides.read(a.root / names[s["image"]], s["x"], s["y"], 100)
+            )
             if s["row"] >= 0 and not options:
                 assert (a.x[s["row"]], a.image[s["row"]]) == (s["x"], names[s["image"]])
 
@@ -131,7 +150,9 @@ def test_resampled_patches(tmp_path):
 
 def test_margin_is_what_augmentation_asks_for():
     augment = pytest.importorskip("augment")
-    assert [patches_module.margin(size) for size in (224, 96, 512)] == [augment.margin(size) for size in (224, 96, 512)]
+    assert [patches_module.margin(size) for size in (224, 96, 512)] == [
+        augment.margin(size) for size in (224, 96, 512)
+    ]
 
 
 def test_tissue(tmp_path):
@@ -139,7 +160,8 @@ def test_tissue(tmp_path):
     patches = patches_module.Patches(a)
     sample = sampler(a, accept=patches.tissue, epoch_size=256).epoch(0)
     x = sample["x"][sample["row"] < 0]
-    # The left third is glass: at least a quarter of each window lies right of it, and those are drawn as before.
+    # The left third is glass: at least a quarter of each window lies right of it, and those are
+    # drawn as before.
     assert x.min() > 1000 + 56 - 112 and x.max() > 2500 and 944 < np.sort(x)[:3].mean() < 1400
     free = sampler(a, epoch_size=256).epoch(0)
     x = free["x"][free["row"] < 0]
@@ -153,14 +175,18 @@ def test_tissue(tmp_path):
 
 # ---------------------------------------------------------------- ready-made files
 
+
 def ready_made(folder, shapes):
     folder.mkdir()
     for i, (height, width) in enumerate(shapes):
-        Image.fromarray(np.random.default_rng(i).integers(0, 200, (height, width, 3), np.uint8)).save(
-            folder / f"{i}.png")
+        Image.fromarray(
+            np.random.default_rng(i).integers(0, 200, (height, width, 3), np.uint8)
+        ).save(folder / f"{i}.png")
     n, nan = len(shapes), np.full(len(shapes), np.nan)
     name = np.array([f"{i}.png" for i in range(n)])
-    return data.Annotations(name, name, name, name, nan, nan, np.arange(n) % 2, "files", folder, kind="patches")
+    return data.Annotations(
+        name, name, name, name, nan, nan, np.arange(n) % 2, "files", folder, kind="patches"
+    )
 
 
 def test_ready_made_patches(tmp_path):
@@ -188,6 +214,7 @@ def test_ready_made_patches(tmp_path):
 
 # ---------------------------------------------------------------- the store
 
+
 def test_the_store_gives_the_bytes_of_the_images(points, monkeypatch):
     a, cache = points
     direct, stored = patches_module.Patches(a, cache=False), patches_module.Patches(a, cache=cache)
@@ -206,16 +233,27 @@ def test_the_store_gives_the_bytes_of_the_images(points, monkeypatch):
 def test_larger_than_stored_is_read_from_the_image(points):
     a, cache = points
     for size in (321, 500):
-        assert np.array_equal(patches_module.Patches(a, cache=cache).read([5, 100], size),
-                              patches_module.Patches(a, cache=False).read([5, 100], size))
+        assert np.array_equal(
+            patches_module.Patches(a, cache=cache).read([5, 100], size),
+            patches_module.Patches(a, cache=False).read([5, 100], size),
+        )
 
 
-@pytest.mark.parametrize("options, side", [({"jitter": 0.1}, 320 + 46), ({"mpp": 0.5}, 640), ({"mpp": 0.2}, 256),
-                                           ({"mpp": 0.5, "source_mpp": 0.4}, 400)])
+@pytest.mark.parametrize(
+    "options, side",
+    [
+        ({"jitter": 0.1}, 320 + 46),
+        ({"mpp": 0.5}, 640),
+        ({"mpp": 0.2}, 256),
+        ({"mpp": 0.5, "source_mpp": 0.4}, 400),
+    ],
+)
 def test_with_jitter_and_resampling(tmp_path, monkeypatch, options, side):
     a = made(tmp_path / "d", n=3, each=10, shape=(1000, 1100))
     a.mpp = {"000.png": 0.25, "001.png": 0.3, "002.png": 0.25}
-    direct, stored = (patches_module.Patches(a, cache=cache, **options) for cache in (False, tmp_path / "c"))
+    direct, stored = (
+        patches_module.Patches(a, cache=cache, **options) for cache in (False, tmp_path / "c")
+    )
     patches_module.build_store(stored, 1)
     assert stored.layout["side"] == side
     jitter = options.get("jitter", 0)
@@ -254,6 +292,7 @@ def log_decoding(monkeypatch, path):
         with open(path, "a") as file:  # also of forked processes
             file.write(f"{Path(image.filename).name}\n")
         return decode(image)
+
     monkeypatch.setattr(slides, "_rgb", logged)
 
 
@@ -266,7 +305,10 @@ def test_each_image_is_decoded_once(tmp_path, monkeypatch, capsys, workers):
     assert not slides.PlainImage.decoded  # nothing is kept
     rows = 25 + 5 * 51
     out = capsys.readouterr().out
-    assert f"25 annotated and 255 random ones of 320 px out of 5 images; {rows * 307200 / 1e9:.1f} GB in" in out
+    assert (
+        f"25 annotated and 255 random ones of 320 px out of 5 images; {rows * 307200 / 1e9:.1f} "
+        "GB in" in out
+    )
     assert (tmp_path / "d/.crops/made-320.npy").exists()  # the default place
     # A second time there is nothing to do.
     patches_module.build_store(patches_module.Patches(a), workers)
@@ -301,8 +343,12 @@ patches_module.build_store(patches_module.Patches(a), int(sys.argv[2]))
 
 @pytest.mark.parametrize("workers, writes", [(1, 3), (2, 1)])
 def test_a_killed_build_continues(tmp_path, monkeypatch, capsys, workers, writes):
-    process = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "d"), str(workers), str(writes)], cwd=ROOT,
-                             capture_output=True, text=True)
+    process = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path / "d"), str(workers), str(writes)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert process.returncode == -9, process.stderr
     # The children end by themselves: nothing is left that holds the store.
     a = made(tmp_path / "other", each=5)
@@ -311,7 +357,9 @@ def test_a_killed_build_continues(tmp_path, monkeypatch, capsys, workers, writes
     deadline = time.monotonic() + 20
     while True:
         try:
-            with memmap.Writer(path, (280, 320, 320, 3), np.uint8, patches_module.Patches(a).store_fingerprint()) as writer:
+            with memmap.Writer(
+                path, (280, 320, 320, 3), np.uint8, patches_module.Patches(a).store_fingerprint()
+            ) as writer:
                 left = len(writer.todo)
             break
         except UserError:
@@ -319,18 +367,26 @@ def test_a_killed_build_continues(tmp_path, monkeypatch, capsys, workers, writes
             time.sleep(0.05)
     assert 0 < left < 280
     done = np.flatnonzero(np.fromfile(path.with_name(path.name + ".done"), np.uint8))
-    finished = set(range(5)) - set(patches_module.Patches(a).layout["image"][np.setdiff1d(np.arange(280), done)].tolist())
+    finished = set(range(5)) - set(
+        patches_module.Patches(a).layout["image"][np.setdiff1d(np.arange(280), done)].tolist()
+    )
     log_decoding(monkeypatch, tmp_path / "log")
     written = []
     write = memmap.Writer.write
-    monkeypatch.setattr(memmap.Writer, "write", lambda self, rows, values: written.extend(rows) or write(
-        self, rows, values))
+    monkeypatch.setattr(
+        memmap.Writer,
+        "write",
+        lambda self, rows, values: written.extend(rows) or write(self, rows, values),
+    )
     patches_module.build_store(patches_module.Patches(a), 1)
     assert f"continuing: {280 - left} of 280 crops are there" in capsys.readouterr().out
     assert sorted(written) == sorted(set(range(280)) - set(done.tolist()))  # nothing is repeated
     assert not finished & {int(name[:3]) for name in (tmp_path / "log").read_text().split()}
     sample = sampler(a).epoch(0)
-    assert np.array_equal(patches_module.Patches(a).read_sample(sample), patches_module.Patches(a, cache=False).read_sample(sample))
+    assert np.array_equal(
+        patches_module.Patches(a).read_sample(sample),
+        patches_module.Patches(a, cache=False).read_sample(sample),
+    )
 
 
 def test_a_stale_store_is_said_and_not_used(tmp_path, capsys):
@@ -342,7 +398,9 @@ def test_a_stale_store_is_said_and_not_used(tmp_path, capsys):
     assert np.array_equal(patches.read(range(15)), wanted.read(range(15)))
     patches.read(range(3))
     out = capsys.readouterr().out
-    assert out.count("\n") == 1 and "made from other images" in out and "--cache builds it anew" in out
+    assert (
+        out.count("\n") == 1 and "made from other images" in out and "--cache builds it anew" in out
+    )
     patches_module.build_store(a, 1)
     assert "made from other images" in capsys.readouterr().out
     assert patches_module.Patches(a).read(range(15)).tobytes() == wanted.read(range(15)).tobytes()
@@ -398,7 +456,9 @@ def test_a_stale_store_is_built_anew_by_training_where_it_is_needed(tmp_path, mo
     wanted = patches_module.Patches(a, cache=False).read_sample(sample)
     capsys.readouterr()
     assert np.array_equal(patches_module.Patches(a).read_sample(sample), wanted)
-    assert "made from other images" in (out := capsys.readouterr().out) and "building it anew" in out
+    assert (
+        "made from other images" in (out := capsys.readouterr().out) and "building it anew" in out
+    )
     patches_module.Patches(a).read_sample(sample)
     assert capsys.readouterr().out == ""
 
@@ -425,12 +485,16 @@ def test_broken_images_are_all_named_and_the_others_kept(tmp_path, capsys):
         assert "001.png: broken" in str(error.value) and "004.png: broken" in str(error.value)
         done = np.fromfile(a.root / ".crops/made-320.done", np.uint8)
         assert done.sum() == 3 * (5 + 51)
-    assert np.array_equal(patches_module.Patches(a).read(range(5)), patches_module.Patches(a, cache=False).read(range(5)))
+    assert np.array_equal(
+        patches_module.Patches(a).read(range(5)),
+        patches_module.Patches(a, cache=False).read(range(5)),
+    )
 
 
 def test_a_full_disk_in_a_process_is_said_as_such(tmp_path, monkeypatch):
     def full(*rest):
         raise OSError(errno.ENOSPC, "No space left on device", "rows")
+
     a = made(tmp_path)
     monkeypatch.setattr(os, "pwrite", full)  # the processes are forked
     with pytest.raises(OSError) as error:
@@ -438,12 +502,31 @@ def test_a_full_disk_in_a_process_is_said_as_such(tmp_path, monkeypatch):
     assert error.value.errno == errno.ENOSPC
 
 
-@pytest.mark.parametrize("fit, size, expected", [("resize", (256, 256), 224), ("resize", (160, 96), 96),
-                                                 ("pad", (256, 300), 224), ("pad", (100, 128), 128)])
-def test_what_a_model_is_told_of_ready_made_patches_is_what_training_saw(tmp_path, fit, size, expected):
+@pytest.mark.parametrize(
+    "fit, size, expected",
+    [
+        ("resize", (256, 256), 224),
+        ("resize", (160, 96), 96),
+        ("pad", (256, 300), 224),
+        ("pad", (100, 128), 128),
+    ],
+)
+def test_what_a_model_is_told_of_ready_made_patches_is_what_training_saw(
+    tmp_path, fit, size, expected
+):
     Image.fromarray(pixels(0, *size[::-1])).save(tmp_path / "0.png")
-    a = data.Annotations(np.array(["0"]), np.array(["0.png"]), np.array(["c"]), np.array(["d"]), np.full(1, np.nan),
-                         np.full(1, np.nan), np.array([1], np.int8), "p", tmp_path, kind="patches")
+    a = data.Annotations(
+        np.array(["0"]),
+        np.array(["0.png"]),
+        np.array(["c"]),
+        np.array(["d"]),
+        np.full(1, np.nan),
+        np.full(1, np.nan),
+        np.array([1], np.int8),
+        "p",
+        tmp_path,
+        kind="patches",
+    )
     assert flags.facts(a, fit)["patch"] == expected
 
 
@@ -451,8 +534,15 @@ def test_the_mpp_of_a_dataset_is_that_of_all_its_images(tmp_path):
     a = made(tmp_path, ".tif", n=2)
     for mpp, wanted in (((0.25, 0.25), 0.25), ((0.25, 0.5), None)):
         for name, value in zip(np.unique(a.image), mpp):
-            tifffile.imwrite(tmp_path / name, pixels(0), tile=(256, 256), photometric="rgb", compression="zlib",
-                             resolution=(10000 / value, 10000 / value), resolutionunit="CENTIMETER")
+            tifffile.imwrite(
+                tmp_path / name,
+                pixels(0),
+                tile=(256, 256),
+                photometric="rgb",
+                compression="zlib",
+                resolution=(10000 / value, 10000 / value),
+                resolutionunit="CENTIMETER",
+            )
             slides.close(tmp_path / name)
         assert flags.facts(a)["mpp"] == wanted
 
@@ -467,7 +557,9 @@ def test_a_process_that_is_killed_is_said(tmp_path, monkeypatch):
 def test_too_small_a_disk_is_said_before_anything_is_decoded(tmp_path, monkeypatch, capsys):
     a = made(tmp_path / "d", n=2, each=5)
     log_decoding(monkeypatch, tmp_path / "log")
-    monkeypatch.setattr(memmap.shutil, "disk_usage", lambda path: namedtuple("u", "total used free")(9, 9, 10**6))
+    monkeypatch.setattr(
+        memmap.shutil, "disk_usage", lambda path: namedtuple("u", "total used free")(9, 9, 10**6)
+    )
     with pytest.raises(UserError, match="needs 0.0 GB on the disk, 0.0 GB are free"):
         patches_module.build_store(a, 1)
     assert not (tmp_path / "log").exists() and "0.0 GB are free" in capsys.readouterr().out
@@ -475,10 +567,21 @@ def test_too_small_a_disk_is_said_before_anything_is_decoded(tmp_path, monkeypat
 
 def test_the_command(points, tmp_path):
     a, _ = points
-    rows = "".join(f"{image},{x},{y},{label}\n" for image, x, y, label in zip(a.image, a.x, a.y, a.label))
+    rows = "".join(
+        f"{image},{x},{y},{label}\n" for image, x, y, label in zip(a.image, a.x, a.y, a.label)
+    )
     (tmp_path / "t.csv").write_text("filename,x,y,label\n" + rows)
-    command = [sys.executable, "data.py", str(tmp_path / "t.csv"), "--images", str(a.root), "--cache", str(
-        tmp_path / "c"), "--workers", "2"]
+    command = [
+        sys.executable,
+        "data.py",
+        str(tmp_path / "t.csv"),
+        "--images",
+        str(a.root),
+        "--cache",
+        str(tmp_path / "c"),
+        "--workers",
+        "2",
+    ]
     for says in ("random ones of 320 px", "there, fresh and whole"):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0 and says in done.stdout, done
@@ -490,19 +593,26 @@ def test_the_command(points, tmp_path):
 
 # ---------------------------------------------------------------- processes
 
+
 class Training:
     """What a DataLoader reads: patch i of a run of several epochs."""
 
     def __init__(self, patches, epochs, jitter):
         self.patches = patches
-        self.samples = np.concatenate([sampler(patches.annotations, jitter=jitter, accept=patches.tissue,
-                                               epoch_size=24).epoch(k) for k in epochs])
+        self.samples = np.concatenate(
+            [
+                sampler(
+                    patches.annotations, jitter=jitter, accept=patches.tissue, epoch_size=24
+                ).epoch(k)
+                for k in epochs
+            ]
+        )
 
     def __len__(self):
         return len(self.samples)
 
     def __getitem__(self, i):
-        return i, self.patches.read_sample(self.samples[i:i + 1], 320)[0]
+        return i, self.patches.read_sample(self.samples[i : i + 1], 320)[0]
 
 
 @pytest.mark.parametrize("cache", [False, True])
@@ -515,11 +625,18 @@ def test_any_number_of_workers_and_a_resume_give_the_same_patches(points, cache)
 
     def read(training, workers, context=None):
         got = {}
-        loader = torch_data.DataLoader(training, 4, num_workers=workers, collate_fn=list,
-                                       multiprocessing_context=context, timeout=60 if workers else 0)
+        loader = torch_data.DataLoader(
+            training,
+            4,
+            num_workers=workers,
+            collate_fn=list,
+            multiprocessing_context=context,
+            timeout=60 if workers else 0,
+        )
         for batch in loader:
             got.update(batch)
         return np.stack([got[i] for i in range(len(training))])
+
     for workers, context in ((0, None), (1, "fork"), (4, "fork"), (1, "spawn")):
         assert np.array_equal(read(everything, workers, context), wanted), (workers, context)
     # Another process, begun at the third epoch, with everything made anew.
@@ -529,9 +646,15 @@ def test_any_number_of_workers_and_a_resume_give_the_same_patches(points, cache)
 
 def test_threads_share_patches(points):
     a, cache = points
-    patches, wanted = patches_module.Patches(a, cache=cache), patches_module.Patches(a, cache=False).read(range(len(a)))
+    patches, wanted = (
+        patches_module.Patches(a, cache=cache),
+        patches_module.Patches(a, cache=False).read(range(len(a))),
+    )
     results = {}
-    threads = [threading.Thread(target=lambda i=i: results.update({i: patches.read(range(len(a)))})) for i in range(4)]
+    threads = [
+        threading.Thread(target=lambda i=i: results.update({i: patches.read(range(len(a)))}))
+        for i in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -553,6 +676,7 @@ def test_two_processes_that_both_need_the_store_build_it_once(tmp_path, monkeypa
 
 
 # ---------------------------------------------------------------- memory
+
 
 def peak_memory(command, cwd=ROOT):
     """(the largest sum of the resident memory of a command and its children in GB, its output)."""
@@ -600,7 +724,10 @@ def test_memory_of_the_builder_354_images_2_processes(tmp_path):
         os.link(tmp_path / f"{i % 3:03d}.png", tmp_path / f"{i:03d}.png")
     start = time.monotonic()
     peak, out = peak_memory([sys.executable, "-c", BUILD, str(tmp_path), "354", *map(str, shape)])
-    print(f"354 images of 7,000 x 5,000 px, 2 processes: {peak:.2f} GB, {time.monotonic() - start:.0f} s")
+    print(
+        f"354 images of 7,000 x 5,000 px, 2 processes: {peak:.2f} GB, "
+        f"{time.monotonic() - start:.0f} s"
+    )
     assert "7,080 annotated and 3,540 random" in out and "same True" in out and peak <= 2.0
 
 
@@ -627,5 +754,8 @@ def test_memory_and_handles_of_100_000_random_reads_over_32_slides(tmp_path):
         write_image(path, pixels(i, 2000, 2000))
     start = time.monotonic()
     peak, out = peak_memory([sys.executable, "-c", READS, *map(str, paths)])
-    print(f"100,000 reads: {peak:.2f} GB, {out.strip()} MB in the second half, {time.monotonic() - start:.0f} s")
+    print(
+        f"100,000 reads: {peak:.2f} GB, {out.strip()} MB in the second half, "
+        f"{time.monotonic() - start:.0f} s"
+    )
     assert peak < 1.0 and float(out.split()[-1]) < 50

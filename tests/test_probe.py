@@ -30,7 +30,19 @@ def table(tmp_path_factory):
 
 
 def flags(table, out, *more):
-    return ["--data", table, "--model", "wide", "--weights", "random", "--runs", out, "--device", "cpu", *more]
+    return [
+        "--data",
+        table,
+        "--model",
+        "wide",
+        "--weights",
+        "random",
+        "--runs",
+        out,
+        "--device",
+        "cpu",
+        *more,
+    ]
 
 
 def folder(out, probe="", fold=0, frac=1):
@@ -59,12 +71,16 @@ def test_a_saved_probe_loads_and_predicts_the_same(tmp_path, table):
     for suffix in ("", "-l2", "-prototype"):
         predictions = runs.read_predictions(folder(tmp_path, suffix) / "predictions.csv")
         model, _ = checkpoint.load_run(folder(tmp_path, suffix))
-        logits = models.predict(model, patches_module.Patches(annotations), annotations.rows(predictions["id"]))
+        logits = models.predict(
+            model, patches_module.Patches(annotations), annotations.rows(predictions["id"])
+        )
         assert np.abs(logits - predictions["logit"]).max() < 1e-3 * max(1, np.abs(logits).max())
 
 
 def test_the_uni_probe_minimises_its_formula(tmp_path, table):
-    """Mean cross-entropy of a two-class softmax + (1/C) ½ ‖W‖, C = 2 D / 100, on the training pool alone."""
+    """Mean cross-entropy of a two-class softmax + (1/C) ½ ‖W‖, C = 2 D / 100, on the training pool
+    alone.
+    """
     assert small.call(probe, *flags(table, tmp_path)) == 0
     annotations = data.load_dataset(table)
     split = data.load_split(folder(tmp_path) / "split.json", annotations)
@@ -79,11 +95,16 @@ def test_the_uni_probe_minimises_its_formula(tmp_path, table):
         slope = sign / (1 + np.exp(-m)) / len(rows)
         gradient = np.append(slope @ X + w / max(norm, 1e-300) / np.sqrt(2) / 2 / C, slope.sum())
         return np.logaddexp(0, m).mean() + norm / np.sqrt(2) / 2 / C, gradient
+
     head = load_file(folder(tmp_path) / "model.safetensors")
-    found = loss(np.append(head["head.weight"][0].double().numpy(), head["head.bias"].double().numpy()))[0]
+    found = loss(
+        np.append(head["head.weight"][0].double().numpy(), head["head.bias"].double().numpy())
+    )[0]
     theta = np.random.default_rng(0).normal(0, 1e-3, 257)
     for _ in range(5):  # restarts clear its memory
-        theta = minimize(loss, theta, jac=True, method="L-BFGS-B", options={"maxiter": 5000, "ftol": 1e-16}).x
+        theta = minimize(
+            loss, theta, jac=True, method="L-BFGS-B", options={"maxiter": 5000, "ftol": 1e-16}
+        ).x
     assert abs(found - loss(theta)[0]) < 1e-6
     training = common.read_json(folder(tmp_path) / "metrics.json")["training"]
     assert training["C"] == C and training["train_loss"] == pytest.approx(found, abs=1e-6)
@@ -94,10 +115,14 @@ def test_l2_chooses_C_on_validation_and_uni_does_not_see_it(tmp_path, table):
     assert small.call(probe, *flags(table, tmp_path, "--probe", "l2", "uni")) == 0
     chosen = common.read_json(folder(tmp_path, "-l2") / "metrics.json")["training"]
     assert chosen["C"] in probe.C_GRID
-    fixed = [common.read_json(folder(tmp_path, f"-l2-C{C:g}") / "metrics.json")["training"]["val_loss"]
-             for C in probe.C_GRID if small.call(probe, *flags(table, tmp_path, "--probe", "l2", "--C", C)) == 0]
+    fixed = [
+        common.read_json(folder(tmp_path, f"-l2-C{C:g}") / "metrics.json")["training"]["val_loss"]
+        for C in probe.C_GRID
+        if small.call(probe, *flags(table, tmp_path, "--probe", "l2", "--C", C)) == 0
+    ]
     assert chosen["C"] == probe.C_GRID[int(np.argmin(fixed))]
-    # Fitted alone and side by side, as near as the solver promises; the sums differ with the number of threads.
+    # Fitted alone and side by side, as near as the solver promises; the sums differ with the number
+    # of threads.
     assert chosen["val_loss"] == pytest.approx(min(fixed), abs=1e-8)
 
 
@@ -110,11 +135,17 @@ def test_C_is_the_best_on_validation_not_on_training():
     probe.fit_logistic(X, labels, [job], "l2", False, None, "cpu")
     losses = {}
     for C in probe.C_GRID:
-        p = LogisticRegression(C=C, solver="newton-cholesky").fit(X[train], labels[train]).predict_proba(X[val])[:, 1]
+        p = (
+            LogisticRegression(C=C, solver="newton-cholesky")
+            .fit(X[train], labels[train])
+            .predict_proba(X[val])[:, 1]
+        )
         losses[C] = log_loss(labels[val], p)
     best = min(losses, key=losses.get)
     assert probe.C_GRID[0] < best < probe.C_GRID[-1]  # neither end, where training would take it
-    assert job["fit"]["C"] == best and job["fit"]["val_loss"] == pytest.approx(losses[best], abs=1e-4)
+    assert job["fit"]["C"] == best and job["fit"]["val_loss"] == pytest.approx(
+        losses[best], abs=1e-4
+    )
 
 
 def test_knn_votes():
@@ -123,7 +154,9 @@ def test_knn_votes():
     query = np.array([[2.0, 0.1], [0.0, 3.0], [1, 1]], np.float32)
     logits = probe.knn_logits(query, X, labels, np.arange(4), np.arange(3), k=2)
     assert logits[0] == pytest.approx(np.log(3)) and logits[1] == pytest.approx(-np.log(3))
-    assert np.abs(probe.knn_logits(query, X, labels, np.arange(4), np.arange(3), k=99)).max() < 1e-12
+    assert (
+        np.abs(probe.knn_logits(query, X, labels, np.arange(4), np.arange(3), k=99)).max() < 1e-12
+    )
 
 
 def test_prototypes_lie_between_the_means():
@@ -136,11 +169,19 @@ def test_prototypes_lie_between_the_means():
 def test_one_class_names_fraction_fold_and_counts(tmp_path, table, capsys):
     rows = [line.split(",") for line in table.read_text().splitlines()]
     one = table.with_name("one.csv")
-    one.write_text("\n".join(",".join((path, "0" if domain == "B" else label, case, domain))
-                             for path, label, case, domain in rows))
-    assert small.call(probe, *flags(one, tmp_path, "--domain", "B", "--frac", 0.5, "--fold", 3)) == 2
-    error, = capsys.readouterr().err.strip().splitlines()[-1:]
-    assert error.startswith("error: one, fraction 0.5, fold 3: the training pool holds one class only (0 mitotic fig")
+    one.write_text(
+        "\n".join(
+            ",".join((path, "0" if domain == "B" else label, case, domain))
+            for path, label, case, domain in rows
+        )
+    )
+    assert (
+        small.call(probe, *flags(one, tmp_path, "--domain", "B", "--frac", 0.5, "--fold", 3)) == 2
+    )
+    (error,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert error.startswith(
+        "error: one, fraction 0.5, fold 3: the training pool holds one class only (0 mitotic fig"
+    )
     assert not list(tmp_path.glob("one/*/*/config.json")) and not (tmp_path / "embeddings").exists()
 
 
@@ -148,11 +189,15 @@ def test_one_class_names_fraction_fold_and_counts(tmp_path, table, capsys):
 def counted(monkeypatch):
     """Rows that went through the encoder."""
     rows, real = [], models.predict
-    monkeypatch.setattr(models, "predict", lambda m, p, own, *a, **k: rows.extend(own) or real(m, p, own, *a, **k))
+    monkeypatch.setattr(
+        models, "predict", lambda m, p, own, *a, **k: rows.extend(own) or real(m, p, own, *a, **k)
+    )
     return rows
 
 
-def test_stored_embeddings_are_used_only_for_what_they_are(tmp_path, table, monkeypatch, capsys, counted):
+def test_stored_embeddings_are_used_only_for_what_they_are(
+    tmp_path, table, monkeypatch, capsys, counted
+):
     path = tmp_path / "embeddings" / "small" / "wide-cls.npy"
     state = models.load_encoder("wide", "random").state_dict()
     save_file(state, tmp_path / "a.safetensors")
@@ -162,9 +207,26 @@ def test_stored_embeddings_are_used_only_for_what_they_are(tmp_path, table, monk
         """(embeddings after a repeated run, rows that were computed, lines that say why)"""
         counted.clear()
         capsys.readouterr()
-        assert small.call(probe, *flags(table, tmp_path, "--weights", tmp_path / f"{weights}.safetensors", "--force",
-                                        *more)) == 0
-        return np.load(path), len(counted), [x for x in capsys.readouterr().out.splitlines() if "anew" in x]
+        assert (
+            small.call(
+                probe,
+                *flags(
+                    table,
+                    tmp_path,
+                    "--weights",
+                    tmp_path / f"{weights}.safetensors",
+                    "--force",
+                    *more,
+                ),
+            )
+            == 0
+        )
+        return (
+            np.load(path),
+            len(counted),
+            [x for x in capsys.readouterr().out.splitlines() if "anew" in x],
+        )
+
     first, count, why = embeddings()
     assert count == 96 and not why
     again, count, why = embeddings()
@@ -181,7 +243,9 @@ def test_stored_embeddings_are_used_only_for_what_they_are(tmp_path, table, monk
     assert count == 96 and len(why) == 1 and "made from other pixels" in why[0]
     embeddings()
     with monkeypatch.context() as patch:
-        patch.setitem(models.ENCODERS, "wide", dataclasses.replace(models.ENCODERS["wide"], norm=models.HALF))
+        patch.setitem(
+            models.ENCODERS, "wide", dataclasses.replace(models.ENCODERS["wide"], norm=models.HALF)
+        )
         _, count, why = embeddings()
     assert count == 96 and len(why) == 1 and "made from other normalisation" in why[0]
     _, count, why = embeddings("a", "--dtype", "bf16")
@@ -191,8 +255,21 @@ def test_stored_embeddings_are_used_only_for_what_they_are(tmp_path, table, monk
     content[-3] ^= 255
     path.write_bytes(content)
     capsys.readouterr()
-    assert small.call(probe, *flags(table, tmp_path, "--weights", tmp_path / "a.safetensors", "--force", "--dtype",
-                                    "bf16")) == 2
+    assert (
+        small.call(
+            probe,
+            *flags(
+                table,
+                tmp_path,
+                "--weights",
+                tmp_path / "a.safetensors",
+                "--force",
+                "--dtype",
+                "bf16",
+            ),
+        )
+        == 2
+    )
     assert f"error: {path}: damaged; delete it" in capsys.readouterr().err
 
 
@@ -215,6 +292,7 @@ def test_a_stopped_extraction_is_continued(tmp_path, table, monkeypatch, capsys)
             raise KeyboardInterrupt
         done.extend(rows)
         return real(self, rows)
+
     read.stops = True
     monkeypatch.setattr(patches_module.Patches, "read", read)
     assert small.call(probe, *flags(table, cut, "--batch-size", 16)) == 130
@@ -232,9 +310,14 @@ def test_a_stopped_extraction_is_continued(tmp_path, table, monkeypatch, capsys)
 
 
 def script(path, text):
-    """probe.py as a process that knows the small encoders and writes every batch, with `text` run before."""
-    path.write_text(f"import sys; sys.path[:0] = [{str(small.HERE.parent)!r}, {str(small.HERE)!r}]\n"
-                    f"import small, common, models, probe\nprobe.SECONDS = 0\n{text}\ncommon.command(probe.main)\n")
+    """probe.py as a process that knows the small encoders and writes every batch, with `text` run
+    before.
+    """
+    path.write_text(
+        f"import sys; sys.path[:0] = [{str(small.HERE.parent)!r}, {str(small.HERE)!r}]\n"
+        "import small, common, models, probe\nprobe.SECONDS = "
+        f"0\n{text}\ncommon.command(probe.main)\n"
+    )
     return path
 
 
@@ -253,24 +336,38 @@ models.PatchClassifier.embed = embed
 
 def test_kill_9_in_the_extraction(tmp_path, table, capsys):
     args = flags(table, tmp_path / "cut", "--batch-size", 16)
-    process = subprocess.Popen([sys.executable, script(tmp_path / "stops.py", STOPS), *map(str, args)],
-                               stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        [sys.executable, script(tmp_path / "stops.py", STOPS), *map(str, args)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert any(line.startswith("three batches") for line in process.stdout)  # reads up to that line
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert small.call(probe, *args) == 0
     assert "continuing, 48 of 96 are there" in capsys.readouterr().out
     assert small.call(probe, *flags(table, tmp_path / "whole", "--batch-size", 16)) == 0
-    cut, whole = (tmp_path / name / "embeddings" / "small" / "wide-cls.npy" for name in ("cut", "whole"))
+    cut, whole = (
+        tmp_path / name / "embeddings" / "small" / "wide-cls.npy" for name in ("cut", "whole")
+    )
     np.testing.assert_allclose(np.load(cut), np.load(whole), rtol=1e-5, atol=1e-5)
     assert not cut.with_suffix(".done").exists()
 
 
-@pytest.mark.parametrize("more, name, width", [
-    (["--pool", "mean"], "wide-mean", 256), (["--pool", "cls+mean"], "wide-cls+mean", 512),
-    (["--pool", "patch-center"], "wide-patch-center", 256), (["--layer", 1], "wide-cls-layer1", 256),
-    (["--tta"], "wide-cls-tta", 256)])
-def test_pools_layers_and_tta_have_their_own_embeddings_and_runs(tmp_path, table, more, name, width):
+@pytest.mark.parametrize(
+    "more, name, width",
+    [
+        (["--pool", "mean"], "wide-mean", 256),
+        (["--pool", "cls+mean"], "wide-cls+mean", 512),
+        (["--pool", "patch-center"], "wide-patch-center", 256),
+        (["--layer", 1], "wide-cls-layer1", 256),
+        (["--tta"], "wide-cls-tta", 256),
+    ],
+)
+def test_pools_layers_and_tta_have_their_own_embeddings_and_runs(
+    tmp_path, table, more, name, width
+):
     assert small.call(probe, *flags(table, tmp_path, *more)) == 0
     X = np.load(tmp_path / "embeddings" / "small" / f"{name}.npy")
     assert X.shape == (96, width)
@@ -285,16 +382,22 @@ def test_tta_is_the_mean_over_flips_and_turns(table):
     encoder = models.load_encoder("wide", "random")
     images = patches_module.Patches(data.load_dataset(table)).read([3])
     views = [np.rot90(part, k) for part in (images[0], images[0][:, ::-1]) for k in range(4)]
-    plain = models.predict(models.PatchClassifier(encoder), np.stack(views), output="embedding").mean(0)
+    plain = models.predict(
+        models.PatchClassifier(encoder), np.stack(views), output="embedding"
+    ).mean(0)
     tta = models.predict(models.PatchClassifier(encoder, tta=True), images, output="embedding")[0]
     assert np.abs(plain - tta).max() < 1e-5
 
 
 def test_further_datasets_and_domains(tmp_path, table):
     other = small.dataset(tmp_path / "other", cases=4, seed=9, name="elsewhere")
-    assert small.call(probe, *flags(table, tmp_path / "r", "--domain", "A", "B", "--test", other)) == 0
+    assert (
+        small.call(probe, *flags(table, tmp_path / "r", "--domain", "A", "B", "--test", other)) == 0
+    )
     for domain, rest in (("A", "B"), ("B", "A")):
-        metrics = common.read_json(tmp_path / "r" / "small" / "wide-probe" / f"domain{domain}-fold0" / "metrics.json")
+        metrics = common.read_json(
+            tmp_path / "r" / "small" / "wide-probe" / f"domain{domain}-fold0" / "metrics.json"
+        )
         assert set(metrics["sets"]) == {"val", "test", rest, "elsewhere"}
     assert (tmp_path / "r" / "embeddings" / "elsewhere" / "wide-cls.npy").exists()
 
@@ -302,7 +405,10 @@ def test_further_datasets_and_domains(tmp_path, table):
 def test_a_further_dataset_of_a_finished_run(tmp_path, table):
     other = small.dataset(tmp_path / "other", cases=4, seed=9, name="elsewhere")
     assert small.call(probe, *flags(table, tmp_path / "r", "--probe", "uni", "knn")) == 0
-    assert small.call(probe, *flags(table, tmp_path / "r", "--probe", "uni", "knn", "--test", other)) == 0
+    assert (
+        small.call(probe, *flags(table, tmp_path / "r", "--probe", "uni", "knn", "--test", other))
+        == 0
+    )
     for suffix in ("", "-knn"):
         metrics = json.loads((folder(tmp_path / "r", suffix) / "metrics.json").read_text())
         assert set(metrics["sets"]) == {"val", "test", "elsewhere"} and "training" in metrics
@@ -310,7 +416,9 @@ def test_a_further_dataset_of_a_finished_run(tmp_path, table):
 
 
 def test_names_of_further_datasets(tmp_path, table, capsys):
-    """One like a set of the run itself, another dataset of a known name, images elsewhere: nothing silently wrong."""
+    """One like a set of the run itself, another dataset of a known name, images elsewhere: nothing
+    silently wrong.
+    """
     out, other = tmp_path / "r", small.dataset(tmp_path / "one", cases=4, seed=9, name="two")
     assert small.call(probe, *flags(table, out)) == 0
     for name in ("test", "small"):
@@ -321,7 +429,12 @@ def test_names_of_further_datasets(tmp_path, table, capsys):
     metrics = folder(out) / "metrics.json"
     first = common.read_json(metrics)["sets"]["two"]
     assert first["auroc"] > 0.8  # its own images, not those of --images
-    assert small.call(probe, *flags(table, out, "--test", small.dataset(tmp_path / "2", cases=3, name="two"))) == 2
+    assert (
+        small.call(
+            probe, *flags(table, out, "--test", small.dataset(tmp_path / "2", cases=3, name="two"))
+        )
+        == 2
+    )
     assert "another dataset called two" in capsys.readouterr().err
     assert small.call(probe, *flags(table, out, "--test", other, other)) == 2
     assert "two datasets are called two" in capsys.readouterr().err
@@ -346,13 +459,24 @@ def test_killed_between_the_two_files_of_a_further_test(tmp_path, table, monkeyp
 
 def test_the_run_says_what_was_done(tmp_path, table):
     assert small.call(probe, *flags(table, tmp_path, "--domain", "a")) == 0
-    flags_kept = common.read_json(tmp_path / "small" / "wide-probe" / "domainA-fold0" / "config.json")["flags"]
+    flags_kept = common.read_json(
+        tmp_path / "small" / "wide-probe" / "domainA-fold0" / "config.json"
+    )["flags"]
     assert flags_kept["domain"] == "A" and flags_kept["dtype"] == "fp32"
 
 
-@pytest.mark.parametrize("more, words", [(["--seed", -1], "--seed"), (["--C", "inf"], "--C"), (["--k", 0], "--k"),
-                                         (["--C", -1], "--C"), (["--model", "nope"], "nope"),
-                                         (["--layer", 9], "--layer"), (["--frac", 0], "--frac")])
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--seed", -1], "--seed"),
+        (["--C", "inf"], "--C"),
+        (["--k", 0], "--k"),
+        (["--C", -1], "--C"),
+        (["--model", "nope"], "nope"),
+        (["--layer", 9], "--layer"),
+        (["--frac", 0], "--frac"),
+    ],
+)
 def test_mistakes_are_one_line(tmp_path, table, more, words, capsys):
     assert small.call(probe, *flags(table, tmp_path, *more)) == 2
     error = capsys.readouterr().err.strip()
@@ -361,15 +485,30 @@ def test_mistakes_are_one_line(tmp_path, table, more, words, capsys):
 
 def test_torchrun_shares_the_pass(tmp_path, table):
     other = small.dataset(tmp_path / "other", cases=4, seed=9, name="elsewhere")
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                str(script(tmp_path / "script.py", "")))
-    code, out, err = small.command("probe", *flags(table, tmp_path / "two", "--test", other), launcher=launcher)
+    launcher = (
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(script(tmp_path / "script.py", "")),
+    )
+    code, out, err = small.command(
+        "probe", *flags(table, tmp_path / "two", "--test", other), launcher=launcher
+    )
     assert code == 0, err
     assert small.call(probe, *flags(table, tmp_path / "one", "--test", other)) == 0
     for name in ("small", "elsewhere"):
-        a, b = (np.load(tmp_path / run / "embeddings" / name / "wide-cls.npy") for run in ("one", "two"))
+        a, b = (
+            np.load(tmp_path / run / "embeddings" / name / "wide-cls.npy") for run in ("one", "two")
+        )
         assert np.abs(a - b).max() < 1e-5 and np.isfinite(b).all()
-    assert set(common.read_json(folder(tmp_path / "two") / "metrics.json")["sets"]) == {"val", "test", "elsewhere"}
+    assert set(common.read_json(folder(tmp_path / "two") / "metrics.json")["sets"]) == {
+        "val",
+        "test",
+        "elsewhere",
+    }
 
 
 def test_another_setting_is_refused_before_the_pass(tmp_path, table, counted, capsys):

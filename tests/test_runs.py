@@ -14,8 +14,12 @@ import common
 import runs
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIG = {"flags": {"lr": 1e-4, "rank": 16, "targets": ("qkv", "proj")}, "data": {"fingerprint": "abc"},
-          "encoder": {"name": "demo"}, "environment": {"commit": "x"}}
+CONFIG = {
+    "flags": {"lr": 1e-4, "rank": 16, "targets": ("qkv", "proj")},
+    "data": {"fingerprint": "abc"},
+    "encoder": {"name": "demo"},
+    "environment": {"commit": "x"},
+}
 
 
 def test_atomic_keeps_the_old_file_on_an_error(tmp_path):
@@ -35,7 +39,9 @@ def test_atomic_file_is_readable_by_others(tmp_path):
 
 
 def test_run_path_names_what_is_not_default(tmp_path):
-    path = runs.run_path(tmp_path, "midog2022", "h-optimus-0", "lora", 0.1, 3, suffixes=("r8", "byannotation"))
+    path = runs.run_path(
+        tmp_path, "midog2022", "h-optimus-0", "lora", 0.1, 3, suffixes=("r8", "byannotation")
+    )
     assert path == tmp_path / "midog2022" / "h-optimus-0-lora-r8-byannotation" / "frac0.1-fold3"
     assert runs.run_path(tmp_path, "d", "m", "probe", 1.0, 0, domain="A").name == "domainA-fold0"
     assert runs.run_path(tmp_path, "d", "m", "probe", 0.001, 0).name == "frac0.001-fold0"
@@ -74,6 +80,7 @@ def test_remains_of_a_killed_force_or_of_an_export_harm_nothing(tmp_path):
     def unlink(path, **options):
         removed.append(path.name)
         real(path, **options)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(tmp_path), "unlink", unlink)
         runs.open_run(tmp_path / "r", CONFIG, force=True).close()
@@ -86,7 +93,9 @@ def test_an_unfinished_run_wants_resume(tmp_path):
         runs.open_run(tmp_path / "r", CONFIG)
     with runs.open_run(tmp_path / "r", CONFIG, resume=True) as run:
         assert not run.finished
-    with runs.open_run(tmp_path / "new", CONFIG, resume=True) as run:  # harmless where nothing exists
+    with runs.open_run(
+        tmp_path / "new", CONFIG, resume=True
+    ) as run:  # harmless where nothing exists
         assert not run.finished
 
 
@@ -120,7 +129,7 @@ def test_lock_keeps_a_second_process_off_and_dies_with_its_owner(tmp_path):
     script = textwrap.dedent(f"""
         import sys, time; sys.path.insert(0, {str(ROOT)!r})
         import runs
-        run = runs.open_run({str(tmp_path / 'r')!r}, {CONFIG!r})
+        run = runs.open_run({str(tmp_path / "r")!r}, {CONFIG!r})
         print("locked", flush=True); time.sleep(60)
     """)
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
@@ -154,16 +163,30 @@ def test_log_and_truncate(tmp_path):
 
 
 def test_predictions_keep_all_digits(tmp_path):
-    rows = {"set": ["val", "test"], "id": ["1", "a,b\n\"c"], "case": ["x", "y"], "domain": ["", "ä"], "label": [0, 1],
-            "logit": [0.1 + 0.2, -1e-17], "probability": [1 / 3, 0.5]}
+    rows = {
+        "set": ["val", "test"],
+        "id": ["1", 'a,b\n"c'],
+        "case": ["x", "y"],
+        "domain": ["", "ä"],
+        "label": [0, 1],
+        "logit": [0.1 + 0.2, -1e-17],
+        "probability": [1 / 3, 0.5],
+    }
     runs.write_predictions(tmp_path / "p.csv", rows)
     back = runs.read_predictions(tmp_path / "p.csv")
     for name in runs.PREDICTION_COLUMNS:
         assert list(back[name]) == rows[name]
 
 
-@pytest.mark.parametrize("text", ["", "a,b\n", "set,id,case,domain,label,logit,probability\nval,1,c,d,1,0.5\n",
-                                  "set,id,case,domain,label,logit,probability\nval,1,c,d,x,0.5,0.5\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "a,b\n",
+        "set,id,case,domain,label,logit,probability\nval,1,c,d,1,0.5\n",
+        "set,id,case,domain,label,logit,probability\nval,1,c,d,x,0.5,0.5\n",
+    ],
+)
 def test_broken_predictions_are_refused(tmp_path, text):
     (tmp_path / "p.csv").write_text(text)
     with pytest.raises(common.UserError, match="p.csv"):
@@ -179,12 +202,18 @@ def test_broken_json_is_refused(tmp_path, text):
 
 def test_command_ends_with_one_line(tmp_path):
     script = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport common\ndef main(): raise %s\ncommon.command(main)"
-    for raised, status, line in [("common.UserError('wrong\\nthing')", 2, "error: wrong thing\n"),
-                                 ("OSError(28, 'x', 'out.bin')", 2, "error: out.bin: the disk is full"),
-                                 ("PermissionError(13, 'x', 'out.bin')", 2, "error: out.bin: no permission\n"),
-                                 ("KeyboardInterrupt", 130, "stopped")]:
-        result = subprocess.run([sys.executable, "-c", script % raised], capture_output=True, text=True)
+    for raised, status, line in [
+        ("common.UserError('wrong\\nthing')", 2, "error: wrong thing\n"),
+        ("OSError(28, 'x', 'out.bin')", 2, "error: out.bin: the disk is full"),
+        ("PermissionError(13, 'x', 'out.bin')", 2, "error: out.bin: no permission\n"),
+        ("KeyboardInterrupt", 130, "stopped"),
+    ]:
+        result = subprocess.run(
+            [sys.executable, "-c", script % raised], capture_output=True, text=True
+        )
         assert result.returncode == status
         assert result.stderr.startswith(line) and result.stderr.count("\n") == 1
-    result = subprocess.run([sys.executable, "-c", script % "ValueError('a bug')"], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", script % "ValueError('a bug')"], capture_output=True, text=True
+    )
     assert result.returncode == 1 and "Traceback" in result.stderr  # bugs stay visible

@@ -1,4 +1,6 @@
-"""Pixels, compared with what wrote them: Pillow, tifffile, and OpenSlide's own regions on a real slide."""
+"""Pixels, compared with what wrote them: Pillow, tifffile, and OpenSlide's own regions on a real
+slide.
+"""
 
 import concurrent.futures
 import gc
@@ -38,7 +40,9 @@ def picture(height=HEIGHT, width=WIDTH, seed=0):
 
 
 def tiled(path, pixels, **options):
-    tifffile.imwrite(path, pixels, tile=(256, 256), photometric="rgb", compression="zlib", **options)
+    tifffile.imwrite(
+        path, pixels, tile=(256, 256), photometric="rgb", compression="zlib", **options
+    )
     return path
 
 
@@ -69,8 +73,14 @@ def pages(path, pixels):
     return path
 
 
-WRITERS = {"tiled.tif": tiled, "a.png": png, "a.jpg": jpeg, "stripped.tiff": stripped, "lzw.tif": lzw,
-           "pages.tif": pages}
+WRITERS = {
+    "tiled.tif": tiled,
+    "a.png": png,
+    "a.jpg": jpeg,
+    "stripped.tiff": stripped,
+    "lzw.tif": lzw,
+    "pages.tif": pages,
+}
 
 
 def expected(pixels, x, y, size):
@@ -84,8 +94,19 @@ def expected(pixels, x, y, size):
     return window
 
 
-PLACES = [(450, 350), (450.5, 350.5), (450.49, 349.51), (0, 0), (-2, -5), (3, 690.5), (899, 699), (899.75, 0.25),
-          (-200, 300), (2000, 2000), (WIDTH - 32, HEIGHT - 32)]
+PLACES = [
+    (450, 350),
+    (450.5, 350.5),
+    (450.49, 349.51),
+    (0, 0),
+    (-2, -5),
+    (3, 690.5),
+    (899, 699),
+    (899.75, 0.25),
+    (-200, 300),
+    (2000, 2000),
+    (WIDTH - 32, HEIGHT - 32),
+]
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -97,7 +118,11 @@ def test_every_format_gives_the_pixels_that_were_written(tmp_path, name):
     for size in (64, 63):
         for x, y in PLACES:
             window = slides.read(path, x, y, size)
-            assert window.dtype == np.uint8 and window.shape == (size, size, 3) and window.flags.c_contiguous
+            assert (
+                window.dtype == np.uint8
+                and window.shape == (size, size, 3)
+                and window.flags.c_contiguous
+            )
             assert np.array_equal(window, expected(pixels, x, y, size)), (x, y, size)
     whole = slides.read(path, WIDTH / 2, HEIGHT / 2, 1000)
     assert np.array_equal(whole[150:850, 50:950], pixels)
@@ -105,10 +130,22 @@ def test_every_format_gives_the_pixels_that_were_written(tmp_path, name):
     assert (whole == 255).all()
 
 
-@pytest.mark.parametrize("center, size, first", [(10, 4, 8), (10.5, 4, 9), (10.49, 4, 8), (10, 5, 8), (10.5, 5, 8),
-                                                 (9.99, 5, 7), (-2, 224, -114), (0.25, 3, -1)])
+@pytest.mark.parametrize(
+    "center, size, first",
+    [
+        (10, 4, 8),
+        (10.5, 4, 9),
+        (10.49, 4, 8),
+        (10, 5, 8),
+        (10.5, 5, 8),
+        (9.99, 5, 7),
+        (-2, 224, -114),
+        (0.25, 3, -1),
+    ],
+)
 def test_corner(center, size, first):
-    # The pixel that holds the centre lies in the middle (odd) or right of it (even); half-integers go right.
+    # The pixel that holds the centre lies in the middle (odd) or right of it (even); half-integers
+    # go right.
     assert slides.corner(center, size) == first
 
 
@@ -144,35 +181,62 @@ def test_what_a_format_pads_its_last_tiles_with_is_not_shown(tmp_path):
     class Padded:
         def read_region(self, corner, level, size):
             return Image.new("RGBA", size, (90, 80, 70, 255))
+
     slide.handle = Padded()
     window = slides.read(tmp_path / "a.tif", WIDTH, 0, 100)
-    assert (window[50:, :50] == (90, 80, 70)).all() and (window[:50] == 255).all() and (window[:, 50:] == 255).all()
+    assert (
+        (window[50:, :50] == (90, 80, 70)).all()
+        and (window[:50] == 255).all()
+        and (window[:, 50:] == 255).all()
+    )
 
 
 # ---------------------------------------------------------------- resolution
 
+
 def test_microns_per_pixel_of_the_formats(tmp_path):
     pixels = picture(300, 300)
     cases = {
-        tiled(tmp_path / "a.tif", pixels, resolution=(40000, 40000), resolutionunit="CENTIMETER"): 0.25,
+        tiled(
+            tmp_path / "a.tif", pixels, resolution=(40000, 40000), resolutionunit="CENTIMETER"
+        ): 0.25,
         tiled(tmp_path / "b.tif", pixels, resolution=(50800, 50800), resolutionunit="INCH"): 0.5,
         tiled(tmp_path / "c.tif", pixels, resolution=(72, 72), resolutionunit="INCH"): None,
-        tiled(tmp_path / "d.tif", pixels, resolution=(40000, 40000), resolutionunit="NONE"): None}
-    tifffile.imwrite(tmp_path / "e.tif", pixels, resolution=(40000, 40000), resolutionunit="CENTIMETER")
+        tiled(tmp_path / "d.tif", pixels, resolution=(40000, 40000), resolutionunit="NONE"): None,
+    }
+    tifffile.imwrite(
+        tmp_path / "e.tif", pixels, resolution=(40000, 40000), resolutionunit="CENTIMETER"
+    )
     Image.fromarray(pixels).save(tmp_path / "f.png", dpi=(101600, 101600))
     Image.fromarray(pixels).save(tmp_path / "g.png")
     Image.fromarray(pixels).save(tmp_path / "h.jpg", dpi=(72, 72))
-    cases |= {tmp_path / "e.tif": 0.25, tmp_path / "f.png": 0.25, tmp_path / "g.png": None, tmp_path / "h.jpg": None}
+    cases |= {
+        tmp_path / "e.tif": 0.25,
+        tmp_path / "f.png": 0.25,
+        tmp_path / "g.png": None,
+        tmp_path / "h.jpg": None,
+    }
     for path, mpp in cases.items():
-        assert slides.microns_per_pixel(path) == (None if mpp is None else pytest.approx(mpp, rel=1e-3)), path
+        assert slides.microns_per_pixel(path) == (
+            None if mpp is None else pytest.approx(mpp, rel=1e-3)
+        ), path
 
 
 def test_resampling(tmp_path):
     # A ramp over 600 px: shrunk by 2 its steps double; its values at given places stay.
-    ramp = np.broadcast_to((np.arange(600) / 600 * 250).astype(np.uint8)[None, :, None], (600, 600, 3))
-    path = tiled(tmp_path / "a.tif", np.ascontiguousarray(ramp), resolution=(40000, 40000),
-                 resolutionunit="CENTIMETER")
-    assert slides.source_size(path, 100, 0.5) == 200 and slides.source_size(path, 100, 0.5, 0.125) == 400
+    ramp = np.broadcast_to(
+        (np.arange(600) / 600 * 250).astype(np.uint8)[None, :, None], (600, 600, 3)
+    )
+    path = tiled(
+        tmp_path / "a.tif",
+        np.ascontiguousarray(ramp),
+        resolution=(40000, 40000),
+        resolutionunit="CENTIMETER",
+    )
+    assert (
+        slides.source_size(path, 100, 0.5) == 200
+        and slides.source_size(path, 100, 0.5, 0.125) == 400
+    )
     window = slides.read(path, 300, 300, 100, mpp=0.5)
     assert window.shape == (100, 100, 3)
     wanted = (200 + 2 * np.arange(100) + 0.5) / 600 * 250
@@ -189,11 +253,14 @@ def test_resampling(tmp_path):
     stripes[:, ::2] = 255
     small = slides.read(png(tmp_path / "b.png", stripes), 200, 200, 60, mpp=1.0, source_mpp=0.25)
     assert np.abs(small[4:-4, 4:-4].astype(int) - 127).max() < 12
-    with pytest.raises(UserError, match="does not tell its microns per pixel; give them with --source-mpp"):
+    with pytest.raises(
+        UserError, match="does not tell its microns per pixel; give them with --source-mpp"
+    ):
         slides.read(tmp_path / "b.png", 200, 200, 60, mpp=0.25)
 
 
 # ---------------------------------------------------------------- what is broken
+
 
 def broken_files(folder):
     tiled(folder / "whole.tif", picture())
@@ -202,9 +269,12 @@ def broken_files(folder):
     (folder / "text.png").write_text("no image")
     (folder / "empty.tif").write_bytes(b"")
     (folder / "cut.png").write_bytes((folder / "whole.png").read_bytes()[:5000])
-    (folder / "cut.tif").write_bytes(whole[:len(whole) // 2])
+    (folder / "cut.tif").write_bytes(whole[: len(whole) // 2])
     (folder / "text.svs").write_text("no slide")
-    return [folder / name for name in ("text.png", "empty.tif", "cut.png", "cut.tif", "text.svs", "absent.svs", ".")]
+    return [
+        folder / name
+        for name in ("text.png", "empty.tif", "cut.png", "cut.tif", "text.svs", "absent.svs", ".")
+    ]
 
 
 def test_broken_files_are_one_line_that_names_them(tmp_path):
@@ -220,9 +290,12 @@ def test_broken_files_are_one_line_that_names_them(tmp_path):
 def test_a_broken_tile_does_not_spoil_the_others(tmp_path):
     path = tiled(tmp_path / "a.tif", picture())
     with tifffile.TiffFile(path) as file:
-        offset, length = file.pages[0].dataoffsets[5], file.pages[0].databytecounts[5]  # second row, second column
+        offset, length = (
+            file.pages[0].dataoffsets[5],
+            file.pages[0].databytecounts[5],
+        )  # second row, second column
     content = bytearray(path.read_bytes())
-    content[offset:offset + length] = os.urandom(length)
+    content[offset : offset + length] = os.urandom(length)
     path.write_bytes(content)
     with pytest.raises(UserError, match="broken at"):
         slides.read(path, 384, 384, 64)
@@ -231,14 +304,23 @@ def test_a_broken_tile_does_not_spoil_the_others(tmp_path):
 
 def test_a_huge_header_is_refused_before_memory_is_taken(tmp_path):
     def chunk(kind, content):
-        return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+        return (
+            len(content).to_bytes(4, "big")
+            + kind
+            + content
+            + zlib.crc32(kind + content).to_bytes(4, "big")
+        )
+
     header = (100_000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
-    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")))
+    (tmp_path / "a.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b""))
+    )
     with pytest.raises(UserError, match="cannot be decoded whole"):
         slides.read(tmp_path / "a.png", 5, 5, 5)
 
 
 # ---------------------------------------------------------------- handles
+
 
 def test_a_plain_image_is_decoded_once(tmp_path, monkeypatch):
     path, count = png(tmp_path / "a.png", picture()), []
@@ -265,7 +347,9 @@ def test_few_handles_stay_open(tmp_path):
     paths = [tiled(tmp_path / f"{i}.tif", picture(300, 300, i)) for i in range(20)]
     rng = np.random.default_rng(0)
     for i in rng.integers(0, 20, 300).tolist():
-        assert np.array_equal(slides.read(paths[i], 150, 150, 8), picture(300, 300, i)[146:154, 146:154])
+        assert np.array_equal(
+            slides.read(paths[i], 150, 150, 8), picture(300, 300, i)[146:154, 146:154]
+        )
         assert len(slides._open) <= slides.OPEN_SLIDES
     assert open_files(tmp_path) <= 2 * slides.OPEN_SLIDES and alive() == slides.OPEN_SLIDES
     for path in paths:
@@ -299,6 +383,7 @@ def test_other_processes_read_what_this_one_has_open(tmp_path, method):
     def busy():  # holds the lock now and then while the processes are made
         while not stop.is_set():
             _sum(tasks[0])
+
     thread = threading.Thread(target=busy)
     thread.start()
     try:
@@ -323,6 +408,7 @@ def test_a_fork_takes_neither_handles_nor_a_held_lock_along(tmp_path):
         with slides._lock:
             held.set()
             let_go.wait(60)
+
     thread = threading.Thread(target=hold)
     thread.start()
     held.wait()
@@ -343,7 +429,9 @@ def test_threads_with_fewer_handles_than_images(tmp_path, monkeypatch):
     paths += [png(tmp_path / f"{i}.png", picture(300, 300, i)) for i in range(6)]
     wanted = [expected(picture(300, 300, i % 6), 40, 200, 32) for i in range(12)]
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
-        for i, window in enumerate(pool.map(lambda i: slides.read(paths[i % 12], 40, 200, 32), range(240))):
+        for i, window in enumerate(
+            pool.map(lambda i: slides.read(paths[i % 12], 40, 200, 32), range(240))
+        ):
             assert np.array_equal(window, wanted[i % 12])
 
 
@@ -353,6 +441,7 @@ def test_no_torch():
 
 
 # ---------------------------------------------------------------- real files
+
 
 @real
 def test_real_slide_equals_openslide():
@@ -369,8 +458,10 @@ def test_real_slide_equals_openslide():
     # Over the border: white, also where the last tiles are padded.
     window = slides.read(path, width, height, 200)
     assert (window[100:] == 255).all() and (window[:, 100:] == 255).all()
-    assert np.array_equal(window[:100, :100], np.asarray(handle.read_region((width - 100, height - 100), 0,
-                                                                            (100, 100)))[..., :3])
+    assert np.array_equal(
+        window[:100, :100],
+        np.asarray(handle.read_region((width - 100, height - 100), 0, (100, 100)))[..., :3],
+    )
     # 0.25 µm/px is a magnification here: 112 px become 224.
     assert slides.source_size(path, 224, 0.25) == 112
     small = slides.read(path, 1000, 1000, 224, mpp=0.25).astype(float)
@@ -380,8 +471,11 @@ def test_real_slide_equals_openslide():
 
 @real
 def test_real_plain_images_equal_pillow_and_tifffile():
-    for name in ("stack_5.tiff", "owkin_example.tif", *sorted(
-            str(path.relative_to(REAL)) for path in (REAL / "ccmct_tiles").glob("*.png"))[:5]):
+    for name in (
+        "stack_5.tiff",
+        "owkin_example.tif",
+        *sorted(str(path.relative_to(REAL)) for path in (REAL / "ccmct_tiles").glob("*.png"))[:5],
+    ):
         path = REAL / name
         pixels = np.asarray(Image.open(path).convert("RGB"))
         assert slides.dimensions(path) == (pixels.shape[1], pixels.shape[0])
@@ -404,6 +498,7 @@ def test_half_covered_pixels_lie_on_white(tmp_path, monkeypatch):
     class Handle:
         def read_region(self, *place):
             return Image.fromarray(seen)
+
     monkeypatch.setattr(slide, "handle", Handle())
     found = slide.window(0, 0, 4)
     assert np.abs(found[:2].astype(int) - [227, 187, 207]).max() <= 1

@@ -28,9 +28,19 @@ def made(sizes, domains=("all",), seed=0, kind="points", positive=0.4, name="mad
     if kind == "patches":
         image = np.array([f"{i}.png" for i in range(n)])
     return data.Annotations(
-        np.array([f"a{i}" for i in rng.permutation(n)]), image, case, np.array(domains)[number % len(domains)], x, y,
-        (rng.random(n) < positive).astype(np.int8), name, Path("/nowhere"), kind=kind,
-        sizes={name: (3000, 3000) for name in np.unique(image)}, all_images=np.unique(image).tolist())
+        np.array([f"a{i}" for i in rng.permutation(n)]),
+        image,
+        case,
+        np.array(domains)[number % len(domains)],
+        x,
+        y,
+        (rng.random(n) < positive).astype(np.int8),
+        name,
+        Path("/nowhere"),
+        kind=kind,
+        sizes={name: (3000, 3000) for name in np.unique(image)},
+        all_images=np.unique(image).tolist(),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +54,18 @@ def midog2022():
 
 
 def check(a, seed, fold, within, least_cases=1, domain=None):
-    """One seed's splits at all fractions: no leak, shares, nested, both classes. Returns the test share."""
+    """One seed's splits at all fractions: no leak, shares, nested, both classes. Returns the test
+    share.
+    """
     inside = np.ones(len(a), bool) if domain is None else a.domain == domain
     split = data.make_split(a, fold, 1.0, domain, seed)
     rows = {name: a.rows(getattr(split, name)) for name in ("train", "val", "test")}
     cases = {name: set(np.unique(a.case[r]).tolist()) for name, r in rows.items()}
-    assert not (cases["train"] & cases["val"] or cases["train"] & cases["test"] or cases["val"] & cases["test"])
+    assert not (
+        cases["train"] & cases["val"]
+        or cases["train"] & cases["test"]
+        or cases["val"] & cases["test"]
+    )
     assert np.array_equal(np.sort(np.concatenate(list(rows.values()))), np.flatnonzero(inside))
     share, rest = len(split.test) / inside.sum(), inside.sum() - len(split.test)
     assert abs(share - 0.2) <= within and len(cases["test"]) >= least_cases, (seed, share)
@@ -141,9 +157,15 @@ def test_real_official_split(ccmct, midog2022):
 
 # ---------------------------------------------------------------- made-up tables
 
+
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-@given(sizes=st.lists(st.integers(1, 60), min_size=3, max_size=40), domains=st.integers(1, 4),
-       seed=st.integers(0, 10 ** 6), fold=st.integers(0, 4), frac=st.floats(1e-4, 1))
+@given(
+    sizes=st.lists(st.integers(1, 60), min_size=3, max_size=40),
+    domains=st.integers(1, 4),
+    seed=st.integers(0, 10**6),
+    fold=st.integers(0, 4),
+    frac=st.floats(1e-4, 1),
+)
 def test_no_table_leaks(sizes, domains, seed, fold, frac):
     a = made(sizes, [f"d{i}" for i in range(domains)], seed % 7)
     try:
@@ -187,7 +209,9 @@ def test_a_domain_like_a_part_of_the_split_is_refused():
 
 
 def test_random_patches_keep_away_from_other_cases_of_an_image():
-    """Several cases on one image (a microarray): no window touches a patch of a case that is not trained on."""
+    """Several cases on one image (a microarray): no window touches a patch of a case that is not
+    trained on.
+    """
     a = made([60] * 12, positive=0.2)
     a.image[:] = np.array(["one.png", "two.png"])[np.arange(len(a)) % 2]
     a.sizes = {"one.png": (9000, 9000), "two.png": (9000, 9000)}
@@ -199,7 +223,10 @@ def test_random_patches_keep_away_from_other_cases_of_an_image():
     assert len(random) == 320
     for patch in random:
         foreign = (a.image == names[patch["image"]]) & ~np.isin(a.case, list(trained))
-        assert foreign.any() and np.maximum(abs(a.x - patch["x"]), abs(a.y - patch["y"]))[foreign].min() > 224
+        assert (
+            foreign.any()
+            and np.maximum(abs(a.x - patch["x"]), abs(a.y - patch["y"]))[foreign].min() > 224
+        )
 
 
 def test_the_order_of_the_file_does_not_matter():
@@ -220,10 +247,20 @@ def test_the_split_of_a_seed_stays_what_it_is():
 FIRST_VERSION = (["c001", "c010"], ["c000", "c009"], ["a181", "a228", "a243", "a54", "a58"])
 
 
-@pytest.mark.parametrize("options, says", [
-    ({"frac": 0}, "fraction"), ({"frac": 1.5}, "fraction"), ({"frac": float("nan")}, "fraction"),
-    ({"frac": 10}, "10% is 0.1"), ({"val_frac": 0}, "fraction"), ({"fold": -1}, "fold"), ({"by": "slide"}, "--split"),
-    ({"domain": "z"}, "has the domains x, y"), ({"by": "official"}, "no published")])
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({"frac": 0}, "fraction"),
+        ({"frac": 1.5}, "fraction"),
+        ({"frac": float("nan")}, "fraction"),
+        ({"frac": 10}, "10% is 0.1"),
+        ({"val_frac": 0}, "fraction"),
+        ({"fold": -1}, "fold"),
+        ({"by": "slide"}, "--split"),
+        ({"domain": "z"}, "has the domains x, y"),
+        ({"by": "official"}, "no published"),
+    ],
+)
 def test_what_cannot_be_split(options, says):
     with pytest.raises(UserError, match=says):
         data.make_split(made([30] * 12, ["x", "y"]), **options)
@@ -245,7 +282,9 @@ def test_validation_can_be_shrunk():
     assert part.train.tolist() == whole.train.tolist() and set(a.label[a.rows(part.val)]) == {0, 1}
 
 
-@pytest.mark.parametrize("options", [{}, {"frac": 0.1, "fold": 2}, {"domain": "x"}, {"by": "annotation"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"frac": 0.1, "fold": 2}, {"domain": "x"}, {"by": "annotation"}]
+)
 def test_a_split_file_gives_the_same_split(tmp_path, options):
     a = made([30] * 12, ["x", "y"])
     split = data.make_split(a, **options)
@@ -253,8 +292,12 @@ def test_a_split_file_gives_the_same_split(tmp_path, options):
     again = data.load_split(tmp_path / "split.json", a)
     for name in ("train", "val", "test"):
         assert getattr(split, name).tolist() == getattr(again, name).tolist()
-    assert {k: v.tolist() for k, v in split.others.items()} == {k: v.tolist() for k, v in again.others.items()}
-    assert again.settings == split.settings and again.pool == split.pool and again.cases == split.cases
+    assert {k: v.tolist() for k, v in split.others.items()} == {
+        k: v.tolist() for k, v in again.others.items()
+    }
+    assert (
+        again.settings == split.settings and again.pool == split.pool and again.cases == split.cases
+    )
     again.save(tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "split.json").read_bytes()
 
@@ -271,10 +314,17 @@ def test_a_leak_in_a_split_file_is_refused(tmp_path):
         path.write_text(json.dumps(content))
         with pytest.raises(UserError, match=says):
             data.load_split(path, a)
+
     ids = good["ids"]
     refused("is in train and in val", lambda c: c["ids"]["val"].append(ids["train"][0]))
-    refused("case c.* is in train and in test", lambda c: c["ids"]["test"].append(c["ids"]["train"].pop()))
-    refused("case c.* is in train and in domain y", lambda c: c["others"]["y"].append(c["ids"]["train"].pop()))
+    refused(
+        "case c.* is in train and in test",
+        lambda c: c["ids"]["test"].append(c["ids"]["train"].pop()),
+    )
+    refused(
+        "case c.* is in train and in domain y",
+        lambda c: c["others"]["y"].append(c["ids"]["train"].pop()),
+    )
     refused("stands twice", lambda c: c["ids"]["test"].append(ids["test"][0]))
     refused("no annotation 'zz'", lambda c: c["ids"]["test"].append("zz"))
     refused("it was changed", lambda c: c["cases"]["val"].pop())
@@ -292,6 +342,7 @@ def test_a_leak_in_a_split_file_is_refused(tmp_path):
 
 # ---------------------------------------------------------------- the sampler
 
+
 def same(one, two):
     return all(np.array_equal(one[name], two[name]) for name in one.dtype.names)
 
@@ -307,8 +358,12 @@ def test_an_epoch_is_half_mitotic_figures_a_quarter_hard_negatives_a_quarter_ran
         assert len(s) == 1280 and random.sum() == 320 and (s["label"] == 1).sum() == 640
         rows = s["row"][~random]
         assert set(a.id[rows]) <= set(train) and (a.label[rows] == s["label"][~random]).all()
-        assert (a.x[rows] == s["x"][~random]).all() and (names[s["image"][~random]] == a.image[rows]).all()
-        assert (s["label"][random] == 0).all() and set(names[s["image"]]) <= set(a.image[a.rows(train)])
+        assert (a.x[rows] == s["x"][~random]).all() and (
+            names[s["image"][~random]] == a.image[rows]
+        ).all()
+        assert (s["label"][random] == 0).all() and set(names[s["image"]]) <= set(
+            a.image[a.rows(train)]
+        )
         assert s["x"][random].min() >= 112 and s["x"][random].max() <= 3000 - 112
         assert not random[:320].all() and random[:320].any()  # shuffled
     # Uniform within the class: each training annotation is drawn about equally often.
@@ -342,13 +397,21 @@ def test_epochs_are_a_function_of_seed_fold_and_epoch():
     a = made([60] * 10)
     train = data.make_split(a).train
     s = data.Sampler(a, train, seed=1, fold=2).epoch(5)
-    other = data.Sampler(a, train[::-1].copy(), seed=1, fold=2)  # another order, other epochs before: no matter
+    other = data.Sampler(
+        a, train[::-1].copy(), seed=1, fold=2
+    )  # another order, other epochs before: no matter
     other.epoch(0)
     assert same(other.epoch(5), s)
-    for options, k in (({"seed": 0, "fold": 2}, 5), ({"seed": 1, "fold": 1}, 5), ({"seed": 1, "fold": 2}, 4)):
+    for options, k in (
+        ({"seed": 0, "fold": 2}, 5),
+        ({"seed": 1, "fold": 1}, 5),
+        ({"seed": 1, "fold": 2}, 4),
+    ):
         found = data.Sampler(a, train, **options).epoch(k)
         for random in (False, True):  # both are drawn anew
-            one, two = (sorted(sample[(sample["row"] < 0) == random].tolist()) for sample in (s, found))
+            one, two = (
+                sorted(sample[(sample["row"] < 0) == random].tolist()) for sample in (s, found)
+            )
             assert len(one) == len(two) and one != two, (options, random)
 
 
@@ -375,7 +438,7 @@ def test_patches_have_no_random_ones(capsys):
 def test_random_patches_come_from_a_pool_and_none_twice_before_all_have_come():
     a = made([40] * 10)
     names, number = np.unique(a.image), data.pool_size(a)
-    assert number == np.ceil(4 * 3000 ** 2 / 224 ** 2)  # the images are small; else 64,000 in all
+    assert number == np.ceil(4 * 3000**2 / 224**2)  # the images are small; else 64,000 in all
     sampler = data.Sampler(a, data.make_split(a).train, seed=2)
     drawn = []
     for k in range(12):
@@ -392,10 +455,15 @@ def test_random_patches_come_from_a_pool_and_none_twice_before_all_have_come():
     assert len(np.unique(keys[:whole])) == whole and len(np.unique(keys)) == allowed
     image = np.bincount(drawn["image"])
     assert image[image > 0].min() > 0.8 * image.max()
-    # The pool is the same whoever asks, and its beginning does not depend on how much of it is asked for.
+    # The pool is the same whoever asks, and its beginning does not depend on how much of it is
+    # asked for.
     x, y = data.random_pool(a, "c003.png", 50)
     assert data.random_pool(a, "c003.png", 9)[0].tolist() == x[:9].tolist()
-    assert x.min() >= 112 and y.max() <= 3000 - 112 and abs(data.random_pool(a, "c003.png", 5000)[0].mean() - 1500) < 50
+    assert (
+        x.min() >= 112
+        and y.max() <= 3000 - 112
+        and abs(data.random_pool(a, "c003.png", 5000)[0].mean() - 1500) < 50
+    )
 
 
 def test_a_large_dataset_has_a_pool_of_64000():

@@ -1,4 +1,6 @@
-"""The sweeps: what they list, what a failure and a stop leave; Slurm; --grid; a sweep killed and restarted."""
+"""The sweeps: what they list, what a failure and a stop leave; Slurm; --grid; a sweep killed and
+restarted.
+"""
 
 import csv
 import fcntl
@@ -24,9 +26,30 @@ from common import UserError
 from reporting import grid
 
 SWEEPS = HERE.parent / "sweeps"
-PAPER = ["resnet50", "vit-b", "vit-h", "phikon", "uni", "virchow", "virchow2", "prov-gigapath", "h-optimus-0"]
-CHOICES = ("RUNS", "FRACS", "FOLDS", "DOMAINS", "METHODS", "PYTHON", "FLAGS", "MODEL_FLAGS", "MODEL", "EPOCHS",
-           "EPOCH_SIZE")
+PAPER = [
+    "resnet50",
+    "vit-b",
+    "vit-h",
+    "phikon",
+    "uni",
+    "virchow",
+    "virchow2",
+    "prov-gigapath",
+    "h-optimus-0",
+]
+CHOICES = (
+    "RUNS",
+    "FRACS",
+    "FOLDS",
+    "DOMAINS",
+    "METHODS",
+    "PYTHON",
+    "FLAGS",
+    "MODEL_FLAGS",
+    "MODEL",
+    "EPOCHS",
+    "EPOCH_SIZE",
+)
 
 
 def clean(**environment):
@@ -36,14 +59,21 @@ def clean(**environment):
 
 def listed(script, *args, **environment):
     """The commands of a sweep as lists of words; none of them is run."""
-    done = subprocess.run(["bash", SWEEPS / script, "--list", *map(str, args)], capture_output=True, text=True,
-                          env=clean(PYTHON="false", **environment), timeout=60)
+    done = subprocess.run(
+        ["bash", SWEEPS / script, "--list", *map(str, args)],
+        capture_output=True,
+        text=True,
+        env=clean(PYTHON="false", **environment),
+        timeout=60,
+    )
     assert done.returncode == 0 and not done.stderr
     return [shlex.split(line) for line in done.stdout.splitlines()]
 
 
 def parsed(command):
-    """(script, {flag: values}) of a command, by the script's own parser: it takes every flag that a sweep gives."""
+    """(script, {flag: values}) of a command, by the script's own parser: it takes every flag that a
+    sweep gives.
+    """
     script = command[1].removesuffix(".py")
     old, sys.argv = sys.argv, command[1:]
     try:
@@ -53,6 +83,7 @@ def parsed(command):
 
 
 # ---------------------------------------------------------------- what a sweep consists of
+
 
 def cells(commands):
     """(model, method, domain, fraction, fold) of every run, as the scripts' own parsers see them."""
@@ -68,9 +99,17 @@ def test_scaling_is_the_papers_grid():
     commands = listed("scaling.sh", "midog2022")
     found = Counter(cells(commands))
     methods = {model: ("probe", "lora") for model in PAPER} | {
-        "resnet50": ("full", "probe"), "vit-h": ("full", "probe"), "vit-b": ("full",)}
-    wanted = {(model, method, None, frac, fold) for model in PAPER for method in methods[model]
-              for frac in (0.001, 0.01, 0.1, 1.0) for fold in range(5)}
+        "resnet50": ("full", "probe"),
+        "vit-h": ("full", "probe"),
+        "vit-b": ("full",),
+    }
+    wanted = {
+        (model, method, None, frac, fold)
+        for model in PAPER
+        for method in methods[model]
+        for frac in (0.001, 0.01, 0.1, 1.0)
+        for fold in range(5)
+    }
     assert set(found) == wanted and set(found.values()) == {1} and len(wanted) == 17 * 20
     assert {flags["data"] for _, flags in map(parsed, commands)} == {"midog2022"}
     assert all(flags["resume"] for _, flags in map(parsed, commands))
@@ -78,23 +117,51 @@ def test_scaling_is_the_papers_grid():
 
 def test_cross_domain_is_every_domain_five_times():
     found = Counter(cells(listed("cross_domain.sh", "midog2022", "uni", "vit-b")))
-    wanted = {(model, method, domain, 1.0, fold)
-              for model, method in (("uni", "probe"), ("uni", "lora"), ("vit-b", "full"))
-              for domain in "ABCDE" for fold in range(5)}
+    wanted = {
+        (model, method, domain, 1.0, fold)
+        for model, method in (("uni", "probe"), ("uni", "lora"), ("vit-b", "full"))
+        for domain in "ABCDE"
+        for fold in range(5)
+    }
     assert set(found) == wanted and set(found.values()) == {1}
 
 
 def test_domains_with_blanks_in_their_names(python):
     """MIDOG++'s are taken as the dataset names them; others are given with ";", also a single one."""
+
     def domains(**environment):
-        return [domain for _, _, domain, _, _ in cells(listed("cross_domain.sh", "midogpp", "uni", METHODS="probe",
-                                                              FOLDS="0", **environment))]
+        return [
+            domain
+            for _, _, domain, _, _ in cells(
+                listed(
+                    "cross_domain.sh", "midogpp", "uni", METHODS="probe", FOLDS="0", **environment
+                )
+            )
+        ]
+
     assert domains() == list(data.KNOWN["midogpp"].domains)
-    assert domains(DOMAINS="human melanoma; canine lung cancer") == ["human melanoma", "canine lung cancer"]
-    assert domains(DOMAINS="human melanoma;") == ["human melanoma"] and domains(DOMAINS="A B") == ["A", "B"]
-    run("cross_domain.sh", "midogpp", "uni", python=python, METHODS="lora", FOLDS="0", FAIL_ONCE="sarcoma")
+    assert domains(DOMAINS="human melanoma; canine lung cancer") == [
+        "human melanoma",
+        "canine lung cancer",
+    ]
+    assert domains(DOMAINS="human melanoma;") == ["human melanoma"] and domains(DOMAINS="A B") == [
+        "A",
+        "B",
+    ]
+    run(
+        "cross_domain.sh",
+        "midogpp",
+        "uni",
+        python=python,
+        METHODS="lora",
+        FOLDS="0",
+        FAIL_ONCE="sarcoma",
+    )
     assert started(python)[-1] == started(python)[5]  # also the second time
-    assert "--domain canine soft tissue sarcoma --fold 0 " in started(python)[5] and len(started(python)) == 8
+    assert (
+        "--domain canine soft tissue sarcoma --fold 0 " in started(python)[5]
+        and len(started(python)) == 8
+    )
 
 
 def test_the_demo_and_the_quick_grid_share_no_folder(python, tmp_path):
@@ -105,7 +172,9 @@ def test_the_demo_and_the_quick_grid_share_no_folder(python, tmp_path):
 
 
 def test_the_demo_keeps_to_its_own_files_wherever_the_callers_data_are(python, tmp_path):
-    """Its steps, with a python that notes them; it runs in a copy, as other runs of LoRA may lie in runs/demo."""
+    """Its steps, with a python that notes them; it runs in a copy, as other runs of LoRA may lie in
+    runs/demo.
+    """
     (tmp_path / "copy/sweeps").mkdir(parents=True)
     shutil.copy(SWEEPS / "demo.sh", tmp_path / "copy/sweeps")
     for name in ("demo-lora", "demo-lora-r8"):
@@ -113,11 +182,18 @@ def test_the_demo_keeps_to_its_own_files_wherever_the_callers_data_are(python, t
     python.write_text(python.read_text().replace('echo "$*"', 'echo "$MITOSIS_ROOT $*"'))
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/python").symlink_to(python)
-    done = subprocess.run(["bash", tmp_path / "copy/sweeps/demo.sh"], capture_output=True, text=True, timeout=60,
-                          env=clean(PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", MITOSIS_ROOT="/somewhere/else"))
+    done = subprocess.run(
+        ["bash", tmp_path / "copy/sweeps/demo.sh"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=clean(PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", MITOSIS_ROOT="/somewhere/else"),
+    )
     assert done.returncode == 0, done.stderr
     assert len(started(python)) == 8 and all(line.startswith("data ") for line in started(python))
-    assert "data export.py runs/demo/demo-lora/frac1-fold0 --out demo-out/model.onnx" in started(python)
+    assert "data export.py runs/demo/demo-lora/frac1-fold0 --out demo-out/model.onnx" in started(
+        python
+    )
 
 
 def test_the_quick_grid_has_five_repeats_and_everything_that_the_report_shows():
@@ -125,8 +201,9 @@ def test_the_quick_grid_has_five_repeats_and_everything_that_the_report_shows():
     leaking = [words for words in commands if "annotation" in words]
     found = Counter(cells([words for words in commands if words not in leaking]))
     assert set(found.values()) == {1} and {model for model, *_ in found} == {"demo"}
-    assert Counter(cells(leaking)) == {("demo", method, None, 1.0, fold): 1 for method in ("probe", "lora")
-                                       for fold in range(5)}
+    assert Counter(cells(leaking)) == {
+        ("demo", method, None, 1.0, fold): 1 for method in ("probe", "lora") for fold in range(5)
+    }
     for method in ("probe", "lora", "full"):
         own = {(domain, frac, fold) for _, m, domain, frac, fold in found if m == method}
         assert {fold for *_, fold in own} == set(range(5))
@@ -136,28 +213,54 @@ def test_the_quick_grid_has_five_repeats_and_everything_that_the_report_shows():
 
 
 def test_models_data_and_the_environment_choose():
-    commands = listed("scaling.sh", "a folder/my data.csv", "uni", FRACS="0.5", FOLDS="3", RUNS="my runs",
-                      METHODS="lora", FLAGS="--epochs 3", MODEL_FLAGS="--weights /models/uni --device cuda:1")
+    commands = listed(
+        "scaling.sh",
+        "a folder/my data.csv",
+        "uni",
+        FRACS="0.5",
+        FOLDS="3",
+        RUNS="my runs",
+        METHODS="lora",
+        FLAGS="--epochs 3",
+        MODEL_FLAGS="--weights /models/uni --device cuda:1",
+    )
     assert len(commands) == 1
     script, flags = parsed(commands[0])
-    assert (script, flags["data"], flags["model"], flags["frac"], flags["fold"], flags["runs"], flags["epochs"],
-            flags["weights"], flags["device"]) == (
-        "train", "a folder/my data.csv", "uni", [0.5], [3], "my runs", 3, "/models/uni", "cuda:1")
+    assert (
+        script,
+        flags["data"],
+        flags["model"],
+        flags["frac"],
+        flags["fold"],
+        flags["runs"],
+        flags["epochs"],
+        flags["weights"],
+        flags["device"],
+    ) == ("train", "a folder/my data.csv", "uni", [0.5], [3], "my runs", 3, "/models/uni", "cuda:1")
     found = list(cells(listed("cross_domain.sh", "midog2022", "uni", DOMAINS="A C", FOLDS="0 1")))
     assert {domain for _, _, domain, _, _ in found} == {"A", "C"} and len(found) == 8
 
 
 def test_a_sweep_without_a_dataset_says_how_it_is_called():
     for script in ("scaling.sh", "cross_domain.sh"):
-        done = subprocess.run(["bash", SWEEPS / script], capture_output=True, text=True, env=clean(), timeout=60)
-        assert done.returncode == 2 and done.stderr.startswith(f"usage: sweeps/{script} ") and not done.stdout
+        done = subprocess.run(
+            ["bash", SWEEPS / script], capture_output=True, text=True, env=clean(), timeout=60
+        )
+        assert (
+            done.returncode == 2
+            and done.stderr.startswith(f"usage: sweeps/{script} ")
+            and not done.stdout
+        )
 
 
 # ---------------------------------------------------------------- running: failures and stops
 
+
 @pytest.fixture
 def python(tmp_path):
-    """A python that notes each command; with a word of FAIL, FAIL_ONCE or HANG in it the command does that."""
+    """A python that notes each command; with a word of FAIL, FAIL_ONCE or HANG in it the command
+    does that.
+    """
     path, log = tmp_path / "python", tmp_path / "log"
     path.write_text(f"""#!/usr/bin/env bash
 echo "$*" >> {log}
@@ -177,37 +280,60 @@ def started(python):
 
 
 def run(script, *args, python, **environment):
-    return subprocess.run(["bash", SWEEPS / script, *args], capture_output=True, text=True, timeout=60,
-                          env=clean(PYTHON=str(python), **environment))
+    return subprocess.run(
+        ["bash", SWEEPS / script, *args],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=clean(PYTHON=str(python), **environment),
+    )
 
 
 def test_all_are_run_in_the_order_of_the_list(python):
     done = run("scaling.sh", "d", "uni", "vit-b", python=python, FOLDS="0 1", FRACS="0.1 1")
     assert done.returncode == 0 and not done.stderr
-    assert started(python) == [" ".join(words[1:]) for words in listed("scaling.sh", "d", "uni", "vit-b", FOLDS="0 1",
-                                                                       FRACS="0.1 1")]
+    assert started(python) == [
+        " ".join(words[1:])
+        for words in listed("scaling.sh", "d", "uni", "vit-b", FOLDS="0 1", FRACS="0.1 1")
+    ]
 
 
 def test_what_fails_stops_nothing_is_tried_again_and_named(python):
-    done = run("scaling.sh", "my data", "uni", python=python, METHODS="lora", FOLDS="0 1", FRACS="0.1 0.2 0.3",
-               FAIL="0.2", FAIL_ONCE="0.3")
-    seen = [tuple(words[words.index(flag) + 1] for flag in ("--frac", "--fold")) for words in
-            map(str.split, started(python))]
+    done = run(
+        "scaling.sh",
+        "my data",
+        "uni",
+        python=python,
+        METHODS="lora",
+        FOLDS="0 1",
+        FRACS="0.1 0.2 0.3",
+        FAIL="0.2",
+        FAIL_ONCE="0.3",
+    )
+    seen = [
+        tuple(words[words.index(flag) + 1] for flag in ("--frac", "--fold"))
+        for words in map(str.split, started(python))
+    ]
     assert seen[:6] == [(frac, fold) for frac in ("0.1", "0.2", "0.3") for fold in "01"]
     assert seen[6:] == [("0.2", "0"), ("0.2", "1"), ("0.3", "0")]  # 0.3 with fold 1 went through
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
-        f"failed: python train.py --data my\\ data --model uni --lora --frac 0.2 --fold {fold} --runs runs --resume "
-        for fold in "01"]
+        f"failed: python train.py --data my\\ data --model uni --lora --frac 0.2 --fold {fold} "
+        "--runs runs --resume "
+        for fold in "01"
+    ]
     assert all("--data my data --model" in line for line in started(python))  # also the second time
 
 
 @pytest.mark.parametrize("name", ["TERM", "INT", "HUP"])
 def test_a_stopped_sweep_takes_its_run_along_and_starts_no_other(python, name):
     # A shell can trap what it was not started to ignore, which a job in the background is for INT.
-    sweep = subprocess.Popen(["bash", SWEEPS / "scaling.sh", "d", "uni"], start_new_session=True,
-                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-                             env=clean(PYTHON=str(python), METHODS="lora", FRACS="0.1 0.2 0.3", FOLDS="0", HANG="0.2"))
+    sweep = subprocess.Popen(
+        ["bash", SWEEPS / "scaling.sh", "d", "uni"],
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        env=clean(PYTHON=str(python), METHODS="lora", FRACS="0.1 0.2 0.3", FOLDS="0", HANG="0.2"),
+    )
     hanging = python.parent / "hanging"
     while not hanging.exists() or not hanging.read_text().strip():
         time.sleep(0.02)
@@ -227,14 +353,24 @@ def test_a_stopped_sweep_takes_its_run_along_and_starts_no_other(python, name):
 def test_the_quick_grid_makes_the_report_also_where_a_run_failed(python, tmp_path):
     done = run("quick.sh", tmp_path / "report", python=python, FAIL="annotation")
     commands = started(python)
-    assert commands[0] == "-m demo.synthetic" and commands[-1] == f"evaluate.py runs-quick --out {tmp_path / 'report'}"
-    assert len(commands) == 1 + 7 + 2 + 1 and done.returncode == 1 and done.stderr.count("failed: ") == 2
+    assert (
+        commands[0] == "-m demo.synthetic"
+        and commands[-1] == f"evaluate.py runs-quick --out {tmp_path / 'report'}"
+    )
+    assert (
+        len(commands) == 1 + 7 + 2 + 1
+        and done.returncode == 1
+        and done.stderr.count("failed: ") == 2
+    )
     (tmp_path / "log").write_text("")
-    done = run("quick.sh", python=python, FAIL="demo.synthetic")  # without the dataset nothing can be run
+    done = run(
+        "quick.sh", python=python, FAIL="demo.synthetic"
+    )  # without the dataset nothing can be run
     assert done.returncode == 2 and started(python) == ["-m demo.synthetic"]
 
 
 # ---------------------------------------------------------------- Slurm
+
 
 @pytest.fixture
 def sbatch(tmp_path, monkeypatch):
@@ -247,8 +383,14 @@ def sbatch(tmp_path, monkeypatch):
 
 
 def slurm(*args, **environment):
-    return subprocess.run(["bash", SWEEPS / "slurm.sh", *map(str, args)], capture_output=True, text=True, timeout=60,
-                          env=clean(**environment), cwd=HERE.parent)
+    return subprocess.run(
+        ["bash", SWEEPS / "slurm.sh", *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=clean(**environment),
+        cwd=HERE.parent,
+    )
 
 
 def test_slurm_gets_one_task_per_command_and_each_task_runs_its_own(sbatch, python, tmp_path):
@@ -256,14 +398,26 @@ def test_slurm_gets_one_task_per_command_and_each_task_runs_its_own(sbatch, pyth
     commands = listed("scaling.sh", *grid[1:])
     assert slurm(*grid, PATH=sbatch).returncode == 0
     submitted = (tmp_path / "submitted").read_text().splitlines()
-    assert submitted == [f"--array=0-{len(commands) - 1}%8", str(SWEEPS / "slurm.sh"), *map(str, grid)]
+    assert submitted == [
+        f"--array=0-{len(commands) - 1}%8",
+        str(SWEEPS / "slurm.sh"),
+        *map(str, grid),
+    ]
     assert slurm(*grid, PATH=sbatch, AT_ONCE="3").returncode == 0
     assert (tmp_path / "submitted").read_text().startswith(f"--array=0-{len(commands) - 1}%3\n")
     for task in (0, 1, len(commands) - 1):  # what sbatch starts again, with the task's number
-        assert slurm(*grid, PATH=sbatch, PYTHON=str(python), SLURM_ARRAY_TASK_ID=str(task)).returncode == 0
+        assert (
+            slurm(*grid, PATH=sbatch, PYTHON=str(python), SLURM_ARRAY_TASK_ID=str(task)).returncode
+            == 0
+        )
         assert started(python)[-1] == " ".join(commands[task][1:])
     assert len(started(python)) == 3
-    assert slurm(*grid, PATH=sbatch, PYTHON=str(python), SLURM_ARRAY_TASK_ID="0", FAIL="data").returncode == 2
+    assert (
+        slurm(
+            *grid, PATH=sbatch, PYTHON=str(python), SLURM_ARRAY_TASK_ID="0", FAIL="data"
+        ).returncode
+        == 2
+    )
 
 
 def test_slurm_without_a_sweep_or_with_an_empty_one_submits_nothing(sbatch, tmp_path):
@@ -277,9 +431,12 @@ def test_slurm_without_a_sweep_or_with_an_empty_one_submits_nothing(sbatch, tmp_
 
 # ---------------------------------------------------------------- --grid
 
+
 @pytest.fixture
 def begun(tmp_path, monkeypatch):
-    """A sweep of 2 fractions × 3 folds × probe and LoRA on the way: 7 done, one at work, one failed, three missing."""
+    """A sweep of 2 fractions × 3 folds × probe and LoRA on the way: 7 done, one at work, one
+    failed, three missing.
+    """
     for name in CHOICES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
@@ -299,8 +456,11 @@ def begun(tmp_path, monkeypatch):
 
 def counts(text):
     """{(data, model, method): (done, running, failed, missing)} of what --grid prints."""
-    return {tuple(words[:3]): tuple(map(int, words[3:])) for words in map(str.split, text.splitlines()[2:])
-            if len(words) == 7 and words[2] in ("probe", "lora", "full")}
+    return {
+        tuple(words[:3]): tuple(map(int, words[3:]))
+        for words in map(str.split, text.splitlines()[2:])
+        if len(words) == 7 and words[2] in ("probe", "lora", "full")
+    }
 
 
 SWEEP = f"{SWEEPS / 'scaling.sh'} tissue uni"
@@ -311,23 +471,34 @@ def test_grid_says_what_is_done_running_failed_and_missing_and_the_time_left(beg
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert call(evaluate, begun, "--grid", SWEEP) == 0
     said = capsys.readouterr().out
-    assert counts(said) == {("tissue", "uni", "probe"): (6, 0, 0, 0), ("tissue", "uni", "lora"): (1, 1, 1, 3)}
+    assert counts(said) == {
+        ("tissue", "uni", "probe"): (6, 0, 0, 0),
+        ("tissue", "uni", "lora"): (1, 1, 1, 3),
+    }
     lines = said.splitlines()
     assert "failed: uni-lora on tissue, frac 0.1, fold 2" in lines
     assert "running: uni-lora on tissue, frac 0.1, fold 1" in lines
     assert "missing: uni-lora on tissue, frac 1, fold 0 1 2" in lines
     # Five LoRA runs of 1,200 s are left; the probes' 6 s say nothing about those.
-    assert lines[-1] == "5 of 12 runs are left: about 1.7 h one after the other, by the time that finished runs took"
+    assert (
+        lines[-1]
+        == "5 of 12 runs are left: about 1.7 h one after the other, by the time that finished "
+        "runs took"
+    )
     assert not (begun.parent / "report").exists()
 
 
 def test_grid_looks_where_the_sweep_writes(begun, capsys, monkeypatch):
-    """Without a folder, from a place where nothing is; and what lies in another folder counts where that is named."""
+    """Without a folder, from a place where nothing is; and what lies in another folder counts where
+    that is named.
+    """
     (begun.parent / "empty").mkdir()
     monkeypatch.chdir(begun.parent / "empty")
     assert call(evaluate, "--grid", SWEEP) == 0
-    assert counts(capsys.readouterr().out) == {("tissue", "uni", "probe"): (6, 0, 0, 0),
-                                               ("tissue", "uni", "lora"): (1, 0, 2, 3)}
+    assert counts(capsys.readouterr().out) == {
+        ("tissue", "uni", "probe"): (6, 0, 0, 0),
+        ("tissue", "uni", "lora"): (1, 0, 2, 3),
+    }
     for fold in range(3):
         make(begun.parent / "more", annotations(), "uni", "lora", 1.0, fold)
     assert call(evaluate, begun.parent / "more", "--grid", SWEEP) == 0
@@ -346,7 +517,9 @@ def test_grid_of_a_finished_sweep_and_of_none(begun, capsys, monkeypatch):
     assert said.splitlines()[-1] == "6 of 6 runs are left: no finished run tells how long they take"
 
 
-def test_grid_counts_damaged_runs_as_failed_and_other_choices_not_at_all(begun, capsys, monkeypatch):
+def test_grid_counts_damaged_runs_as_failed_and_other_choices_not_at_all(
+    begun, capsys, monkeypatch
+):
     path = begun / "tissue/uni-probe/frac1-fold2/predictions.csv"
     path.write_text(path.read_text()[:500])
     tissue = annotations()
@@ -355,8 +528,10 @@ def test_grid_counts_damaged_runs_as_failed_and_other_choices_not_at_all(begun, 
         make(begun, tissue, "uni", "lora", 1.0, fold, by="annotation")
         make(begun, tissue, "uni", "lora", 1.0, fold, "A")
     assert call(evaluate, begun, "--grid", SWEEP) == 0
-    assert counts(capsys.readouterr().out) == {("tissue", "uni", "probe"): (5, 0, 1, 0),
-                                               ("tissue", "uni", "lora"): (1, 0, 2, 3)}
+    assert counts(capsys.readouterr().out) == {
+        ("tissue", "uni", "probe"): (5, 0, 1, 0),
+        ("tissue", "uni", "lora"): (1, 0, 2, 3),
+    }
     monkeypatch.setenv("FLAGS", "--rank 8")  # and now it is
     assert call(evaluate, begun, "--grid", SWEEP) == 0
     assert counts(capsys.readouterr().out)["tissue", "uni", "lora"] == (3, 0, 0, 3)
@@ -369,8 +544,12 @@ def test_grid_knows_data_by_its_name_and_by_its_place(begun, capsys, monkeypatch
     for path in begun.glob("tissue/uni-probe/*/config.json"):
         common.write_json(path, common.read_json(path) | {"source": {"data": str(place)}})
     monkeypatch.setenv("METHODS", "probe")
-    for data, done in ((place, 6), (os.path.relpath(place, SWEEPS.parent), 6), ("somewhere/tissue", 6),
-                       (begun.parent / "other.csv", 0)):
+    for data, done in (
+        (place, 6),
+        (os.path.relpath(place, SWEEPS.parent), 6),
+        ("somewhere/tissue", 6),
+        (begun.parent / "other.csv", 0),
+    ):
         assert call(evaluate, begun, "--grid", f"{SWEEPS / 'scaling.sh'} '{data}' uni") == 0
         said = capsys.readouterr().out.splitlines()
         assert said[-1].startswith("all 6 runs are done" if done else "6 of 6 runs are left"), data
@@ -384,56 +563,84 @@ def test_grid_knows_domains_and_probes(begun, capsys, monkeypatch):
     assert call(evaluate, begun, "--grid", f"{SWEEPS / 'cross_domain.sh'} tissue uni") == 0
     said = capsys.readouterr().out
     assert counts(said) == {("tissue", "uni", "probe"): (1, 0, 0, 1)} and "domain A, fold 0" in said
-    wanted = grid.cells("python probe.py --data d --model uni --probe uni l2 --frac 0.1 1 --fold 0 1".split())
+    wanted = grid.cells(
+        "python probe.py --data d --model uni --probe uni l2 --frac 0.1 1 --fold 0 1".split()
+    )
     assert [(c["probe"], c["frac"], c["fold"]) for c in wanted] == [
-        (probe, frac, fold) for probe in ("uni", "l2") for frac in (0.1, 1.0) for fold in (0, 1)]
+        (probe, frac, fold) for probe in ("uni", "l2") for frac in (0.1, 1.0) for fold in (0, 1)
+    ]
 
 
 def test_grid_runs_nothing_but_a_sweep_that_can_list(tmp_path, capsys):
     script = tmp_path / "train_everything.sh"
     script.write_text(f"touch {tmp_path}/ran\n")
-    for text, said in ((str(script), "not a sweep that can list its commands"), ("no.sh d", "there is no such script"),
-                       ("", "there is no such script"), (f"{SWEEPS / 'scaling.sh'} 'x", "No closing quotation"),
-                       (f"{SWEEPS / 'scaling.sh'}", "usage: sweeps/scaling.sh")):
+    for text, said in (
+        (str(script), "not a sweep that can list its commands"),
+        ("no.sh d", "there is no such script"),
+        ("", "there is no such script"),
+        (f"{SWEEPS / 'scaling.sh'} 'x", "No closing quotation"),
+        (f"{SWEEPS / 'scaling.sh'}", "usage: sweeps/scaling.sh"),
+    ):
         with pytest.raises(UserError, match=said):
             grid.grid_commands(text)
     assert not (tmp_path / "ran").exists()
     listing = tmp_path / "mine.sh"  # and python is not python there
-    listing.write_text(f"{grid.GRID_MARK}\n${{PYTHON:-python}} -c 'open(\"{tmp_path}/ran\", \"w\")'\n"
-                       "echo python train.py --data d --model uni --fold 0\n")
-    assert grid.grid_commands(str(listing)) == ["python train.py --data d --model uni --fold 0".split()]
+    listing.write_text(
+        f'{grid.GRID_MARK}\n${{PYTHON:-python}} -c \'open("{tmp_path}/ran", "w")\'\n'
+        "echo python train.py --data d --model uni --fold 0\n"
+    )
+    assert grid.grid_commands(str(listing)) == [
+        "python train.py --data d --model uni --fold 0".split()
+    ]
     assert not (tmp_path / "ran").exists()
 
 
 # ---------------------------------------------------------------- real runs, killed and restarted
 
+
 @pytest.fixture
 def tiny_python(tmp_path):
     """python that knows the tiny encoder."""
     path = tmp_path / "tiny_python"
-    path.write_text(f"""#!/usr/bin/env bash
+    path.write_text(
+        f"""#!/usr/bin/env bash
 exec {sys.executable} -c '
 import sys, runpy
 sys.path[:0] = [{str(HERE.parent)!r}, {str(HERE)!r}]
 sys.argv = sys.argv[1:]
 import small
 runpy.run_path(sys.argv[0], run_name="__main__")' "$@"
-""".replace("'/", '"/').replace("',", '",').replace("']", '"]'))
+""".replace("'/", '"/')
+        .replace("',", '",')
+        .replace("']", '"]')
+    )
     path.chmod(0o755)
     return path
 
 
 @pytest.mark.slow
-def test_a_sweep_killed_twice_and_restarted_gives_the_report_of_an_uninterrupted_one(tmp_path, tiny_python):
+def test_a_sweep_killed_twice_and_restarted_gives_the_report_of_an_uninterrupted_one(
+    tmp_path, tiny_python
+):
     data = small.dataset(tmp_path / "data", cases=20)
 
     def sweep(root, **more):
         root.mkdir(exist_ok=True)
         return subprocess.Popen(
-            ["bash", SWEEPS / "scaling.sh", data, "tiny"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            start_new_session=True, env=clean(PYTHON=str(tiny_python), RUNS=str(root / "runs"), FOLDS="0 1",
-                                              FRACS="0.3 1", FLAGS="--epochs 3 --epoch-size 32",
-                                              MODEL_FLAGS="--weights random", OMP_NUM_THREADS="1"))
+            ["bash", SWEEPS / "scaling.sh", data, "tiny"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            env=clean(
+                PYTHON=str(tiny_python),
+                RUNS=str(root / "runs"),
+                FOLDS="0 1",
+                FRACS="0.3 1",
+                FLAGS="--epochs 3 --epoch-size 32",
+                MODEL_FLAGS="--weights random",
+                OMP_NUM_THREADS="1",
+            ),
+        )
 
     def report(root):
         old = os.getcwd()
@@ -446,14 +653,21 @@ def test_a_sweep_killed_twice_and_restarted_gives_the_report_of_an_uninterrupted
 
     assert sweep(tmp_path / "whole").wait(timeout=1800) == 0
     runs_of = tmp_path / "killed" / "runs"
-    for moment in ("*/tiny-probe/*/config.json", "*/tiny-lora/frac0.3-fold1/checkpoint.safetensors"):
+    for moment in (
+        "*/tiny-probe/*/config.json",
+        "*/tiny-lora/frac0.3-fold1/checkpoint.safetensors",
+    ):
         process = sweep(tmp_path / "killed")
         while not list(runs_of.glob(moment)):
             assert process.poll() is None
             time.sleep(0.01)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    unfinished = [path for path in runs_of.glob("*/*/*/config.json") if not (path.parent / "metrics.json").exists()]
+    unfinished = [
+        path
+        for path in runs_of.glob("*/*/*/config.json")
+        if not (path.parent / "metrics.json").exists()
+    ]
     assert unfinished  # it was in the middle of something
     assert sweep(tmp_path / "killed").wait(timeout=1800) == 0
     whole, killed = report(tmp_path / "whole"), report(tmp_path / "killed")
@@ -462,4 +676,7 @@ def test_a_sweep_killed_twice_and_restarted_gives_the_report_of_an_uninterrupted
         assert whole[name] == killed[name], name
     with open(tmp_path / "whole/report/results.csv") as file:
         assert len(list(csv.DictReader(file))) == 8
-    assert models.ENCODERS["tiny"] and common.read_json(next(runs_of.glob("*/*/*/metrics.json")))["sets"]
+    assert (
+        models.ENCODERS["tiny"]
+        and common.read_json(next(runs_of.glob("*/*/*/metrics.json")))["sets"]
+    )

@@ -36,9 +36,28 @@ def table(tmp_path_factory):
 
 
 def flags(table, out, *more, epochs=3, epoch_size=32, lora=True):
-    return ["--data", table, "--model", "tiny", "--weights", "random", "--runs", out, "--epochs", epochs,
-            "--epoch-size", epoch_size, "--batch-size", 8, "--device", "cpu", "--lr", "3e-3",
-            *(["--lora"] if lora else []), *more]
+    return [
+        "--data",
+        table,
+        "--model",
+        "tiny",
+        "--weights",
+        "random",
+        "--runs",
+        out,
+        "--epochs",
+        epochs,
+        "--epoch-size",
+        epoch_size,
+        "--batch-size",
+        8,
+        "--device",
+        "cpu",
+        "--lr",
+        "3e-3",
+        *(["--lora"] if lora else []),
+        *more,
+    ]
 
 
 def folder(out, method="lora", name="tiny"):
@@ -53,9 +72,13 @@ def test_learning_rate_is_torchs_one_cycle():
     for total in (20, 97, 8000):
         p = torch.nn.Parameter(torch.zeros(1))
         optimizer = torch.optim.Adam([p], lr=1e-4)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-4, total_steps=total, cycle_momentum=False)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, 1e-4, total_steps=total, cycle_momentum=False
+        )
         for step in range(total):
-            assert engine.learning_rate(step, total, 1e-4) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+            assert engine.learning_rate(step, total, 1e-4) == pytest.approx(
+                optimizer.param_groups[0]["lr"], rel=1e-9
+            )
             optimizer.step()
             if step < total - 1:
                 schedule.step()
@@ -66,11 +89,22 @@ def test_a_run_learns_and_leaves_its_files(tmp_path, table, method):
     args = flags(table, tmp_path, epochs=8, epoch_size=96, lora=method == "lora")
     assert small.call(train, *args) == 0
     run = folder(tmp_path, method)
-    assert sorted(p.name for p in run.iterdir()) == ["config.json", "curves.png", "lock", "log.csv", "metrics.json",
-                                                     "model.safetensors", "predictions.csv", "split.json"]
+    assert sorted(p.name for p in run.iterdir()) == [
+        "config.json",
+        "curves.png",
+        "lock",
+        "log.csv",
+        "metrics.json",
+        "model.safetensors",
+        "predictions.csv",
+        "split.json",
+    ]
     metrics = common.read_json(run / "metrics.json")
     # Swapped labels give 0 here, patches that do not belong to their labels 0.5.
-    assert metrics["sets"]["test"]["auroc"] > 0.9 and metrics["sets"]["test"]["balanced_accuracy"] > 0.8
+    assert (
+        metrics["sets"]["test"]["auroc"] > 0.9
+        and metrics["sets"]["test"]["balanced_accuracy"] > 0.8
+    )
     log = list(csv.DictReader(open(run / "log.csv")))
     assert [int(row["epoch"]) for row in log] == list(range(1, 9))
     assert float(log[-1]["train_loss"]) < 0.8 * float(log[0]["train_loss"])
@@ -93,7 +127,9 @@ def test_the_epoch_of_lowest_validation_loss_is_kept_and_tested(tmp_path, table,
     losses, logits = iter([0.9, 0.4, 0.7, 0.4]), []
     real = engine.predict_together
     monkeypatch.setattr(engine, "validation_loss", lambda labels, values: next(losses))
-    monkeypatch.setattr(engine, "predict_together", lambda *a: logits.append(real(*a)) or logits[-1])
+    monkeypatch.setattr(
+        engine, "predict_together", lambda *a: logits.append(real(*a)) or logits[-1]
+    )
     assert small.call(train, *flags(table, tmp_path, epochs=4)) == 0
     metrics = common.read_json(folder(tmp_path) / "metrics.json")
     assert metrics["training"]["best_epoch"] == 2 and metrics["training"]["val_loss"] == 0.4
@@ -133,22 +169,24 @@ def test_a_resumed_run_ends_bit_for_bit_the_same(tmp_path, table, monkeypatch, m
             raise KeyboardInterrupt
         done.append(number)
         return real(self, number, *rest)
+
     monkeypatch.setattr(engine.Engine, "step", step)
     args = flags(table, cut, lora=method == "lora")
     assert small.call(train, *args) == 130
     before, stop = list(done), None
     assert small.call(train, *args) == 2  # begun: needs --resume
     assert small.call(train, *args, "--resume") == 0
-    repeated = set(before) & set(done[len(before):])
+    repeated = set(before) & set(done[len(before) :])
     assert len(repeated) < 4 and sorted(set(done)) == list(range(12))
     assert_equal_runs(folder(whole, method), folder(cut, method))
 
 
 # ---------------------------------------------------------------- kills
 
-# Forked copies of one process run the command; each ends by SIGKILL at the moment it was given: after so many calls of
-# Python or C functions, or within the n-th file of a checkpoint, half written. So the moments are as random as with
-# a clock, but the same on slow machines and fast ones.
+# Forked copies of one process run the command; each ends by SIGKILL at the moment it was given:
+# after so many calls of Python or C functions, or within the n-th file of a checkpoint, half
+# written. So the moments are as random as with a clock, but the same on slow machines and fast
+# ones.
 LIVES = """
 import json, os, signal, sys
 sys.path[:0] = [{root!r}, {here!r}]
@@ -189,13 +227,21 @@ for line in sys.stdin:
 
 
 class Lives:
-    """Starts runs one after the other: start(…) → (exit status, [(step, calls so far)] that were begun)."""
+    """Starts runs one after the other: start(…) → (exit status, [(step, calls so far)] that were
+    begun).
+    """
 
     def __init__(self, folder):
         code = LIVES.format(root=str(small.HERE.parent), here=str(small.HERE))
         self.log, self.errors = folder / "steps.log", open(folder / "stderr.log", "w")
-        self.process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=self.errors, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
 
     def __enter__(self):
         return self
@@ -208,10 +254,15 @@ class Lives:
 
     def start(self, flags, **end):
         self.log.write_text("")
-        print(json.dumps({"log": str(self.log), "flags": list(map(str, flags)), **end}), file=self.process.stdin,
-              flush=True)
+        print(
+            json.dumps({"log": str(self.log), "flags": list(map(str, flags)), **end}),
+            file=self.process.stdin,
+            flush=True,
+        )
         status = int(self.process.stdout.readline())
-        return status, [tuple(map(int, line.split()[1:])) for line in self.log.read_text().splitlines()]
+        return status, [
+            tuple(map(int, line.split()[1:])) for line in self.log.read_text().splitlines()
+        ]
 
 
 def test_kill_9_at_twenty_moments(tmp_path, table):
@@ -239,11 +290,17 @@ def test_kill_9_at_twenty_moments(tmp_path, table):
             numbers = [number for number, _ in steps]
             if numbers:
                 assert numbers == list(range(numbers[0], numbers[-1] + 1))
-                assert reached - per_epoch <= numbers[0] <= reached  # starting from zero is not resuming
+                assert (
+                    reached - per_epoch <= numbers[0] <= reached
+                )  # starting from zero is not resuming
                 reached = max(reached, numbers[-1] + 1)
         assert checkpointed >= 10 and writing >= 2
         status, steps = lives.start(args)
-        assert status == 0 and reached - per_epoch <= steps[0][0] <= reached and steps[-1][0] == epochs * per_epoch - 1
+        assert (
+            status == 0
+            and reached - per_epoch <= steps[0][0] <= reached
+            and steps[-1][0] == epochs * per_epoch - 1
+        )
     assert_equal_runs(folder(whole), run)
     assert not list(run.glob("checkpoint*")) and not list(run.glob(".*.tmp"))
 
@@ -260,7 +317,9 @@ def assert_equal_runs(one, other):
 
 @pytest.mark.slow
 def test_kill_9_from_outside(tmp_path, table):
-    """The same with whole processes and a clock: each finishes an epoch at least, and is killed after it."""
+    """The same with whole processes and a clock: each finishes an epoch at least, and is killed
+    after it.
+    """
     rng, whole, cut = random.Random(20), tmp_path / "whole", tmp_path / "cut"
     size = {"epochs": 60, "epoch_size": 64}
     assert small.call(train, *flags(table, whole, **size)) == 0
@@ -292,7 +351,9 @@ def test_a_full_disk_leaves_the_former_checkpoint(tmp_path, table, monkeypatch, 
     whole, disk = tmp_path / "whole", tmp_path / "disk"
     assert small.call(train, *flags(table, whole)) == 0
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(disk)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(disk)], capture_output=True
+    ).returncode:
         pytest.skip("no right to mount")
     try:
         real, run = checkpoint.Progress.save, folder(disk)
@@ -303,6 +364,7 @@ def test_a_full_disk_leaves_the_former_checkpoint(tmp_path, table, monkeypatch, 
                     while file.write(bytes(4096)):
                         pass
             return real(self, *rest)
+
         monkeypatch.setattr(checkpoint.Progress, "save", save)
         assert small.call(train, *flags(table, disk)) == 2
         error = capsys.readouterr().err.splitlines()[-1]
@@ -319,6 +381,7 @@ def test_a_full_disk_leaves_the_former_checkpoint(tmp_path, table, monkeypatch, 
 
 # ---------------------------------------------------------------- the step
 
+
 def test_parts_of_a_batch_give_the_same_gradient(tmp_path, table, monkeypatch):
     """Gradient accumulation: the same samples, masks and augmentation; equal but for rounding."""
     grads, real = {}, engine.Engine.backward
@@ -326,15 +389,22 @@ def test_parts_of_a_batch_give_the_same_gradient(tmp_path, table, monkeypatch):
     def backward(self, step, *rest):
         total = real(self, step, *rest)
         if step == 0:  # later ones start from weights that differ by Adam's amplified rounding
-            grads[self.args.accumulate] = {name: p.grad.clone() for name, p in self.parameters.items()}
+            grads[self.args.accumulate] = {
+                name: p.grad.clone() for name, p in self.parameters.items()
+            }
         return total
+
     monkeypatch.setattr(engine.Engine, "backward", backward)
     for parts in (1, 3):
         assert small.call(train, *flags(table, tmp_path / str(parts)), "--accumulate", parts) == 0
     for name, whole in grads[1].items():
         assert (grads[3][name] - whole).norm() <= 1e-5 * whole.norm(), name
-    assert sum(bool(whole.any()) for whole in grads[1].values()) > 8  # all but A, behind a B of zeros
-    logs = [np.genfromtxt(folder(tmp_path / n) / "log.csv", delimiter=",", names=True) for n in "13"]
+    assert (
+        sum(bool(whole.any()) for whole in grads[1].values()) > 8
+    )  # all but A, behind a B of zeros
+    logs = [
+        np.genfromtxt(folder(tmp_path / n) / "log.csv", delimiter=",", names=True) for n in "13"
+    ]
     assert np.abs(logs[0]["train_loss"] - logs[1]["train_loss"]).max() < 1e-5
 
 
@@ -352,18 +422,28 @@ def test_bf16_trains_and_resumes(tmp_path, table, monkeypatch, method):
         if number == 2 and stop:
             raise KeyboardInterrupt
         return real(self, number, *rest)
+
     monkeypatch.setattr(engine.Engine, "epoch", epoch)
     stop = True
     assert small.call(train, *args) == 130
     stop = False
     assert small.call(train, *args, "--resume") == 0
-    assert small.call(train, *flags(table, tmp_path / "whole", lora=method == "lora"), "--dtype", "bf16") == 0
+    assert (
+        small.call(
+            train, *flags(table, tmp_path / "whole", lora=method == "lora"), "--dtype", "bf16"
+        )
+        == 0
+    )
     assert_equal_runs(folder(tmp_path / "whole", method), folder(tmp_path / "cut", method))
     model, _ = checkpoint.load_run(folder(tmp_path / "cut", method))
     annotations = data.load_dataset(table)
     predictions = runs.read_predictions(folder(tmp_path / "cut", method) / "predictions.csv")
-    again = models.predict(model, patches_module.Patches(annotations), annotations.rows(predictions["id"]))
-    assert 0 < np.abs(again - predictions["logit"]).max() < 0.05 * np.abs(again).max()  # bf16, not fp32, predicted
+    again = models.predict(
+        model, patches_module.Patches(annotations), annotations.rows(predictions["id"])
+    )
+    assert (
+        0 < np.abs(again - predictions["logit"]).max() < 0.05 * np.abs(again).max()
+    )  # bf16, not fp32, predicted
 
 
 def test_the_encoder_is_loaded_once_and_left_as_it_is(tmp_path, table, monkeypatch):
@@ -373,50 +453,107 @@ def test_the_encoder_is_loaded_once_and_left_as_it_is(tmp_path, table, monkeypat
         loaded.append(real(*a))
         loaded.append({name: value.clone() for name, value in loaded[0].state_dict().items()})
         return loaded[0]
+
     monkeypatch.setattr(engine, "load_base", load_base)
     for method in ("lora", "full"):
         loaded.clear()
-        assert small.call(train, *flags(table, tmp_path / "both", epochs=1, lora=method == "lora"), "--fold", 0, 1) == 0
+        assert (
+            small.call(
+                train,
+                *flags(table, tmp_path / "both", epochs=1, lora=method == "lora"),
+                "--fold",
+                0,
+                1,
+            )
+            == 0
+        )
         base, before = loaded
         assert base.state_dict().keys() == before.keys()
         assert all(torch.equal(before[name], value) for name, value in base.state_dict().items())
-        assert small.call(train, *flags(table, tmp_path / "one", epochs=1, lora=method == "lora"), "--fold", 1) == 0
-        assert_equal_runs(*(tmp_path / out / "small" / f"tiny-{method}" / "frac1-fold1" for out in ("both", "one")))
+        assert (
+            small.call(
+                train, *flags(table, tmp_path / "one", epochs=1, lora=method == "lora"), "--fold", 1
+            )
+            == 0
+        )
+        assert_equal_runs(
+            *(
+                tmp_path / out / "small" / f"tiny-{method}" / "frac1-fold1"
+                for out in ("both", "one")
+            )
+        )
 
 
 def test_resnet50_trains_and_resumes(tmp_path, table, monkeypatch):
     """A convolutional network: statistics of the batches are part of the checkpoint."""
-    args = ["--data", table, "--model", "resnet50", "--weights", "random", "--epochs", 2, "--epoch-size", 4,
-            "--batch-size", 4, "--device", "cpu", "--val-frac", 0.25, "--domain", "A", "--frac", 0.1]
+    args = [
+        "--data",
+        table,
+        "--model",
+        "resnet50",
+        "--weights",
+        "random",
+        "--epochs",
+        2,
+        "--epoch-size",
+        4,
+        "--batch-size",
+        4,
+        "--device",
+        "cpu",
+        "--val-frac",
+        0.25,
+        "--domain",
+        "A",
+        "--frac",
+        0.1,
+    ]
     real, stop = engine.Engine.epoch, True
 
     def epoch(self, number, *rest):
         if number == 1 and stop:
             raise KeyboardInterrupt
         return real(self, number, *rest)
+
     monkeypatch.setattr(engine.Engine, "epoch", epoch)
-    monkeypatch.setattr(engine, "predict_together", lambda model, reader, count, *rest: np.zeros(count))
+    monkeypatch.setattr(
+        engine, "predict_together", lambda model, reader, count, *rest: np.zeros(count)
+    )
     assert small.call(train, *args, "--runs", tmp_path / "cut") == 130
     stop = False
     assert small.call(train, *args, "--runs", tmp_path / "cut", "--resume") == 0
     assert small.call(train, *args, "--runs", tmp_path / "whole") == 0
-    cut, whole = (tmp_path / out / "small" / "resnet50-full" / "domainA-frac0.1-fold0" for out in ("cut", "whole"))
+    cut, whole = (
+        tmp_path / out / "small" / "resnet50-full" / "domainA-frac0.1-fold0"
+        for out in ("cut", "whole")
+    )
     assert_equal_runs(whole, cut)
-    assert weights(cut)["encoder.bn1.num_batches_tracked"] == 1  # all losses are equal: the first epoch is kept
+    assert (
+        weights(cut)["encoder.bn1.num_batches_tracked"] == 1
+    )  # all losses are equal: the first epoch is kept
 
 
-@pytest.mark.parametrize("more", [["--dora", "--targets", "qkv", "proj"], ["--rslora", "--alpha", 8, "--dropout", 0]])
+@pytest.mark.parametrize(
+    "more", [["--dora", "--targets", "qkv", "proj"], ["--rslora", "--alpha", 8, "--dropout", 0]]
+)
 def test_kinds_of_adapters_are_kept_in_the_run(tmp_path, table, more):
     assert small.call(train, *flags(table, tmp_path, epochs=1), *more) == 0
-    run, = (tmp_path / "small").glob("tiny-lora*/frac1-fold0")
+    (run,) = (tmp_path / "small").glob("tiny-lora*/frac1-fold0")
     model, _ = checkpoint.load_run(run, merge=True)
-    annotations, predictions = data.load_dataset(table), runs.read_predictions(run / "predictions.csv")
-    again = models.predict(model, patches_module.Patches(annotations), annotations.rows(predictions["id"]))
+    annotations, predictions = (
+        data.load_dataset(table),
+        runs.read_predictions(run / "predictions.csv"),
+    )
+    again = models.predict(
+        model, patches_module.Patches(annotations), annotations.rows(predictions["id"])
+    )
     assert np.abs(again - predictions["logit"]).max() < 1e-4
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_the_bar_shows_loss_auroc_speed_and_time_left(tmp_path, table, monkeypatch, capsys, terminal):
+def test_the_bar_shows_loss_auroc_speed_and_time_left(
+    tmp_path, table, monkeypatch, capsys, terminal
+):
     monkeypatch.setattr(common.PlainProgress.__init__, "__defaults__", (0.0,))
     monkeypatch.setattr(engine, "WATCH", 2)
     if terminal:
@@ -439,6 +576,7 @@ def test_out_of_memory_halves_the_batch(tmp_path, table, monkeypatch, capsys):
         if self.parts == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(self, step, images, *rest)
+
     monkeypatch.setattr(engine.Engine, "backward", backward)
     assert small.call(train, *flags(table, tmp_path, epochs=1)) == 0
     assert "accumulated over 2 parts" in capsys.readouterr().err
@@ -451,12 +589,15 @@ def test_checkpointing_changes_nothing(tmp_path, table):
     assert all((a[name] - b[name]).norm() <= 1e-5 * a[name].norm() for name in a)
 
 
-def test_a_loss_that_is_not_finite_stops_with_step_and_patches(tmp_path, table, monkeypatch, capsys):
+def test_a_loss_that_is_not_finite_stops_with_step_and_patches(
+    tmp_path, table, monkeypatch, capsys
+):
     real = engine.Engine.step
 
     def step(self, number, *rest):
         total = real(self, number, *rest)
         return total * float("nan") if number == 5 else total
+
     monkeypatch.setattr(engine.Engine, "step", step)
     assert small.call(train, *flags(table, tmp_path)) == 2
     error = capsys.readouterr().err
@@ -466,7 +607,9 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_patches(tmp_path, table, 
 
 
 def test_two_processes_equal_one_even_if_one_is_killed(tmp_path, table):
-    """torchrun with gloo: a killed process ends the job, --resume continues it; losses as with one process."""
+    """torchrun with gloo: a killed process ends the job, --resume continues it; losses as with one
+    process.
+    """
     one, two = tmp_path / "one", tmp_path / "two"
     other = small.dataset(tmp_path / "other", cases=3, seed=9, name="elsewhere")
     assert small.call(train, *flags(table, one), "--test", other) == 0
@@ -483,7 +626,15 @@ def step(self, number, *rest):
 engine.Engine.step = step
 common.command(train.main)
 """)
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script))
+    launcher = (
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(script),
+    )
     args = [*flags(table, two), "--test", other]
     code, out, err = small.command("train", *args, launcher=launcher, KILLED="1")
     assert code and ("another process of this job has ended" in err or "SIGKILL" in err), err
@@ -505,7 +656,9 @@ def test_fold_and_seed_change_the_run(tmp_path, table):
     for fold in (0, 1):
         assert small.call(train, *flags(table, tmp_path, epochs=1), "--fold", fold) == 0
     a, b = (weights(tmp_path / "small" / "tiny-lora" / f"frac1-fold{fold}") for fold in (0, 1))
-    assert not torch.equal(a["encoder.blocks.0.attn.qkv.lora_A"], b["encoder.blocks.0.attn.qkv.lora_A"])
+    assert not torch.equal(
+        a["encoder.blocks.0.attn.qkv.lora_A"], b["encoder.blocks.0.attn.qkv.lora_A"]
+    )
 
 
 def test_domains_and_further_datasets(tmp_path, table, capsys):
@@ -518,12 +671,16 @@ def test_domains_and_further_datasets(tmp_path, table, capsys):
     model = (run / "model.safetensors").read_bytes()
     assert small.call(train, *args, "--test", other) == 0  # the finished run, on one more set
     out = capsys.readouterr().out
-    assert f"finished: {run}" in out and "shares 4 cases" in out and "elsewhere" in out.splitlines()[-1]
+    assert (
+        f"finished: {run}" in out
+        and "shares 4 cases" in out
+        and "elsewhere" in out.splitlines()[-1]
+    )
     predictions = runs.read_predictions(run / "predictions.csv")
     assert set(predictions["set"]) == {"val", "test", "B", "elsewhere"}
     assert (predictions["domain"][predictions["set"] == "B"] == "B").all()
     assert (predictions["set"] == "elsewhere").sum() == 24
-    assert (predictions["logit"][:len(before["logit"])] == before["logit"]).all()
+    assert (predictions["logit"][: len(before["logit"])] == before["logit"]).all()
     metrics = common.read_json(run / "metrics.json")
     assert set(metrics["sets"]) == {"val", "test", "B", "elsewhere"} and "training" in metrics
     assert (run / "model.safetensors").read_bytes() == model
@@ -533,10 +690,19 @@ def test_domains_and_further_datasets(tmp_path, table, capsys):
     assert np.abs(again - predictions["logit"][predictions["set"] == "elsewhere"]).max() < 1e-4
 
 
-@pytest.mark.parametrize("more, words", [
-    (["--model", "resnet50"], ["resnet50", "--lora"]), (["--rank", "0"], ["--rank"]), (["--epochs", "0"], ["--epochs"]),
-    (["--lr", "nan"], ["--lr"]), (["--frac", "10"], ["--frac", "0.1"]), (["--domain", "Z"], ["Z"]),
-    (["--model", "unknown"], ["unknown", "h-optimus-0"]), (["--device", "cuda:77"], ["--device"])])
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--model", "resnet50"], ["resnet50", "--lora"]),
+        (["--rank", "0"], ["--rank"]),
+        (["--epochs", "0"], ["--epochs"]),
+        (["--lr", "nan"], ["--lr"]),
+        (["--frac", "10"], ["--frac", "0.1"]),
+        (["--domain", "Z"], ["Z"]),
+        (["--model", "unknown"], ["unknown", "h-optimus-0"]),
+        (["--device", "cuda:77"], ["--device"]),
+    ],
+)
 def test_mistakes_are_one_line(tmp_path, table, more, words, capsys):
     assert small.call(train, *flags(table, tmp_path), *more) == 2
     error = capsys.readouterr().err
@@ -545,10 +711,25 @@ def test_mistakes_are_one_line(tmp_path, table, more, words, capsys):
 
 
 def test_a_gated_encoder_says_what_to_do(tmp_path, table):
-    code, out, err = small.command("train", "--data", table, "--model", "h-optimus-0", "--lora", "--frac", "0.1",
-                                   "--runs", tmp_path, HF_HUB_OFFLINE="", HF_TOKEN="", HF_HOME=str(tmp_path / "hf"))
+    code, out, err = small.command(
+        "train",
+        "--data",
+        table,
+        "--model",
+        "h-optimus-0",
+        "--lora",
+        "--frac",
+        "0.1",
+        "--runs",
+        tmp_path,
+        HF_HUB_OFFLINE="",
+        HF_TOKEN="",
+        HF_HOME=str(tmp_path / "hf"),
+    )
     last = err.strip().splitlines()[-1]
-    assert code == 2 and last.startswith("error: ") and "--weights" in last and "Traceback" not in err
+    assert (
+        code == 2 and last.startswith("error: ") and "--weights" in last and "Traceback" not in err
+    )
 
 
 def test_a_damaged_checkpoint_is_one_line(tmp_path, table, monkeypatch, capsys):
@@ -571,14 +752,24 @@ def test_config_tells_everything(tmp_path, table):
 
 
 def test_the_command_that_writes_pefts_format(tmp_path, table):
-    """As a script: python makes it the module __main__, which is another one than what models.py imports."""
+    """As a script: python makes it the module __main__, which is another one than what models.py
+    imports.
+    """
     assert small.call(train, *flags(table, tmp_path / "r", epochs=1)) == 0
-    code = f"import runpy, sys; sys.path[:0] = [{str(small.HERE.parent)!r}, {str(small.HERE)!r}]; import small; " \
-           f"runpy.run_path({str(small.HERE.parent / 'lora.py')!r}, run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code, str(folder(tmp_path / "r")), "--out", str(tmp_path / "peft")],
-                          capture_output=True, text=True)
+    code = (
+        f"import runpy, sys; sys.path[:0] = [{str(small.HERE.parent)!r}, {str(small.HERE)!r}]; "
+        "import small; "
+        f"runpy.run_path({str(small.HERE.parent / 'lora.py')!r}, run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder(tmp_path / "r")), "--out", str(tmp_path / "peft")],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     adapter = load_file(tmp_path / "peft" / "adapter_model.safetensors")
     own = weights(folder(tmp_path / "r"))
     assert len(adapter) == len(own) - 2  # all but the head
-    assert any(torch.equal(value, own["encoder.blocks.1.mlp.fc1.lora_A"]) for value in adapter.values())
+    assert any(
+        torch.equal(value, own["encoder.blocks.1.mlp.fc1.lora_A"]) for value in adapter.values()
+    )

@@ -1,4 +1,6 @@
-"""Published weights through load_encoder: equal to the reference implementation, in every published format."""
+"""Published weights through load_encoder: equal to the reference implementation, in every published
+format.
+"""
 
 import dataclasses
 import hashlib
@@ -28,7 +30,9 @@ ALL = [row.name for row in models.ROWS if row.name != "demo"]
 @pytest.fixture(autouse=True)
 def two_blocks(monkeypatch):
     """Real width, two blocks: the table with another depth."""
-    rows = {n: dataclasses.replace(s, depth=min(s.depth, DEPTH)) for n, s in models.ENCODERS.items()}
+    rows = {
+        n: dataclasses.replace(s, depth=min(s.depth, DEPTH)) for n, s in models.ENCODERS.items()
+    }
     monkeypatch.setattr(models, "ENCODERS", rows)
 
 
@@ -47,16 +51,22 @@ def reference(name, depth=DEPTH):
     """(state dict as published, function images → embedding, convertible with .double())."""
     if name in references.TIMM:
         model = references.fill(references.timm_model(name, depth=depth))
-        state, run = dict(model.state_dict()), Reference(name, resampled(name, model, depth), "forward_features")
+        state, run = (
+            dict(model.state_dict()),
+            Reference(name, resampled(name, model, depth), "forward_features"),
+        )
     elif name in references.TRANSFORMERS:
         model = references.fill(references.transformers_model(name, depth))
         state, run = dict(model.state_dict()), Reference(name, model, "last_hidden_state")
     elif name in references.DINOV2:
         source = references.fill(references.transformers_model(name, depth))
         state = dict(source.state_dict())
-        run = Reference(name, resampled(name, timm_of_dinov2(name, state, depth), depth), "forward_features")
+        run = Reference(
+            name, resampled(name, timm_of_dinov2(name, state, depth), depth), "forward_features"
+        )
     elif name == "resnet50":
         from torchvision.models import resnet50
+
         with torch.device("meta"):
             model = resnet50().eval()
         state = dict(references.fill(model).state_dict())
@@ -85,15 +95,19 @@ class Reference:
 
 
 def resampled(name, model, depth):
-    """timm's network at 224 px with the weights of one at another resolution, by timm's own resampling."""
+    """timm's network at 224 px with the weights of one at another resolution, by timm's own
+    resampling.
+    """
     from timm.layers import resample_abs_pos_embed
+
     if model.patch_embed.img_size == (224, 224):
         return model
     small = references.timm_model(name, depth=depth, img_size=224).to_empty(device="cpu")
     prefix = 0 if model.no_embed_class else model.num_prefix_tokens
     state = dict(model.state_dict())
-    state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], small.patch_embed.grid_size,
-                                                num_prefix_tokens=prefix)
+    state["pos_embed"] = resample_abs_pos_embed(
+        state["pos_embed"], small.patch_embed.grid_size, num_prefix_tokens=prefix
+    )
     small.load_state_dict(state)
     return small
 
@@ -102,21 +116,33 @@ def timm_of_dinov2(name, state, depth):
     """timm's DINOv2 with the weights of transformers', put in block by block."""
     model = references.timm_model(name, depth=depth).to_empty(device="cpu")
     state = references.old_names(state)
-    mine = {"cls_token": state["embeddings.cls_token"], "pos_embed": state["embeddings.position_embeddings"],
-            "norm.weight": state["layernorm.weight"], "norm.bias": state["layernorm.bias"],
-            "patch_embed.proj.weight": state["embeddings.patch_embeddings.projection.weight"],
-            "patch_embed.proj.bias": state["embeddings.patch_embeddings.projection.bias"]}
+    mine = {
+        "cls_token": state["embeddings.cls_token"],
+        "pos_embed": state["embeddings.position_embeddings"],
+        "norm.weight": state["layernorm.weight"],
+        "norm.bias": state["layernorm.bias"],
+        "patch_embed.proj.weight": state["embeddings.patch_embeddings.projection.weight"],
+        "patch_embed.proj.bias": state["embeddings.patch_embeddings.projection.bias"],
+    }
     for i in range(depth):
         theirs, ours = f"encoder.layer.{i}.", f"blocks.{i}."
         for leaf in ("weight", "bias"):
             mine[f"{ours}attn.qkv.{leaf}"] = torch.cat(
-                [state[f"{theirs}attention.attention.{part}.{leaf}"] for part in ("query", "key", "value")])
+                [
+                    state[f"{theirs}attention.attention.{part}.{leaf}"]
+                    for part in ("query", "key", "value")
+                ]
+            )
             mine[f"{ours}attn.proj.{leaf}"] = state[f"{theirs}attention.output.dense.{leaf}"]
             for norm in ("norm1", "norm2"):
                 mine[f"{ours}{norm}.{leaf}"] = state[f"{theirs}{norm}.{leaf}"]
             for fc, names in (("fc1", ("fc1", "weights_in")), ("fc2", ("fc2", "weights_out"))):
-                found = [state[f"{theirs}mlp.{n}.{leaf}"] for n in names if f"{theirs}mlp.{n}.{leaf}" in state]
-                mine[f"{ours}mlp.{fc}.{leaf}"], = found
+                found = [
+                    state[f"{theirs}mlp.{n}.{leaf}"]
+                    for n in names
+                    if f"{theirs}mlp.{n}.{leaf}" in state
+                ]
+                (mine[f"{ours}mlp.{fc}.{leaf}"],) = found
         for k in (1, 2):
             mine[f"{ours}ls{k}.gamma"] = state[f"{theirs}layer_scale{k}.lambda1"]
     model.load_state_dict(mine)
@@ -124,16 +150,23 @@ def timm_of_dinov2(name, state, depth):
 
 
 def publish(name, state, folder):
-    """Save `state` as the weights of `name` are published: file name, format and names of the tensors."""
+    """Save `state` as the weights of `name` are published: file name, format and names of the
+    tensors.
+    """
     spec = models.ENCODERS[name]
     if spec.keys == "transformers":
         state = references.old_names(state)
         if spec.repo.startswith("google/"):
-            state["pooler.dense.weight"] = state.get("pooler.dense.weight", torch.zeros(spec.dim, spec.dim))
+            state["pooler.dense.weight"] = state.get(
+                "pooler.dense.weight", torch.zeros(spec.dim, spec.dim)
+            )
         else:
             state = {k: v for k, v in state.items() if not k.startswith("pooler")}
     if name.startswith("vit-") and spec.keys == "torchvision":  # the names before torchvision 0.13
-        state = {k.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."): v for k, v in state.items()}
+        state = {
+            k.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."): v
+            for k, v in state.items()
+        }
     file = folder / spec.files[0]
     if file.suffix == ".safetensors":
         save_file({k: v.contiguous() for k, v in state.items()}, file, metadata={"format": "pt"})
@@ -155,7 +188,9 @@ def embed(name, file, x, **choices):
 
 
 def assert_parity(name, folder, doubles=1, count=5):
-    """fp32 within 1e-5 for batches of 5 and 1; fp64 within 1e-12 (where no position embedding is resampled)."""
+    """fp32 within 1e-5 for batches of 5 and 1; fp64 within 1e-12 (where no position embedding is
+    resampled).
+    """
     state, run = reference(name)
     file = publish(name, state, folder)
     x = images(count)
@@ -174,7 +209,9 @@ def assert_parity(name, folder, doubles=1, count=5):
 
 @pytest.mark.parametrize("name", ALL)
 def test_equals_the_reference(name, folder):
-    assert_parity(name, folder, doubles=1 if models.ENCODERS[name].dim <= 1024 else 0)  # the others below, slow
+    assert_parity(
+        name, folder, doubles=1 if models.ENCODERS[name].dim <= 1024 else 0
+    )  # the others below, slow
 
 
 @pytest.mark.slow
@@ -184,7 +221,9 @@ def test_equals_the_reference_in_double_for_a_batch(name, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dinov2-s", "lunit-s8", "h0-mini", "kaiko-l14", "hibou-b", "virchow2"])
+@pytest.mark.parametrize(
+    "name", ["dinov2-s", "lunit-s8", "h0-mini", "kaiko-l14", "hibou-b", "virchow2"]
+)
 def test_equals_the_reference_at_full_depth(name, folder, monkeypatch):
     monkeypatch.undo()
     depth = models.ENCODERS[name].depth
@@ -195,6 +234,7 @@ def test_equals_the_reference_at_full_depth(name, folder, monkeypatch):
 
 
 # ---------------------------------------------------------------- what the parity tests would catch
+
 
 def swapped(self, x):
     value, gate = self.fc1(x).chunk(2, dim=-1)
@@ -212,20 +252,25 @@ def test_dropped_register_positions_are_caught(folder, monkeypatch):
         x = self.patch_embed(x)
         prefix = torch.cat([self.cls_token + self.pos_embed[:, :1], self.reg_token], dim=1)
         return torch.cat([prefix.expand(len(x), -1, -1), x + self.pos_embed[:, 5:]], dim=1)
+
     monkeypatch.setattr(models.ViT, "tokens", tokens)
     with pytest.raises(AssertionError):
         assert_parity("virchow2", folder, doubles=0, count=2)
 
 
 def test_other_eps_is_caught(folder, monkeypatch):
-    monkeypatch.setitem(models.ENCODERS, "phikon", dataclasses.replace(models.ENCODERS["phikon"], eps=1e-12))
+    monkeypatch.setitem(
+        models.ENCODERS, "phikon", dataclasses.replace(models.ENCODERS["phikon"], eps=1e-12)
+    )
     with pytest.raises(AssertionError):
         assert_parity("phikon", folder, count=2)
 
 
 def test_resampling_without_antialias_is_caught(folder, monkeypatch):
     true = torch.nn.functional.interpolate
-    monkeypatch.setattr(weights.F, "interpolate", lambda x, **kw: true(x, **{**kw, "antialias": False}))
+    monkeypatch.setattr(
+        weights.F, "interpolate", lambda x, **kw: true(x, **{**kw, "antialias": False})
+    )
     with pytest.raises(AssertionError):
         state, _ = reference("dinov2-s")
         file = publish("dinov2-s", state, folder)
@@ -236,6 +281,7 @@ def test_resampling_without_antialias_is_caught(folder, monkeypatch):
 
 
 # ---------------------------------------------------------------- formats
+
 
 @pytest.fixture(scope="module")
 def small():
@@ -286,9 +332,17 @@ def test_transformers_4_and_5_names_give_the_same(folder):
         for names in (state, references.old_names(state)):
             plan, kind = weights.rename(names)
             assert kind == "transformers"
-            found.append({ours: torch.cat([names[n] for n in theirs]) if len(theirs) > 1 else names[theirs[0]]
-                          for ours, theirs in plan.items()})
-        assert set(state) != set(references.old_names(state))  # the test tells the generations apart
+            found.append(
+                {
+                    ours: torch.cat([names[n] for n in theirs])
+                    if len(theirs) > 1
+                    else names[theirs[0]]
+                    for ours, theirs in plan.items()
+                }
+            )
+        assert set(state) != set(
+            references.old_names(state)
+        )  # the test tells the generations apart
         new, old = found
         assert new.keys() == old.keys()
         assert all(torch.equal(new[k], old[k]) for k in new)
@@ -297,8 +351,11 @@ def test_transformers_4_and_5_names_give_the_same(folder):
 def test_torchvision_names_of_both_ages():
     names = list(references.torchvision_model("vit-b-tv", 2).state_dict())
     old = [n.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2.") for n in names]
-    assert weights.rename(names)[0].keys() == weights.rename(old)[0].keys() == set(
-        references.timm_model("vit-b-tv", depth=2).state_dict())
+    assert (
+        weights.rename(names)[0].keys()
+        == weights.rename(old)[0].keys()
+        == set(references.timm_model("vit-b-tv", depth=2).state_dict())
+    )
 
 
 def test_mask_token_and_pooler_are_the_only_things_left_out(folder):
@@ -336,12 +393,16 @@ def test_the_file_may_change_after_loading(small, tmp_path):
 
 def test_layers_left_out_are_checked_all_the_same(small, tmp_path):
     state, _ = small
-    save_file({k: v for k, v in state.items() if "blocks.1.mlp" not in k}, tmp_path / "model.safetensors")
+    save_file(
+        {k: v for k, v in state.items() if "blocks.1.mlp" not in k}, tmp_path / "model.safetensors"
+    )
     with pytest.raises(UserError, match="4 missing"):
         models.load_encoder("kaiko-s16", tmp_path, layer=1)
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of the process")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="reads Linux's account of the process"
+)
 def test_memory_peaks_near_the_size_of_the_network(tmp_path):
     """A fp32 file read as bf16: the process grows by little more than the network, not by the file."""
     code = """
@@ -359,14 +420,22 @@ print(peak() - before)
     for name in ("pytorch_model.bin", "model.safetensors"):
         file = tmp_path / name
         torch.save(state, file) if name.endswith("bin") else save_file(state, file)
-        grown = float(subprocess.run([sys.executable, "-c", code, str(file)], check=True, capture_output=True,
-                                     cwd=Path(models.__file__).parent, text=True).stdout)
+        grown = float(
+            subprocess.run(
+                [sys.executable, "-c", code, str(file)],
+                check=True,
+                capture_output=True,
+                cwd=Path(models.__file__).parent,
+                text=True,
+            ).stdout
+        )
         file.unlink()
         # with the whole file mapped it would be three times the size
         assert 0.9 * size < grown < 1.5 * size, (name, grown, size)
 
 
 # ---------------------------------------------------------------- real weights
+
 
 def real(path):
     root = os.environ.get("MITOSIS_REALDATA")
@@ -379,6 +448,7 @@ def test_real_dinov2(monkeypatch):
     file = real("weights/dinov2_vits14_derived.safetensors")
     monkeypatch.undo()
     from timm.layers import resample_abs_pos_embed
+
     state = {k: v.float() for k, v in load_file(file).items()}
     state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], (16, 16))
     model = references.timm_model("dinov2-s", img_size=224).to_empty(device="cpu")
@@ -390,6 +460,7 @@ def test_real_dinov2(monkeypatch):
 
 
 # ---------------------------------------------------------------- broken input
+
 
 def refused(path, *words, name="kaiko-s16"):
     with pytest.raises(UserError) as caught:
@@ -413,8 +484,11 @@ def test_truncated_files(small, tmp_path):
 def test_not_weights_at_all(tmp_path):
     for name in ("model.safetensors", "pytorch_model.bin", "x.pth"):
         file = tmp_path / name
-        for text in ("<html>Sign in to continue</html>" * 100, '\n{"error": "Not found"}',
-                     "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4539168745\n"):
+        for text in (
+            "<html>Sign in to continue</html>" * 100,
+            '\n{"error": "Not found"}',
+            "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4539168745\n",
+        ):
             file.write_text(text)
             refused(file, str(file), "not a weights file (a Git LFS pointer or a web page?)")
     file = tmp_path / "pytorch_model.bin"
@@ -425,19 +499,42 @@ def test_not_weights_at_all(tmp_path):
 def test_wrong_architecture(small, tmp_path):
     file = tmp_path / "model.safetensors"
     save_file(small[0], file)
-    refused(file, "not the weights of uni", "missing", "blocks.", "another shape", models.ENCODERS["uni"].page,
-            name="uni")
+    refused(
+        file,
+        "not the weights of uni",
+        "missing",
+        "blocks.",
+        "another shape",
+        models.ENCODERS["uni"].page,
+        name="uni",
+    )
     refused(file, "not the weights of lunit-s8", "patch_embed.proj.weight", name="lunit-s8")
     refused(file, "not the weights of resnet50", "missing", name="resnet50")
 
 
 def test_odd_tensors(small, tmp_path):
     file = tmp_path / "pytorch_model.bin"
-    for odd in (torch.ones(384, dtype=torch.int32), torch.ones(384, dtype=torch.complex64), torch.tensor(1.0),
-                torch.ones(384).to_sparse(), torch.ones(384, device="meta"), torch.ones(0)):
+    for odd in (
+        torch.ones(384, dtype=torch.int32),
+        torch.ones(384, dtype=torch.complex64),
+        torch.tensor(1.0),
+        torch.ones(384).to_sparse(),
+        torch.ones(384, device="meta"),
+        torch.ones(0),
+    ):
         torch.save({**small[0], "norm.weight": odd}, file)
-        refused(file, "norm.weight" if odd.layout == torch.strided and not odd.is_meta else "holds no state dict")
-    for odd in (torch.ones(3), torch.ones(1, 198, 384), torch.ones(1, 1, 384), torch.ones(1, 0, 384)):
+        refused(
+            file,
+            "norm.weight"
+            if odd.layout == torch.strided and not odd.is_meta
+            else "holds no state dict",
+        )
+    for odd in (
+        torch.ones(3),
+        torch.ones(1, 198, 384),
+        torch.ones(1, 1, 384),
+        torch.ones(1, 0, 384),
+    ):
         torch.save({**small[0], "pos_embed": odd}, file)
         refused(file, "not the weights of kaiko-s16")
     torch.save({k: torch.nn.Parameter(v) for k, v in small[0].items()}, file)
@@ -479,8 +576,15 @@ def test_folders(small, tmp_path):
 
 def test_broken_index(small, tmp_path):
     index = tmp_path / "model.safetensors.index.json"
-    for text in ("{", "[]", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": "../a.safetensors"}}',
-                 '{"weight_map": {"a": "/etc/passwd"}}', '{"weight_map": {"a": 3}}'):
+    for text in (
+        "{",
+        "[]",
+        '{"weight_map": []}',
+        '{"weight_map": {}}',
+        '{"weight_map": {"a": "../a.safetensors"}}',
+        '{"weight_map": {"a": "/etc/passwd"}}',
+        '{"weight_map": {"a": 3}}',
+    ):
         index.write_text(text)
         refused(tmp_path, "not an index of weights files")
     index.write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
@@ -516,8 +620,12 @@ def test_no_permission(small, folder, request):
 
 # ---------------------------------------------------------------- the Hub
 
+
 class Hub(http.server.BaseHTTPRequestHandler):
-    """A stand-in for the Hub that answers as it does; `answers` maps a path to (status, error code, body)."""
+    """A stand-in for the Hub that answers as it does; `answers` maps a path to (status, error code,
+    body).
+    """
+
     answers, asked, default = {}, [], (404, "EntryNotFound", b"")
 
     def do_HEAD(self):
@@ -550,11 +658,25 @@ def hub(monkeypatch, tmp_path):
     address = f"http://127.0.0.1:{server.server_port}"
     constants = huggingface_hub.constants
     monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        address + "/{repo_id}/resolve/{revision}/{filename}",
+    )
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HTTPS_PROXY",
-                 "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+    for name in (
+        "HF_TOKEN",
+        "HUGGING_FACE_HUB_TOKEN",
+        "HF_HUB_OFFLINE",
+        "TRANSFORMERS_OFFLINE",
+        "HTTPS_PROXY",
+        "https_proxy",
+        "HTTP_PROXY",
+        "http_proxy",
+        "ALL_PROXY",
+        "all_proxy",
+    ):
         monkeypatch.delenv(name, raising=False)
     forget = weights.reachable.cache_clear
     forget()
@@ -584,7 +706,9 @@ def test_hub_download(hub, small, tmp_path):
     encoder = models.load_encoder("kaiko-s16")
     assert encoder.weights_hash == models.load_encoder("kaiko-s16", file).weights_hash
     assert weights.availability(spec) == "cached"
-    assert not [path for _, path, _ in hub.asked if path.endswith((".py", ".json"))]  # weights and nothing else
+    assert not [
+        path for _, path, _ in hub.asked if path.endswith((".py", ".json"))
+    ]  # weights and nothing else
 
 
 def test_hub_is_used_from_the_cache_when_it_is_away(hub, small, tmp_path, monkeypatch):
@@ -652,6 +776,7 @@ def test_hub_repository_missing(hub):
 
 def test_hub_out_of_order(hub, monkeypatch):
     import huggingface_hub.utils._http as http_utils
+
     monkeypatch.setattr(http_utils.time, "sleep", lambda seconds: None)
     hub.default = 500, None, b""
     fails("phikon", "the Hub answered with status 500")
@@ -683,6 +808,7 @@ def test_torchvision_download_is_checked(monkeypatch, tmp_path):
     def fetch(url, target, hash_prefix):
         asked.append((url, hash_prefix))
         raise RuntimeError("invalid hash value")
+
     monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
     fails("vit-b-tv", "invalid hash")
     assert asked == [("https://download.pytorch.org/models/vit_b_16-c867db91.pth", "c867db91")]
