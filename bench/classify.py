@@ -33,19 +33,19 @@ sys.path[:1] = [
     str(ROOT / "tests"),
 ]  # not this folder: its onnx.py and classify.py would hide the real ones
 
-import jpeg_tiff  # noqa: E402
-import onnxruntime  # noqa: E402
-import openslide  # noqa: E402
-import torch  # noqa: E402
-from onnx_models import write_model  # noqa: E402
-from PIL import Image  # noqa: E402
+import jpeg_tiff
+import onnxruntime
+import openslide
+import torch
+from onnx_models import write_model
+from PIL import Image
 
-import common  # noqa: E402
+import common
 import flags
-import models  # noqa: E402
-from dataset import slides  # noqa: E402
+import models
+from dataset import slides
 from onnx_model import (
-    graph,  # noqa: E402
+    graph,
     session,
 )
 

@@ -23,9 +23,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import references  # noqa: E402
+import references
 
-import models  # noqa: E402
+import models
 
 GPU_MODEL, GPU_BATCH = "h-optimus-0", 128
 

@@ -26,12 +26,12 @@ sys.path[:1] = [
     str(HERE / "tests"),
 ]  # not this folder: its onnx.py and classify.py would hide the real ones
 
-from onnx_models import dataset  # noqa: E402
+from onnx_models import dataset
 
 import common
-import data  # noqa: E402
-import lora  # noqa: E402
-import models  # noqa: E402
+import data
+import lora
+import models
 from onnx_model import session
 
 LIMIT = 1.6  # times the float32 size

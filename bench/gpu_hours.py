@@ -41,15 +41,15 @@ from torchvision.transforms import v2
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests"), str(HERE)]
 
-import lora_step  # noqa: E402
-import patches  # noqa: E402
-from encode import flops, times  # noqa: E402
+import lora_step
+import patches
+from encode import flops, times
 
-import common  # noqa: E402
-import data  # noqa: E402
-import lora  # noqa: E402
-import models  # noqa: E402
-from dataset import patches  # noqa: E402
+import common
+import data
+import lora
+import models
+from dataset import patches
 
 LORA = ("phikon", "uni", "virchow", "virchow2", "prov-gigapath", "h-optimus-0")
 FULL = ("resnet50", "vit-b", "vit-h")

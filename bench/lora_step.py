@@ -37,11 +37,11 @@ from torch.utils._pytree import tree_leaves
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests"), str(HERE)]
 
-import references  # noqa: E402
-from encode import flops, matmul_rate, peak, wait  # noqa: E402
+import references
+from encode import flops, matmul_rate, peak, wait
 
-import lora  # noqa: E402
-import models  # noqa: E402
+import lora
+import models
 
 BLOCKS = r"blocks\.\d+\..*\.(qkv|proj|fc1|fc2)"
 # label → (whose, method, precision, compiled)

@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import math
 
 from reporting import (
-    bootstrap,  # noqa: E402
-    metrics,  # noqa: E402
+    bootstrap,
+    metrics,
 )
 
 

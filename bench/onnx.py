@@ -30,20 +30,20 @@ sys.path[:1] = [
     str(ROOT / "tests"),
 ]  # not this folder: its onnx.py and classify.py would hide the real ones
 
-import onnx  # noqa: E402
-import onnxruntime  # noqa: E402
-import torch  # noqa: E402
-from onnx_models import METADATA, write_model  # noqa: E402
+import onnx
+import onnxruntime
+import torch
+from onnx_models import METADATA, write_model
 
-import common  # noqa: E402
-import data  # noqa: E402
-import evaluate  # noqa: E402
+import common
+import data
+import evaluate
 import flags
-import logistic  # noqa: E402
-import models  # noqa: E402
-from dataset.patches import Patches  # noqa: E402
+import logistic
+import models
+from dataset.patches import Patches
 from onnx_model import (
-    graph,  # noqa: E402
+    graph,
     session,
 )
 

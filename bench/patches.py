@@ -35,16 +35,16 @@ from torchvision.transforms import v2
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import jpeg_tiff  # noqa: E402
+import jpeg_tiff
 
-import augment  # noqa: E402
-import common  # noqa: E402
-import data  # noqa: E402
+import augment
+import common
+import data
 import flags
 from dataset import (
-    patches,  # noqa: E402
-    sampler,  # noqa: E402
-    slides,  # noqa: E402
+    patches,
+    sampler,
+    slides,
 )
 
 SIZE, MARGIN, BATCH = 224, augment.margin(224), 16

@@ -31,7 +31,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import logistic  # noqa: E402
+import logistic
 
 PROBES = {"l2": 1.0, "uni": None}  # C
 

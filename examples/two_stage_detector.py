@@ -21,10 +21,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import common  # noqa: E402
-from common import UserError  # noqa: E402
-from dataset import candidates as formats  # noqa: E402
-from dataset import slides  # noqa: E402
+import common
+from common import UserError
+from dataset import candidates as formats
+from dataset import slides
 from onnx_model import session
 
 WORKING = 0.5  # µm/px of the first stage: enough to see that something is a dark blob

@@ -11,7 +11,7 @@ import numpy as np
 from reporting import metrics
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 import common
 

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 import small
 from PIL import Image
-from demo import pretrain
 
 import common
 import data
 import models
 import probe
 from dataset import slides
-from demo import synthetic
+from demo import pretrain, synthetic
 
 HERE = Path(__file__).resolve().parent.parent
 # Of the first image (an x86 machine, NumPy 2): its first cells, and the green of 64 pixels.

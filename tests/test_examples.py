@@ -21,7 +21,7 @@ from demo import synthetic
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path.append(str(HERE / "examples"))
-import two_stage_detector as detector  # noqa: E402
+import two_stage_detector as detector
 
 from onnx_model import session
 
