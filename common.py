@@ -190,9 +190,21 @@ def _umask():
     return mask
 
 
+def try_lock(path, seconds=0.0):
+    """Lock the file `path` → the lock (release it with .release()), or None if another process
+    still holds it after `seconds`. Any end of the process releases it."""
+    # Not thread-local: some runs are opened by one thread and closed by another.
+    lock = filelock.FileLock(path, timeout=seconds, thread_local=False)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        return None
+    return lock
+
+
 @contextlib.contextmanager
 def exclusive(path):
-    """Hold the lock file `path`, waiting for it; any end of the process releases it."""
+    """Hold the lock file `path`, waiting for it."""
     with filelock.FileLock(path):
         yield
 

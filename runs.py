@@ -6,7 +6,6 @@ A run is finished when `metrics.json` stands in it: that file is written last. E
 whole or not at all, so a sweep is a shell loop that can be killed and restarted anywhere."""
 
 import csv
-import fcntl
 import json
 import os
 import platform
@@ -134,7 +133,7 @@ class Run:
 
     def close(self):
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.release()
             self._lock = None
 
 
@@ -152,14 +151,9 @@ def open_run(path, config, resume=False, force=False):
     clears the folder."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
-        raise UserError(
-            f"{path}: another process works on this run; wait for it or stop it"
-        ) from None
+    lock = common.try_lock(path / "lock")
+    if lock is None:
+        raise UserError(f"{path}: another process works on this run; wait for it or stop it")
     try:
         for rest in path.glob(".*.tmp"):  # of a process killed while it wrote
             if rest.is_file():  # export.py works in a folder, and may be alive
@@ -191,7 +185,7 @@ def open_run(path, config, resume=False, force=False):
         common.write_json(path / "config.json", config)
         return Run(path, config, False, lock)
     except BaseException:
-        os.close(lock)
+        lock.release()
         raise
 
 

@@ -7,7 +7,6 @@ run continues by a range request. addresses.json holds the public addresses (fig
 
 import contextlib
 import email.utils
-import fcntl
 import fnmatch
 import http.client
 import json
@@ -121,17 +120,15 @@ def fetch(name, folder, workers=4, only=None, files=None, pause=1.0):
 
 @contextlib.contextmanager
 def _lock(folder):
-    handle = os.open(folder / ".download.lock", os.O_RDWR | os.O_CREAT, 0o666)
+    lock = common.try_lock(folder / ".download.lock")
+    if lock is None:
+        raise UserError(
+            f"{folder}: another process fetches into this folder; wait for it or stop it"
+        )
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"{folder}: another process fetches into this folder; wait for it or stop it"
-            ) from None
         yield
     finally:
-        os.close(handle)
+        lock.release()
 
 
 class _Megabytes:

@@ -1,6 +1,5 @@
 """Finished runs, read back and checked against themselves. No torch."""
 
-import fcntl
 import hashlib
 import os
 from collections import Counter, defaultdict
@@ -120,14 +119,12 @@ def find(roots):
 
 def is_locked(path):
     """Whether a live process works on the run."""
-    try:
-        with open(path / "lock") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
+    if not (path / "lock").exists():
         return False
-    except OSError:
-        return True
-    return False
+    lock = common.try_lock(path / "lock")
+    if lock is not None:
+        lock.release()
+    return lock is None
 
 
 def read_run(path):
