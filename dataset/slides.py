@@ -97,7 +97,11 @@ os.register_at_fork(after_in_child=_forget)
 
 
 def open_slide(image):
-    """The opened image, from the few that stay open in this process."""
+    """The opened image, from the few that stay open in this process; one that `opened` gave, as it
+    is.
+    """
+    if hasattr(image, "window"):
+        return image
     key = str(image)
     with _lock:
         slide = _open.get(key)
@@ -107,6 +111,24 @@ def open_slide(image):
                 _open.popitem(last=False)  # closed when the last reader lets it go
         _open.move_to_end(key)
         return slide
+
+
+def opened(image):
+    """A slide that a program holds itself, for every function here that takes an image.
+
+    image   openslide.OpenSlide (the caller closes it) or uint8 [H, W, 3], the pixels of a whole
+            image
+    """
+    if isinstance(image, openslide.OpenSlide):
+        return WholeSlide(repr(image), image)
+    if isinstance(image, openslide.ImageSlide):  # Pillow's, which threads cannot share
+        return ArrayImage(np.asarray(_rgb(image.read_region((0, 0), 0, image.dimensions))))
+    if isinstance(image, np.ndarray):
+        return ArrayImage(image)
+    raise TypeError(
+        f"a {type(image).__name__} is no slide: give a path, an openslide.OpenSlide or an array "
+        "uint8 [H, W, 3]"
+    )
 
 
 def close(image):
@@ -135,12 +157,12 @@ def _open_file(path):
 class WholeSlide:
     random_access = True
 
-    def __init__(self, path):
-        self.path = path
-        self.handle = openslide.OpenSlide(path)
-        self.handle.set_cache(
-            openslide.OpenSlideCache(32 << 20)
-        )  # per slide; the default grows with every slide
+    def __init__(self, path, handle=None):
+        self.path, self.handle = path, handle
+        if handle is None:
+            self.handle = openslide.OpenSlide(path)
+            # Per slide; the default grows with every slide.
+            self.handle.set_cache(openslide.OpenSlideCache(32 << 20))
         self.width, self.height = self.handle.dimensions
         self.mpp = _number(self.handle.properties.get(openslide.PROPERTY_NAME_MPP_X))
         if self.mpp is None:
@@ -245,13 +267,40 @@ class PlainImage:
             return array
 
     def window(self, left, top, size):
-        pixels = self.pixels()
-        window = np.full((size, size, 3), WHITE, np.uint8)
-        x0, y0 = max(left, 0), max(top, 0)
-        x1, y1 = min(left + size, self.width), min(top + size, self.height)
-        if x0 < x1 and y0 < y1:
-            window[y0 - top : y1 - top, x0 - left : x1 - left] = pixels[y0:y1, x0:x1]
-        return window
+        return cut(self.pixels(), left, top, size)
+
+
+class ArrayImage:
+    """The pixels of a whole image that a program has in memory: uint8 [H, W, 3]."""
+
+    random_access = True
+    mpp = None
+
+    def __init__(self, pixels):
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+            raise ValueError(
+                f"an image of {pixels.dtype} {list(pixels.shape)}: uint8 [H, W, 3] is needed, RGB"
+            )
+        self.array = pixels
+        self.height, self.width = pixels.shape[:2]
+        self.path = f"array of {self.width} x {self.height} px"
+
+    def pixels(self):
+        return self.array
+
+    def window(self, left, top, size):
+        return cut(self.array, left, top, size)
+
+
+def cut(pixels, left, top, size):
+    """uint8 [size, size, 3] out of the pixels of a whole image; white outside of it."""
+    height, width = pixels.shape[:2]
+    window = np.full((size, size, 3), WHITE, np.uint8)
+    x0, y0 = max(left, 0), max(top, 0)
+    x1, y1 = min(left + size, width), min(top + size, height)
+    if x0 < x1 and y0 < y1:
+        window[y0 - top : y1 - top, x0 - left : x1 - left] = pixels[y0:y1, x0:x1]
+    return window
 
 
 def _rgb(image):
