@@ -42,7 +42,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests"), str(HERE)]
 
 import lora_step
-import patches
+import patches as reading
 from encode import flops, times
 
 import common
@@ -108,7 +108,7 @@ def network(kind, name, device, rounds, batch=16):
     return tuple(count / statistics.median(found[who]) for who in ("ours", "ordinary"))
 
 
-class Unaugmented(patches.Ordinary):
+class Unaugmented(reading.Ordinary):
     """Validation patches as most people read them."""
 
     as_tensor = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
@@ -127,7 +127,7 @@ def reading(device, rounds):
     """(ours augmented, ordinary augmented, ordinary for validation), all cores, a synthetic slide."""
     cores = torch.get_num_threads()
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
-        annotations = patches.synthetic(Path(folder), 1, 3000)
+        annotations = reading.synthetic(Path(folder), 1, 3000)
         store = patches.Patches(annotations, cache=Path(folder) / "store", workers=cores)
         patches.build_store(store, cores)
         sample = data.Sampler(annotations, annotations.id, epoch_size=128).epoch(0)
@@ -140,8 +140,8 @@ def reading(device, rounds):
 
         found = times(
             {
-                "ours": lambda _: patches.batched(store, sample, device, 0),
-                "ordinary": lambda _: patches.ordinary(paths, sample, cores),
+                "ours": lambda _: reading.batched(store, sample, device, 0),
+                "ordinary": lambda _: reading.ordinary(paths, sample, cores),
                 "validation": validation,
             },
             None,

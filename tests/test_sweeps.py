@@ -544,15 +544,15 @@ def test_grid_knows_data_by_its_name_and_by_its_place(begun, capsys, monkeypatch
     for path in begun.glob("tissue/uni-probe/*/config.json"):
         common.write_json(path, common.read_json(path) | {"source": {"data": str(place)}})
     monkeypatch.setenv("METHODS", "probe")
-    for data, done in (
+    for name, done in (
         (place, 6),
         (os.path.relpath(place, SWEEPS.parent), 6),
         ("somewhere/tissue", 6),
         (begun.parent / "other.csv", 0),
     ):
-        assert call(evaluate, begun, "--grid", f"{SWEEPS / 'scaling.sh'} '{data}' uni") == 0
+        assert call(evaluate, begun, "--grid", f"{SWEEPS / 'scaling.sh'} '{name}' uni") == 0
         said = capsys.readouterr().out.splitlines()
-        assert said[-1].startswith("all 6 runs are done" if done else "6 of 6 runs are left"), data
+        assert said[-1].startswith("all 6 runs are done" if done else "6 of 6 runs are left"), name
 
 
 def test_grid_knows_domains_and_probes(begun, capsys, monkeypatch):
