@@ -77,7 +77,7 @@ class Progress:
             save_tensors(
                 self.best_file(),
                 state,
-                format="mitosis-run",
+                format=f"{common.NAME}-run",
                 method=method,
                 epoch=self.epoch,
                 val_loss=loss,

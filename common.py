@@ -15,6 +15,9 @@ from pathlib import Path
 import filelock
 import numpy as np
 
+NAME = "mitfig"  # of this software, in the files that it writes
+VERSION = "1.0.0"  # see CHANGELOG.md
+
 
 class UserError(Exception):
     """A mistake of the user, or bad input: one line that says what is wrong and what to do. Exit

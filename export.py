@@ -341,7 +341,11 @@ def describe(run, config, model, args, threshold, rule, temperature):
         "opset": args.opset,
         "input": args.input,
         "normalisation": spec.norm,
-        "versions": {"torch": torch.__version__, "onnx": onnx.__version__},
+        "versions": {
+            common.NAME: common.VERSION,
+            "torch": torch.__version__,
+            "onnx": onnx.__version__,
+        },
     }
 
 

@@ -311,7 +311,7 @@ def finish(job, annotations, X, args):
             save_file(
                 head,
                 temporary,
-                metadata={"format": "mitosis-run", "method": "probe", "encoder": args.model},
+                metadata={"format": f"{common.NAME}-run", "method": "probe", "encoder": args.model},
             )
     runs.write_predictions(run.path / "predictions.csv", columns)
     summary = metrics.of_predictions(columns)

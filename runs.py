@@ -40,7 +40,11 @@ def run_path(root, data, model, method, frac, fold, domain=None, suffixes=()):
 
 def environment():
     """What a result may depend on beside its flags: versions, commit, machine, command line."""
-    versions = {"python": platform.python_version(), "numpy": np.__version__}
+    versions = {
+        common.NAME: common.VERSION,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+    }
     for name in ("torch", "torchvision", "onnxruntime"):
         if name in sys.modules:
             versions[name] = getattr(sys.modules[name], "__version__", "?")

@@ -214,7 +214,7 @@ def finish(args, annotations, patches, run, split, model, state, val_patches, dt
         return []
     columns = runs.predictions(predicted)
     metadata = {
-        "format": "mitosis-run",
+        "format": f"{common.NAME}-run",
         "method": run.config["flags"]["method"],
         "encoder": args.model,
     }

@@ -166,7 +166,7 @@ _opener = urllib.request.build_opener(_Redirects)
 
 
 def _open(url, headers):
-    headers = {"User-Agent": "mitosis-data", "Accept-Encoding": "identity"} | headers
+    headers = {"User-Agent": f"{common.NAME}/{common.VERSION}", "Accept-Encoding": "identity"} | headers
     request = urllib.request.Request(url, headers=headers)
     return _opener.open(request, timeout=TIMEOUT)
 

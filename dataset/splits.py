@@ -13,6 +13,7 @@ from common import UserError
 from dataset.annotations import KNOWN, NEAR, by_image, near_pairs
 
 TEST_SHARE = VAL_SHARE = 0.2
+FORMAT = f"{common.NAME}-split"  # "format" of a split file; before version 1.0 "mitosis-split"
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Split:
         common.write_json(
             path,
             {
-                "format": "mitosis-split",
+                "format": FORMAT,
                 "version": 1,
                 "dataset": self.dataset,
                 "settings": self.settings,
@@ -281,7 +282,7 @@ def load_split(path, annotations):
     """
     content = common.read_json(path)
     try:
-        if content["format"] != "mitosis-split" or content["version"] != 1:
+        if content["format"] not in (FORMAT, "mitosis-split") or content["version"] != 1:
             raise UserError(f"{path}: not a split file of this version")
 
         def ids(values):

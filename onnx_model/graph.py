@@ -23,6 +23,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+import common
+
 FUSED = 23  # from this opset on there is an operator for attention
 OLDEST, NEWEST = 18, 24
 GELU = 20  # from this opset on there is an operator for GELU
@@ -163,7 +165,8 @@ def emit(
         graph,
         opset_imports=opsets,
         ir_version=helper.find_min_ir_version_for(opsets),
-        producer_name="mitosis",
+        producer_name=common.NAME,
+        producer_version=common.VERSION,
     )
 
 

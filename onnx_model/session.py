@@ -17,7 +17,8 @@ import common
 from common import UserError
 from dataset import slides
 
-FORMAT = "mitosis-classifier"  # metadata_props["format"] of every exported model
+FORMAT = f"{common.NAME}-classifier"  # metadata_props["format"] of every exported model
+FORMATS = (FORMAT, "mitosis-classifier")  # the second: models of versions before 1.0
 TRAILER = 32  # bytes at the end of a .data file: the id of its export, as in the metadata
 TOLERANCE = 0.1  # µm/px may be off by this share before a slide is resampled
 
@@ -297,7 +298,7 @@ class muted:
 def read_metadata(session, path):
     """metadata_props of an exported model as a dict: every value is JSON."""
     props = session.get_modelmeta().custom_metadata_map
-    if props.get("format") != FORMAT:
+    if props.get("format") not in FORMATS:
         raise UserError(
             f"{path}: not a model exported by export.py (its metadata is missing), so its classes, "
             "threshold and µm/px are unknown"

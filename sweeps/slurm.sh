@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-#SBATCH --job-name=mitosis
+#SBATCH --job-name=mitfig
 #SBATCH --gres=gpu:1
 #SBATCH --cpus-per-task=12
 #SBATCH --mem=64G

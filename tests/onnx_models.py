@@ -325,7 +325,7 @@ def make_run(path, family, method, folder, seed=0, taught=0):
     save_file(
         {k: v.detach().contiguous() for k, v in state.items()},
         path / "model.safetensors",
-        {"format": "mitosis-run", "method": method, "encoder": spec.name},
+        {"format": f"{common.NAME}-run", "method": method, "encoder": spec.name},
     )
     logits = models.predict(model, images, progress=None)
     runs.write_predictions(
