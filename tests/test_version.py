@@ -35,7 +35,7 @@ def test_a_run_says_which_version_made_it():
 @pytest.fixture(scope="module")
 def model_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "model.onnx"
-    onnx_models.write_model(path, onnx_models.classifier("vit"))
+    onnx_models.write_model(path, onnx_models.classifier("gelu"))
     return path
 
 
