@@ -1,18 +1,35 @@
-# make demo   from nothing to a scored slide, on synthetic tissue
-# make test   the tests (make test PYTEST="-m slow" for the long ones)
-PYTHON ?= python3
-VENV   ?= .venv
-BIN     = $(VENV)/bin
-PYTEST ?=
+# make demo       from nothing to a scored slide, on synthetic tissue
+# make lint       style of the code (ruff)
+# make test       the quick tests, minutes; make test PYTEST="-k lora" for some of them
+# make test-slow  tests of more than 5 seconds each, without those of more than 3 minutes
+# make test-all   every test, an hour or more
+PYTHON  ?= python3
+VENV    ?= .venv
+BIN      = $(VENV)/bin
+PYTEST  ?=
+WORKERS ?= auto
 
-.PHONY: demo test clean
+# Tests of one file share fixtures, so a worker starts with a run of neighbouring tests.
+pytest = $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
+
+.PHONY: demo lint test test-slow test-all clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
 	PATH="$(abspath $(BIN)):$$PATH" bash sweeps/demo.sh
 
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest $(PYTEST)
+	$(pytest) $(PYTEST)
+
+test-slow: $(VENV)/installed-dev
+	$(pytest) -m "slow and not long" $(PYTEST)
+
+test-all: $(VENV)/installed-dev
+	$(pytest) -m "" $(PYTEST)
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -1,9 +1,51 @@
-"""What every test runs under."""
+"""What every test runs under: an environment that does not depend on the user's."""
 
 import ctypes
+import os
 import sys
+import tempfile
 
 import pytest
+
+# Removed: what steers the commands, the Hub, torchrun and the sweeps. The variables of the sweeps
+# are those that sweeps/grid.sh and sweeps/*.sh list.
+STEERING = (
+    "HF_",
+    "HUGGING",
+    "TRANSFORMERS_",
+    "MITOSIS_",
+    "TORCHELASTIC_",
+    "TORCHINDUCTOR_",
+    "TORCH_HOME",
+    "KMP_",
+    "OPENBLAS_",
+    "SLURM_",
+)
+NAMES = (
+    ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
+    + ["RUNS", "FRACS", "FOLDS", "DOMAINS", "METHODS", "PYTHON", "FLAGS", "MODEL_FLAGS", "MODEL"]
+    + ["EPOCHS", "EPOCH_SIZE", "COLUMNS", "LINES", "XDG_CACHE_HOME"]
+)
+KEPT = ("MITOSIS_REALDATA",)
+
+
+def clear_environment(environment):
+    for name in list(environment):
+        if (name.startswith(STEERING) or name in NAMES) and name not in KEPT:
+            del environment[name]
+    # One thread per process: as many tests run side by side as there are cores.
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        environment[name] = "1"
+    # No weights, no token of the user: an empty cache. Set before anything imports huggingface_hub.
+    cache = tempfile.TemporaryDirectory(prefix="mitfig-tests-")
+    environment["HF_HOME"] = f"{cache.name}/huggingface"
+    environment["TORCH_HOME"] = f"{cache.name}/torch"
+    for name in ("NO_PROXY", "no_proxy"):  # the tests' servers are on this machine
+        environment[name] = ",".join(filter(None, [environment.get(name), "localhost,127.0.0.1"]))
+    return cache
+
+
+cache = clear_environment(os.environ)
 
 
 class SignalStack(ctypes.Structure):
@@ -14,10 +56,12 @@ class SignalStack(ctypes.Structure):
 
 @pytest.fixture(autouse=sys.platform == "linux")
 def signal_stack():
-    """Give the thread its signal stack back. Models that OpenVINO (seen in 2026.4) compiles put
-    another in the place of the one that pytest's faulthandler installed, and leave it unmapped: the
-    next signal with a handler in Python (a worker of a DataLoader that ends) would then end the
-    process."""
+    """Give the thread its signal stack back.
+
+    Models that OpenVINO (seen in 2026.4) compiles put another in the place of the one that pytest's
+    faulthandler installed, and leave it unmapped: the next signal with a handler in Python (a
+    worker of a DataLoader that ends) would then end the process.
+    """
     libc, stack = ctypes.CDLL(None), SignalStack()
     libc.sigaltstack(None, ctypes.byref(stack))
     yield
