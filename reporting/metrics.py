@@ -1,34 +1,38 @@
-"""What a set of predictions is worth: NumPy metrics, the choice of a threshold, the summary of a
-run. No torch.
+"""Metrics of predictions in NumPy, the choice of a threshold, the summary of a run.
 
-Labels are 0 (look-alike) and 1 (mitotic figure), weights are counts or any numbers from 0. NaN is
-refused in all. Where a class is missing, a metric that needs it is NaN, and None in the summaries
-that go into JSON: AUROC and balanced accuracy of a summary need both classes, average precision and
-sensitivity a mitotic figure."""
+Labels are 0 (look-alike) and 1 (mitotic figure); weights are counts or any numbers from 0. NaN is
+an error everywhere. A metric that needs a missing class is NaN, and None in the summaries that go
+into JSON: there AUROC, balanced accuracy and weighted F1 need both classes, average precision and
+sensitivity need a mitotic figure."""
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from common import UserError
 
 ECE_BINS = 15
+CLASSES = (
+    "look-alike",
+    "mitotic figure",
+)  # the names of labels 0 and 1 unless a dataset has others
 
 
 def checked(y, p, weight=None, what="probabilities"):
-    """(y as bool, p, weight) as arrays of one length; UserError: NaN, another label than 0 and 1,
-    negative weights.
+    """(y as bool [N], p [N], weight [N] or None) as arrays of one length.
+
+    UserError: NaN, labels other than 0 and 1, negative weights. ValueError: different lengths.
     """
     y, p = np.asarray(y), np.asarray(p)
     if y.dtype != bool:
-        found = y == 1
-        if np.count_nonzero(found) + np.count_nonzero(y == 0) != y.size:
-            raise UserError(f"the labels hold {y[(y != 0) & (y != 1)].flat[0]}; 0 and 1 are known")
-        y = found
+        positive = y == 1
+        if np.count_nonzero(positive) + np.count_nonzero(y == 0) != y.size:
+            raise UserError(f"a label is {y[(y != 0) & (y != 1)].flat[0]}; labels must be 0 or 1")
+        y = positive
     if p.dtype not in (np.float64, np.float32, bool):
         p = p.astype(np.float64)
     if y.ndim != 1 or y.shape != p.shape:
         raise ValueError(
-            f"labels of shape {y.shape} and {what} of shape {p.shape}: two equally long lists are "
-            "needed"
+            f"labels of shape {y.shape} and {what} of shape {p.shape} are not equally long lists"
         )
     with np.errstate(invalid="ignore"):  # inf - inf is NaN too, hence the second look
         suspect = p.dtype != bool and np.isnan(p.sum())
@@ -49,11 +53,11 @@ def checked(y, p, weight=None, what="probabilities"):
 # ---------------------------------------------------------------- ranking
 
 
-def auroc(y, p, weight=None):
-    """Area under the ROC curve: P(p of a mitotic figure > p of a look-alike) + P(equal) / 2. NaN
-    without both classes.
+def auroc(y: ArrayLike, p: ArrayLike, weight: ArrayLike | None = None) -> float:
+    """Area under the ROC curve: P(p of a mitotic figure > p of a look-alike) + P(equal) / 2.
 
     y: labels [N]; p: scores [N], any monotone function of the probability; weight: [N] or None.
+    NaN unless both classes are present.
     """
     y, p, weight = checked(y, p, weight, "scores")
     if weight is not None:
@@ -62,16 +66,14 @@ def auroc(y, p, weight=None):
     if not len(few) or not len(many):
         return float("nan")
     # Ranks of the smaller class among the larger one. Sorting the classes apart is several times
-    # faster than argsort, and a sorted list is looked up in sorted order, which stays in the cache.
+    # faster than argsort, and looking up a sorted list in sorted order stays in the cache.
     swapped = len(few) > len(many)
     if swapped:
         few, many = many, few
     place = np.searchsorted(many, few, "left")
-    tied = (
-        many[np.minimum(place, len(many) - 1)] == few
-    )  # only these need to be looked up from the other side
+    tied = many[np.minimum(place, len(many) - 1)] == few
     twice = 2 * place.sum(dtype=np.int64)
-    if tied.any():
+    if tied.any():  # only ties need the second look-up, from the other side
         twice += (np.searchsorted(many, few[tied], "right") - place[tied]).sum(dtype=np.int64)
     area = float(twice) / (2.0 * len(few) * len(many))
     return 1.0 - area if swapped else area
@@ -80,33 +82,48 @@ def auroc(y, p, weight=None):
 def _weighted_auroc(y, p, weight):
     order = np.argsort(p)
     y, p, weight = y[order], p[order], weight[order]
-    positive, total = weight * y, np.cumsum(weight * ~y)
-    if positive.sum() == 0 or total[-1] == 0:
+    positive, negative = weight * y, weight * ~y
+    pairs = positive.sum() * negative.sum()
+    if pairs == 0:
         return float("nan")
-    first = np.flatnonzero(np.r_[True, p[1:] != p[:-1]])  # of each group of ties
-    upto = total[np.r_[first[1:], len(p)] - 1]
+    return float(won_pairs(positive, negative, tie_starts(p)) / pairs)
+
+
+def tie_starts(p):
+    """Index of the first of each group of equal scores in the sorted scores p [N]."""
+    return np.flatnonzero(np.r_[True, p[1:] != p[:-1]])
+
+
+def won_pairs(positive, negative, starts):
+    """Weighted number of pairs in which the mitotic figure has the higher score; ties count half.
+
+    positive, negative: weights of the two classes [N] in the order of rising scores; starts: where
+    each group of equal scores starts (tie_starts).
+    """
+    last = np.r_[starts[1:], len(positive)] - 1
+    upto = np.cumsum(negative)[last]  # look-alikes up to and including each group
     below = np.r_[0.0, upto[:-1]]
-    return float(
-        (np.add.reduceat(positive, first) * (below + upto)).sum() / (2 * positive.sum() * total[-1])
-    )
+    return (np.add.reduceat(positive, starts) * (below + upto)).sum() / 2
 
 
 def counts_by_score(y, p, weight=None):
-    """(scores, true positives, false positives) at each distinct score, from the highest:
-    predicting p >= score.
+    """(scores, true positives, false positives) of the decisions p >= score at each distinct score,
+    from the highest.
     """
     y, p, weight = checked(y, p, weight, "scores")
     if weight is None:
         weight = np.ones(len(y))
     order = np.argsort(-p, kind="stable")
     p, hits, weight = p[order], (weight * y)[order], weight[order]
-    last = np.flatnonzero(np.r_[p[1:] != p[:-1], True]) if len(p) else np.zeros(0, int)
+    last = np.zeros(0, int)
+    if len(p):
+        last = np.flatnonzero(np.r_[p[1:] != p[:-1], True])
     positive, total = np.cumsum(hits)[last], np.cumsum(weight)[last]
     return p[last], positive, total - positive
 
 
 def average_precision(y, p, weight=None):
-    """Sum of precision × gain in recall over the distinct scores from the highest. NaN without a
+    """Sum of precision × gain in recall over the distinct scores, from the highest. NaN without a
     mitotic figure.
     """
     _, tp, fp = counts_by_score(y, p, weight)
@@ -132,27 +149,25 @@ def _ratio(a, b):
 
 
 def sensitivity(y, pred, weight=None):
-    """Share of the mitotic figures that are found; NaN where there is none."""
+    """Share of the mitotic figures called mitotic; NaN if there is none."""
     tp, _, fn, _ = confusion(y, pred, weight)
     return _ratio(tp, tp + fn)
 
 
 def specificity(y, pred, weight=None):
-    """Share of the look-alikes that are rejected; NaN where there is none."""
+    """Share of the look-alikes that are rejected; NaN if there is none."""
     _, fp, _, tn = confusion(y, pred, weight)
     return _ratio(tn, tn + fp)
 
 
 def precision(y, pred, weight=None):
-    """Share of mitotic figures among what is called one; 0 where nothing is."""
+    """Share of mitotic figures among those called mitotic; 0 if none is."""
     tp, fp, _, _ = confusion(y, pred, weight)
     return tp / (tp + fp) if tp + fp else 0.0
 
 
 def f1(y, pred, weight=None):
-    """2 tp / (2 tp + fp + fn) of the mitotic class; 0 where there is neither a mitotic figure nor a
-    call of one.
-    """
+    """2 tp / (2 tp + fp + fn) of the mitotic class; 0 if nothing is mitotic or called mitotic."""
     tp, fp, fn, _ = confusion(y, pred, weight)
     return _f1(tp, fp, fn)
 
@@ -161,22 +176,31 @@ def _f1(tp, fp, fn):
     return 2 * tp / (2 * tp + fp + fn) if tp + fp + fn else 0.0
 
 
-def balanced_accuracy(y, pred, weight=None):
-    """Mean of sensitivity and specificity; where a class is missing, the other one's alone (NaN
-    where both are).
+def balanced_accuracy(y: ArrayLike, pred: ArrayLike, weight: ArrayLike | None = None) -> float:
+    """Mean of sensitivity and specificity. If a class is missing, the other one's alone; NaN if
+    both are missing.
+
+    y: labels [N]; pred: decisions [N], bool or 0/1; weight: [N] or None.
     """
     tp, fp, fn, tn = confusion(y, pred, weight)
     recalls = [a / (a + b) for a, b in ((tp, fn), (tn, fp)) if a + b]
     return float(np.mean(recalls)) if recalls else float("nan")
 
 
-def weighted_f1(y, pred, weight=None):
-    """Mean of both classes' F1, weighted by how often each class is there (scikit-learn's
+def weighted_f1(y: ArrayLike, pred: ArrayLike, weight: ArrayLike | None = None) -> float:
+    """Mean of the F1 of both classes, weighted by their frequency (scikit-learn's
     average="weighted").
+
+    y: labels [N]; pred: decisions [N], bool or 0/1; weight: [N] or None.
     """
-    tp, fp, fn, tn = confusion(y, pred, weight)
+    return _weighted_f1(*confusion(y, pred, weight))
+
+
+def _weighted_f1(tp, fp, fn, tn):
     n = tp + fp + fn + tn
-    return (_f1(tp, fp, fn) * (tp + fn) + _f1(tn, fn, fp) * (tn + fp)) / n if n else float("nan")
+    if not n:
+        return float("nan")
+    return (_f1(tp, fp, fn) * (tp + fn) + _f1(tn, fn, fp) * (tn + fp)) / n
 
 
 # ---------------------------------------------------------------- probabilities
@@ -185,37 +209,34 @@ def weighted_f1(y, pred, weight=None):
 def brier(y, p, weight=None):
     """Mean squared difference between probability and label."""
     y, p, weight = checked(y, p, weight)
-    return (
-        float(np.average((p - y) ** 2, weights=weight))
-        if len(y) and (weight is None or weight.any())
-        else float("nan")
-    )
+    if not len(y) or (weight is not None and not weight.any()):
+        return float("nan")
+    return float(np.average((p - y) ** 2, weights=weight))
 
 
 def reliability(y, p, bins=ECE_BINS, weight=None):
-    """(count, mean probability, share of mitotic figures) of `bins` equally wide bins; NaN where
-    empty.
+    """(count, mean probability, share of mitotic figures), each [bins], in bins of equal width; NaN
+    in empty bins.
     """
     y, p, weight = checked(y, p, weight)
     if len(p) and not (0 <= p.min() and p.max() <= 1):
         raise UserError("probabilities outside 0 … 1; are these logits?")
+    if weight is None:
+        weight = np.ones(len(y))
     index = np.minimum((p * bins).astype(int), bins - 1)
-    weight = np.ones(len(y)) if weight is None else weight
     count, mean, share = (np.bincount(index, w, bins) for w in (weight, weight * p, weight * y))
     with np.errstate(invalid="ignore"):
         return count, mean / count, share / count
 
 
 def expected_calibration_error(y, p, bins=ECE_BINS, weight=None):
-    """Mean over 15 equally wide bins, weighted by their counts, of |mean probability - share of
-    mitotic figures|.
+    """Mean of |mean probability - share of mitotic figures| over bins of equal width, weighted by
+    their counts.
     """
     count, mean, share = reliability(y, p, bins, weight)
-    return (
-        float(np.nansum(count * np.abs(mean - share)) / count.sum())
-        if count.sum()
-        else float("nan")
-    )
+    if not count.sum():
+        return float("nan")
+    return float(np.nansum(count * np.abs(mean - share)) / count.sum())
 
 
 # ---------------------------------------------------------------- thresholds and summaries
@@ -245,19 +266,20 @@ def choose_threshold(labels, probabilities, target="f1"):
 
 
 def decided(labels, probabilities, threshold):
-    """Metrics of the decisions p >= threshold, as a dict for JSON."""
+    """Metrics of the decisions p >= threshold, as a dict for JSON; None if a class is missing."""
     tp, fp, fn, tn = (int(k) for k in confusion(labels, np.asarray(probabilities) >= threshold))
-    n = tp + fp + fn + tn
+    both = tp + fn > 0 and tn + fp > 0
+    balanced = weighted = None
+    if both:
+        balanced = (tp / (tp + fn) + tn / (tn + fp)) / 2
+        # Not for one class alone: 1.000 for a model that calls everything that class.
+        weighted = _weighted_f1(tp, fp, fn, tn)
     return {
         "threshold": float(threshold),
-        "balanced_accuracy": _plain(
-            (tp / (tp + fn) + tn / (tn + fp)) / 2 if tp + fn and tn + fp else np.nan
-        ),
-        "weighted_f1": _plain(
-            (_f1(tp, fp, fn) * (tp + fn) + _f1(tn, fn, fp) * (tn + fp)) / n if n else np.nan
-        ),
-        "sensitivity": _plain(_ratio(tp, tp + fn)),
-        "specificity": _plain(_ratio(tn, tn + fp)),
+        "balanced_accuracy": balanced,
+        "weighted_f1": weighted,
+        "sensitivity": _or_none(_ratio(tp, tp + fn)),
+        "specificity": _or_none(_ratio(tn, tn + fp)),
         "precision": tp / (tp + fp) if tp + fp else 0.0,
         "f1": _f1(tp, fp, fn),
         "tp": tp,
@@ -267,33 +289,46 @@ def decided(labels, probabilities, threshold):
     }
 
 
-def _plain(value):
+def _or_none(value):
     return float(value) if np.isfinite(value) else None
 
 
 def summarise(labels, probabilities, cases=None, threshold=0.5):
-    """The metrics of one set as a dict for JSON; those that need both classes are None where one is
-    missing.
+    """The metrics of one set as a dict for JSON; None for those that need a class which is missing.
 
     balanced_accuracy and weighted_f1 are at 0.5, as in the paper; at_0.5 and at_threshold hold the
-    decisions' metrics."""
+    metrics of the decisions."""
     y, p, _ = checked(labels, probabilities)
-    found = {
+    at_half = decided(y, p, 0.5)
+    return {
         "n": len(y),
         "positives": int(y.sum()),
         "cases": None if cases is None else len(set(map(str, cases))),
-    }
-    at_half = decided(y, p, 0.5)
-    return found | {
         "balanced_accuracy": at_half["balanced_accuracy"],
         "weighted_f1": at_half["weighted_f1"],
-        "auroc": _plain(auroc(y, p)),
-        "average_precision": _plain(average_precision(y, p)),
-        "brier": _plain(brier(y, p)),
-        "ece": _plain(expected_calibration_error(y, p)),
+        "auroc": _or_none(auroc(y, p)),
+        "average_precision": _or_none(average_precision(y, p)),
+        "brier": _or_none(brier(y, p)),
+        "ece": _or_none(expected_calibration_error(y, p)),
         "at_0.5": at_half,
         "at_threshold": decided(y, p, threshold),
     }
+
+
+def one_class_note(name, summary, classes=CLASSES):
+    """What is missing in a set of one class, as a sentence; "" if it has both.
+
+    summary: the set's dict of summarise(); classes: names of the classes 0 and 1."""
+    n, positives = summary["n"], summary["positives"]
+    if 0 < positives < n:
+        return ""
+    if not n:
+        return f"the set {name} is empty"
+    have, lack = classes[positives > 0], classes[positives == 0]
+    return (
+        f"all {n} annotations of the set {name} are of the class {have}, none of {lack}: no AUROC, "
+        "balanced accuracy or weighted F1"
+    )
 
 
 def of_predictions(columns, target="f1"):
@@ -306,11 +341,11 @@ def of_predictions(columns, target="f1"):
     label, p = np.asarray(columns["label"]), np.asarray(columns["probability"], dtype=np.float64)
     val = sets == "val"
     threshold = choose_threshold(label[val], p[val], target) if val.any() else 0.5
-    found = {}
+    summaries = {}
     for name in dict.fromkeys(sets.tolist()):
         rows = sets == name
         try:
-            found[name] = summarise(label[rows], p[rows], case[rows], threshold)
+            summaries[name] = summarise(label[rows], p[rows], case[rows], threshold)
         except UserError as error:
             raise UserError(f"set {name}: {error}") from None
-    return {"threshold": threshold, "sets": found}
+    return {"threshold": threshold, "sets": summaries}

@@ -7,6 +7,7 @@ import pytest
 import scipy.stats
 from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
 
+from bench import metrics as studies
 from common import UserError
 from reporting import bootstrap, metrics
 
@@ -302,11 +303,11 @@ def test_few_cases_are_said_with_the_coverage_that_was_measured():
 
 def test_simulated_studies_are_clustered_and_have_the_true_auroc():
     rng = np.random.default_rng(0)
-    y, (a, b), case = metrics.simulate(rng, 3000, models=2)
+    y, (a, b), case = studies.simulate(rng, 3000, models=2)
     size = np.bincount(case)
     assert len(size) == 3000 and size.min() >= 5 and size.max() == 200
     for score in (a, b):
-        assert abs(metrics.auroc(y, score) - metrics.TRUE_AUROC) < 0.006
+        assert abs(metrics.auroc(y, score) - studies.TRUE_AUROC) < 0.006
     # What the names promise: the scores of two patches of a case go together, those of two models
     # too.
     own = np.array([a[(case == c) & ~y].mean() for c in range(200) if ((case == c) & ~y).sum() > 3])
@@ -316,26 +317,26 @@ def test_simulated_studies_are_clustered_and_have_the_true_auroc():
 
 def test_few_simulated_studies_are_in_the_right_region():
     """A guard against gross mistakes, in seconds; the slow tests below are the promise."""
-    assert 0.90 <= metrics.measured_coverage(50, 300, replicates=300) <= 0.985
-    assert 0.02 <= metrics.measured_false_positives(50, 300, replicates=200) <= 0.085
+    assert 0.90 <= studies.measured_coverage(50, 300, replicates=300) <= 0.985
+    assert 0.02 <= studies.measured_false_positives(50, 300, replicates=200) <= 0.085
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cases", [50, 80, 150])
 def test_intervals_hold_the_truth_in_92_to_98_percent(cases):
-    assert 0.92 <= metrics.measured_coverage(cases, 1200) <= 0.98
+    assert 0.92 <= studies.measured_coverage(cases, 1200) <= 0.98
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cases", [50, 80, 150])
 def test_paired_tests_find_a_difference_between_equal_models_in_3_to_7_percent(cases):
-    assert 0.03 <= metrics.measured_false_positives(cases, 1200) <= 0.07
+    assert 0.03 <= studies.measured_false_positives(cases, 1200) <= 0.07
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cases", [6, 12])
 def test_the_coverage_that_is_printed_for_few_cases_is_the_measured_one(cases):
-    measured = metrics.measured_coverage(
+    measured = studies.measured_coverage(
         cases, 1200, seed=7
     )  # other studies than those of the table
     assert abs(measured - bootstrap.COVERAGE[cases]) < 3.5 * np.sqrt(0.08 * 0.92 / 1200)
@@ -347,7 +348,7 @@ def test_a_paired_test_finds_a_difference_that_is_there(noise, share):
     """Nearly as often as somebody who knows how much the difference varies from study to study."""
     rng, differences, errors, found = np.random.default_rng(0), [], [], 0
     for k in range(100):
-        y, (a, b), case = metrics.simulate(rng, 60, models=2)
+        y, (a, b), case = studies.simulate(rng, 60, models=2)
         counts = np.concatenate([bootstrap.draws(60, 300, k), bootstrap.leave_one_out(60)])
         worse = b + rng.normal(0, noise, len(b))
         first, second = (

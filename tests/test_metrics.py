@@ -273,9 +273,9 @@ DECISION = (
 def test_nan_is_refused_in_all(function):
     with pytest.raises(UserError, match="1 of 3 .* are NaN"):
         function([0, 1, 1], [0.0, np.nan, 1.0])
-    with pytest.raises(UserError, match="labels hold"):
+    with pytest.raises(UserError, match="a label is nan"):
         function([0, 1, np.nan], [0.0, 1.0, 1.0])
-    with pytest.raises(UserError, match="labels hold 2"):
+    with pytest.raises(UserError, match="a label is 2"):
         function([0, 1, 2], [0.0, 1.0, 1.0])
     for weight in ([1, 1, np.nan], [1, 1, -1], [1, 1, np.inf]):
         with pytest.raises(UserError, match="weights hold"):
@@ -397,11 +397,31 @@ def test_a_summary_of_one_class_says_none():
         and found["at_0.5"]["sensitivity"] == 0.5
         and found["cases"] is None
     )
-    found = metrics.summarise([0, 0], [0.2, 0.9])
+    found = metrics.summarise([0, 0], [0.2, 0.3])
     assert found["average_precision"] is None and found["at_0.5"]["sensitivity"] is None
+    # 1.000 for whoever calls everything a look-alike: nothing to be proud of
+    assert metrics.weighted_f1([0, 0], [0, 0]) == 1
+    for part in (found, found["at_0.5"], found["at_threshold"]):
+        assert part["weighted_f1"] is None and part["balanced_accuracy"] is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert metrics.summarise([], [])["weighted_f1"] is None
+
+
+def test_a_set_of_one_class_is_said():
+    both, figures, others, empty = (
+        metrics.summarise(y, np.full(len(y), 0.5)) for y in ([0, 1], [1, 1, 1], [0, 0], [])
+    )
+    assert metrics.one_class_note("test", both) == ""
+    said = metrics.one_class_note("test", figures)
+    assert said.startswith(
+        "all 3 annotations of the set test are of the class mitotic figure, none"
+    )
+    said = metrics.one_class_note("E", others, ("normal", "atypical"))
+    assert said.startswith(
+        "all 2 annotations of the set E are of the class normal, none of atypical"
+    )
+    assert metrics.one_class_note("E", empty) == "the set E is empty"
 
 
 def predictions():
