@@ -78,8 +78,20 @@ def command(main):
 
 
 def fail(message):
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    print("error: " + printable(" ".join(message.split())), file=sys.stderr)
     sys.exit(2)
+
+
+def printable(text):
+    """`text` without control characters, for terminals and reports: "\\x1b" instead of an escape.
+
+    Names come from files of others. Line breaks, terminal escapes, marks that turn the direction of
+    writing and halves of surrogate pairs show as their escapes.
+    """
+    text = str(text)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def progress(items=None, total=None, desc="", unit="it"):
@@ -143,7 +155,7 @@ def table(rows, header, right=()):
     """Rows of strings as text in aligned columns; `right`: indices of the columns to align to the
     right.
     """
-    rows = [[str(cell) for cell in row] for row in rows]
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [list(header), *rows]) for i in range(len(header))]
 
     def line(cells):
