@@ -1,19 +1,19 @@
-"""10,000 candidates on a slide, end to end, against the model alone and against the loop that one
-writes first.
+"""10,000 candidates on a slide, end to end, against the model alone and against a plain loop.
 
-    model alone    the classifier on patches that are in memory already, 64 per call
-    classify.py    the command as it stands: candidates from a MIDOG JSON, the slide read,
-                   probabilities written
+    model alone    the classifier on patches that are already in memory, 64 per call
+    classify.py    the whole command: candidates from a MIDOG JSON, the slide read, probabilities
+                   written
     plain loop     OpenSlide's read_region, Pillow's convert, ONNX Runtime on batches of 64, one
-    after the other
+                   after the other
 
-    python bench/classify.py            CPU: dinov2-s (random weights) in int8; GPU: h-optimus-0 in
-    fp16
-    python bench/classify.py --quick    the demo's encoder, 500 candidates
+    python bench/classify.py
+        CPU: dinov2-s (random weights) in int8; GPU: h-optimus-0 in fp16
+    python bench/classify.py --quick
+        the demo's encoder, 500 candidates
 
 The slide is made of the demo's images: 16,384 px square in JPEG tiles of 256 px, as in an .svs; the
-candidates are the cells annotated there. Latency is that of the class, from array to probability.
-Status 1 where the command comes to less than 0.9 of the model alone."""
+candidates are the cells annotated there. Latency is measured from array to probability. Exit status
+1 if the command reaches less than 0.9 of the rate of the model alone."""
 
 import argparse
 import json
@@ -28,10 +28,8 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:1] = [
-    str(ROOT),
-    str(ROOT / "tests"),
-]  # not this folder: its onnx.py and classify.py would hide the real ones
+# Instead of this folder, whose onnx.py and classify.py would hide the real ones.
+sys.path[:1] = [str(ROOT), str(ROOT / "tests")]
 
 import jpeg_tiff
 import onnxruntime
@@ -44,20 +42,19 @@ import common
 import flags
 import models
 from dataset import slides
-from onnx_model import (
-    graph,
-    session,
-)
+from onnx_model import graph, session
 
 SIDE = 16  # images along a side of the slide
-WANTED = 0.9
+GOAL = 0.9  # of the rate of the model alone
 
 
 def make_slide(path, demo, side):
     """A tiled TIFF of side x side demo images → centres (x, y) of the cells annotated on it."""
-    names, generator = np.unique(demo.image), np.random.default_rng(0)
-    chosen, size = generator.choice(names, (side, side)), 1024
-    tiles, each = {}, size // jpeg_tiff.TILE
+    size = 1024  # px, of an image
+    each = size // jpeg_tiff.TILE  # tiles along a side of an image
+    names = np.unique(demo.image)
+    chosen = np.random.default_rng(0).choice(names, (side, side))
+    tiles = {}
     for name in names:
         tiles[name] = jpeg_tiff.cut(Image.open(demo.image_path(name)).convert("RGB"))
     jpeg_tiff.write(
@@ -97,16 +94,15 @@ def write_candidates(path, slide, points):
 
 
 def plain_loop(model, slide, points, device, threads):
-    """What one writes first → probabilities."""
-    providers = (
-        ["CUDAExecutionProvider", "CPUExecutionProvider"]
-        if device == "cuda"
-        else ["CPUExecutionProvider"]
-    )
+    """The loop that one writes first → probabilities."""
+    providers = ["CPUExecutionProvider"]
+    if device == "cuda":
+        providers.insert(0, "CUDAExecutionProvider")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(str(model), options, providers=providers)
-    handle, found = openslide.OpenSlide(str(slide)), []
+    runtime = onnxruntime.InferenceSession(str(model), options, providers=providers)
+    handle = openslide.OpenSlide(str(slide))
+    probabilities = []
     for i in range(0, len(points), 64):
         corners = [
             (slides.corner(x, 224), slides.corner(y, 224)) for x, y in points[i : i + 64].tolist()
@@ -117,8 +113,8 @@ def plain_loop(model, slide, points, device, threads):
                 for corner in corners
             ]
         )
-        found.append(session.run(None, {"patches": batch})[0])
-    return np.concatenate(found)
+        probabilities.append(runtime.run(None, {"patches": batch})[0])
+    return np.concatenate(probabilities)
 
 
 def command(model, slide, points, device, threads, folder):
@@ -189,11 +185,12 @@ def main():
     parser.add_argument("--quick", action="store_true", help="the demo's encoder, 500 candidates")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = args.model or (
-        "demo" if args.quick else "h-optimus-0" if device == "cuda" else "dinov2-s"
-    )
-    precision = args.precision or ("fp16" if device == "cuda" else "int8")
-    count, side = (min(500, args.candidates), 6) if args.quick else (args.candidates, SIDE)
+    name, precision, count, side = "dinov2-s", "int8", args.candidates, SIDE
+    if device == "cuda":
+        name, precision = "h-optimus-0", "fp16"
+    if args.quick:
+        name, count, side = "demo", min(500, count), 6
+    name, precision = args.model or name, args.precision or precision
     weights = None if name == "demo" else args.weights
     demo = flags.from_source({"data": "demo", "fit": "resize"})[0]
 
@@ -218,18 +215,15 @@ def main():
         plain = plain_loop(model, slide, some, device, args.threads)
         plain_rate = len(some) / (time.perf_counter() - start)
         rates.append(alone(classifier, patches, batches))
-        waits = {
-            batch: latency(classifier, patches[:batch], 20 if args.quick else 200)
-            for batch in (1, 8)
-        }
+        calls = 20 if args.quick else 200
+        waits = {batch: latency(classifier, patches[:batch], calls) for batch in (1, 8)}
     base = float(np.mean(rates))
-    # batches are put together differently, so an int8 model scales its activations differently
-    off = float(np.abs(plain - scored[: len(some)]).max())
+    # Not 0 for int8: the batches differ, and with them the scales of the activations.
+    difference = float(np.abs(plain - scored[: len(some)]).max())
     print(
         f"\n{name} ({weights or 'shipped'} weights), {precision}, {device}, {args.threads} "
-        "threads, onnxruntime "
-        f"{onnxruntime.__version__}; {len(points):,} candidates on a slide of {side * 1024:,} px "
-        "square\n"
+        f"threads, onnxruntime {onnxruntime.__version__}; {len(points):,} candidates on a slide of "
+        f"{side * 1024:,} px square\n"
     )
     print("| way | candidates | candidates/s | × model alone |\n|---|---|---|---|")
     for label, n, rate in (
@@ -244,10 +238,10 @@ def main():
         print(f"| batch {batch} | {p50:.1f} ms | {p99:.1f} ms |")
     print(
         "\nthe model alone, before, between and after: "
-        f"{', '.join(f'{rate:.1f}' for rate in rates)}/s; largest "
-        f"difference between the command's probabilities and the loop's: {off:.1e}"
+        f"{', '.join(f'{rate:.1f}' for rate in rates)}/s; largest difference between the "
+        f"probabilities of the command and of the loop: {difference:.1e}"
     )
-    return printed / base < WANTED and not args.quick
+    return printed / base < GOAL and not args.quick
 
 
 if __name__ == "__main__":

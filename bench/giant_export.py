@@ -4,7 +4,7 @@ memory.
     python bench/giant_export.py [--model h-optimus-0] [--precision fp16] [--patches 64] [--quick]
 
 Memory is the resident memory of export.py and the process that checks the file, together, sampled
-ten times a second. Status 1 where the peak is over 1.6 times the float32 size of the encoder, or
+ten times a second. Exit status 1 if the peak is over 1.6 times the float32 size of the encoder, or
 the result is not complete."""
 
 import argparse
@@ -21,10 +21,8 @@ import torch
 from safetensors.torch import save_file
 
 HERE = Path(__file__).resolve().parent.parent
-sys.path[:1] = [
-    str(HERE),
-    str(HERE / "tests"),
-]  # not this folder: its onnx.py and classify.py would hide the real ones
+# Instead of this folder, whose onnx.py and classify.py would hide the real ones.
+sys.path[:1] = [str(HERE), str(HERE / "tests")]
 
 from onnx_models import dataset
 
@@ -81,11 +79,12 @@ def make_run(path, name, images):
 
 
 def watch(command):
-    """Run a command → (status, output, seconds, peak bytes of it and its children together, of the
-    largest alone).
+    """Run a command → (status, output, seconds, peak bytes of the command and its children
+    together, peak bytes of the largest of these processes).
     """
     with tempfile.TemporaryFile("w+") as output:
-        start, total, single = time.perf_counter(), 0, 0
+        start = time.perf_counter()
+        total = single = 0
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         root = psutil.Process(process.pid)
         while process.poll() is None:
@@ -95,7 +94,8 @@ def watch(command):
                     sizes.append(one.memory_info().rss)
             except psutil.Error:
                 pass
-            total, single = max(total, sum(sizes)), max(single, *sizes, 0)
+            total = max(total, sum(sizes))
+            single = max(single, *sizes, 0)
             time.sleep(0.1)
         output.seek(0)
         return process.returncode, output.read(), time.perf_counter() - start, total, single
@@ -139,18 +139,18 @@ def main():
         report = json.loads((folder / "giant.parity.json").read_text())["parity"]
         files = sum(p.stat().st_size for p in folder.glob("giant.onnx*"))
         loaded = session.open_session(out, "cpu")[2]
+        difference = max(row["largest"] for row in report["measured"])
         print(
             "| model | precision | float32 size | files | seconds | peak memory | of the float32 "
-            "size | largest "
-            "process | largest Δp |\n|---|---|---|---|---|---|---|---|---|"
+            "size | largest process | largest Δp |"
         )
+        print("|---|---|---|---|---|---|---|---|---|")
         print(
             f"| {args.model} | {args.precision} | {size / 1e9:.2f} GB | {files / 1e9:.2f} GB | "
-            f"{seconds:.0f} | "
-            f"{total / 1e9:.2f} GB | {total / size:.2f}× | {single / 1e9:.2f} GB | "
-            f"{max(row['largest'] for row in report['measured']):.1e} |"
+            f"{seconds:.0f} | {total / 1e9:.2f} GB | {total / size:.2f}× | {single / 1e9:.2f} GB | "
+            f"{difference:.1e} |"
         )
-        print(f"the session loads: {loaded}")
+        print(f"the model loads in {loaded}")
         return int(total > LIMIT * size and not args.quick)
     finally:
         if not args.folder:

@@ -1,19 +1,18 @@
 """Device-hours of the paper's whole grid: six encoders with LoRA and three baselines, 65 runs each.
 
-    python bench/gpu_hours.py                                      measures here, a few minutes on a
-    CPU
+    python bench/gpu_hours.py
+        measures on this machine, a few minutes on a CPU
     python bench/gpu_hours.py --model h-optimus-0 --lora A B --full A B --infer A B --read A B C
-    figures of a GPU
+        adds up rates that were measured on a GPU
 
 Two ways of doing the same work are added up:
 
     ours       LoRA in bf16 on frozen bf16 weights, end to end under autocast in bf16; patches from
-               the store, augmented
-               in batches; validation patches decoded once, validated with merged weights in batches
-               of 64
+               the store, augmented in batches; validation patches decoded once, validated with
+               merged weights in batches of 64
     ordinary   timm and peft in float32; OpenSlide, Pillow and torchvision sample by sample in a
-               DataLoader, validation
-               patches read again in every epoch; validated unmerged in the batches of training
+               DataLoader, validation patches read again in every epoch; validated unmerged in the
+               batches of training
 
 65 runs: 4 fractions x 5 repeats on each of 2 datasets, and 5 domains x 5 repeats. A run trains on
 100 x 1,280 patches whatever the fraction, validates on all its validation annotations 100 times,
@@ -42,7 +41,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests"), str(HERE)]
 
 import lora_step
-import patches as reading
+import patches as bench_patches  # bench/patches.py
 from encode import flops, times
 
 import common
@@ -53,10 +52,12 @@ from dataset import patches
 
 LORA = ("phikon", "uni", "virchow", "virchow2", "prov-gigapath", "h-optimus-0")
 FULL = ("resnet50", "vit-b", "vit-h")
-RESNET50 = (
-    8.2e9  # operations of a forward pass at 224 px (4.1 G multiplications), torchvision's count
-)
-EPOCHS, EPOCH_SIZE, REPEATS, FRACTIONS, DOMAINS = 100, 1280, 5, 4, 5
+RESNET50 = 8.2e9  # operations per patch of 224 px (4.1 G multiplications), torchvision's count
+EPOCHS = 100
+EPOCH_SIZE = 1280
+REPEATS = 5
+FRACTIONS = 4
+DOMAINS = 5
 CCMCT, MIDOG = 72_845, 20_552  # annotations
 # (runs, annotations for validation, annotations in the tests) of each experiment; 20% and 20% of
 # the rest
@@ -71,18 +72,17 @@ VALIDATED = sum(runs * EPOCHS * val for runs, val, _ in EXPERIMENTS)
 ONCE = sum(runs * (val + test) for runs, val, test in EXPERIMENTS)  # after the training
 
 
-# ---------------------------------------------------------------- measuring, patches per second (ours, ordinary)
+# ---------------------------------------------------------------- measuring
 
 
-def network(kind, name, device, rounds, batch=16):
-    """kind: lora | full | infer. End to end, ours is float32 weights under autocast, timm's network
-    or ours alike.
+def network_rates(kind, name, device, rounds, batch=16):
+    """Patches per second (ours, ordinary) of kind "lora", "full" or "infer".
+
+    End to end, ours is float32 weights under autocast: timm's network and ours are alike there.
     """
     if kind == "infer":
-        ours, theirs = (
-            lora_step.Step(label, name, device, batch).model.eval()
-            for label in ("ours bf16", "peft fp32")
-        )
+        ours = lora_step.Step("ours bf16", name, device, batch).model.eval()
+        theirs = lora_step.Step("peft fp32", name, device, batch).model.eval()
         pixels = np.random.default_rng(0).integers(0, 256, (64, 224, 224, 3), np.uint8)
         images = torch.rand(batch, 3, 224, 224, device=device)
 
@@ -97,18 +97,23 @@ def network(kind, name, device, rounds, batch=16):
 
         count = 64
     else:
-        labels = (
-            ("ours bf16", "peft fp32")
-            if kind == "lora"
-            else ("timm bf16 autocast, all trained", "timm fp32, all trained")
-        )
-        steps, count = [lora_step.Step(label, name, device, batch) for label in labels], batch
-        mine, ordinary = (lambda _, step=step: step() for step in steps)
-    found = times({"ours": mine, "ordinary": ordinary}, None, device, rounds)
-    return tuple(count / statistics.median(found[who]) for who in ("ours", "ordinary"))
+        labels = ("timm bf16 autocast, all trained", "timm fp32, all trained")
+        if kind == "lora":
+            labels = ("ours bf16", "peft fp32")
+        our_step, their_step = (lora_step.Step(label, name, device, batch) for label in labels)
+
+        def mine(_):
+            our_step()
+
+        def ordinary(_):
+            their_step()
+
+        count = batch
+    seconds = times({"ours": mine, "ordinary": ordinary}, None, device, rounds)
+    return tuple(count / statistics.median(seconds[who]) for who in ("ours", "ordinary"))
 
 
-class Unaugmented(reading.Ordinary):
+class Unaugmented(bench_patches.Ordinary):
     """Validation patches as most people read them."""
 
     as_tensor = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
@@ -123,11 +128,15 @@ class Unaugmented(reading.Ordinary):
         )
 
 
-def reading(device, rounds):
-    """(ours augmented, ordinary augmented, ordinary for validation), all cores, a synthetic slide."""
+def reading_rates(device, rounds):
+    """Patches per second of a synthetic slide on all cores.
+
+    Returns (ours augmented, ordinary augmented, ordinary for validation).
+    """
     cores = torch.get_num_threads()
+    workers = 0 if cores == 1 else cores
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
-        annotations = reading.synthetic(Path(folder), 1, 3000)
+        annotations = bench_patches.synthetic(Path(folder), 1, 3000)
         store = patches.Patches(annotations, cache=Path(folder) / "store", workers=cores)
         patches.build_store(store, cores)
         sample = data.Sampler(annotations, annotations.id, epoch_size=128).epoch(0)
@@ -135,20 +144,20 @@ def reading(device, rounds):
         plain = Unaugmented(paths, sample[["image", "x", "y"]].tolist())
 
         def validation(_):
-            for _ in DataLoader(plain, 16, num_workers=0 if cores == 1 else cores):
+            for _ in DataLoader(plain, 16, num_workers=workers):
                 pass
 
-        found = times(
+        times_of_each = times(
             {
-                "ours": lambda _: reading.batched(store, sample, device, 0),
-                "ordinary": lambda _: reading.ordinary(paths, sample, cores),
+                "ours": lambda _: bench_patches.batched(store, sample, device, 0),
+                "ordinary": lambda _: bench_patches.ordinary(paths, sample, cores),
                 "validation": validation,
             },
             None,
             device,
             rounds,
         )
-    return tuple(len(sample) / statistics.median(seconds) for seconds in found.values())
+    return tuple(len(sample) / statistics.median(seconds) for seconds in times_of_each.values())
 
 
 # ---------------------------------------------------------------- adding up
@@ -159,11 +168,17 @@ def hours(trained, inferred, read, reread, together):
 
     reread: of reading for validation; None: every validation patch is read once and kept.
     """
-    both = max if together else lambda a, b: a + b
     passes = VALIDATED + ONCE
-    training = both(TRAINED / trained, TRAINED / read)
-    validation = both(passes / inferred, passes / reread if reread else ONCE / read)
-    return training / 3600, validation / 3600
+    reading = passes / reread if reread else ONCE / read
+    training = [TRAINED / trained, TRAINED / read]
+    validation = [passes / inferred, reading]
+    both = max if together else sum
+    return both(training) / 3600, both(validation) / 3600
+
+
+def table_row(label, gflop, numbers):
+    """numbers: hours of training, of validation and of both; ours, then ordinary."""
+    return [label, gflop, *(f"{h:,.0f}" for h in numbers), f"{numbers[5] / numbers[2]:.1f}"]
 
 
 def main():
@@ -172,12 +187,12 @@ def main():
     )
     parser.add_argument(
         "--model",
-        help="the encoder that is measured (default: lunit-s16, a ViT-S/16, on the CPU, "
-        "h-optimus-0 on a GPU)",
+        help="encoder to measure (default: lunit-s16, a ViT-S/16, on the CPU, h-optimus-0 on a "
+        "GPU)",
     )
-    parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
+    parser.add_argument("--device", help="cuda or cpu (default: cuda if available)")
     parser.add_argument(
-        "--rounds", type=int, default=3, help="measurements, whose median counts (default: 3)"
+        "--rounds", type=int, default=3, help="measurements; their median counts (default: 3)"
     )
     two = {"type": float, "nargs": 2, "metavar": ("OURS", "ORDINARY")}
     parser.add_argument(
@@ -195,26 +210,24 @@ def main():
     )
     args = parser.parse_args()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    name = args.model or ("h-optimus-0" if device == "cuda" else "lunit-s16")
+    name = args.model or lora_step.DEFAULT_MODEL[device]
     rates, how = {}, {}
     for kind in ("lora", "full", "infer", "read"):
-        given = getattr(args, kind)
-        rates[kind] = given or (
-            reading(device, args.rounds)
-            if kind == "read"
-            else network(kind, name, device, args.rounds)
-        )
-        how[kind] = "given" if given else "measured here"
-    per_patch = {
-        n: RESNET50 if n == "resnet50" else flops(models.find_encoder(n))
-        for n in (*LORA, *FULL, name)
-    }
+        rates[kind] = getattr(args, kind)
+        how[kind] = "given"
+        if rates[kind]:
+            continue
+        how[kind] = "measured here"
+        if kind == "read":
+            rates[kind] = reading_rates(device, args.rounds)
+        else:
+            rates[kind] = network_rates(kind, name, device, args.rounds)
+    per_patch = {n: flops(models.find_encoder(n)) for n in (*LORA, *FULL, name) if n != "resnet50"}
+    per_patch["resnet50"] = RESNET50
 
-    machine = (
-        torch.cuda.get_device_name()
-        if device == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads"
-    )
+    machine = f"CPU, {torch.get_num_threads()} threads"
+    if device == "cuda":
+        machine = torch.cuda.get_device_name()
     print(f"{name} on {machine}, torch {torch.__version__}; patches per second, ours and ordinary:")
     for kind, text in (
         ("lora", "a LoRA step"),
@@ -225,36 +238,27 @@ def main():
         print(f"    {', '.join(f'{rate:,.1f}' for rate in rates[kind])}   {text} ({how[kind]})")
     print(
         f"\n{RUNS} runs of a model: {TRAINED / 1e6:.1f} M patches trained on, "
-        f"{VALIDATED / 1e6:.1f} M validated, "
-        f"{ONCE / 1e6:.1f} M after the training. {'' if name in (*LORA, *FULL) else 'All '}hours "
-        "are scaled by "
-        f"GFLOP from {name} ({per_patch[name] / 1e9:.1f}).\n"
+        f"{VALIDATED / 1e6:.1f} M validated, {ONCE / 1e6:.1f} M after the training. "
+        f"The hours of other encoders are scaled by GFLOP from {name} "
+        f"({per_patch[name] / 1e9:.1f}).\n"
     )
     rows, sums = [], np.zeros(6)
     for model in (*LORA, *FULL):
-        kind, scale = "lora" if model in LORA else "full", per_patch[name] / per_patch[model]
-        found = [
-            hours(
+        kind, method = ("lora", "LoRA") if model in LORA else ("full", "end to end")
+        scale = per_patch[name] / per_patch[model]
+        numbers = []
+        for who, reread in ((0, None), (1, rates["read"][2])):
+            training, validation = hours(
                 scale * rates[kind][who],
                 scale * rates["infer"][who],
                 rates["read"][who],
-                (None, rates["read"][2])[who],
+                reread,
                 device != "cpu",
             )
-            for who in (0, 1)
-        ]
-        row = [f"{model}, {'LoRA' if kind == 'lora' else 'end to end'}", per_patch[model] / 1e9]
-        numbers = [h for pair in found for h in (*pair, sum(pair))]
+            numbers += [training, validation, training + validation]
         sums += numbers
-        rows.append(
-            [
-                row[0],
-                f"{row[1]:.1f}",
-                *(f"{h:,.0f}" for h in numbers),
-                f"{numbers[5] / numbers[2]:.1f}",
-            ]
-        )
-    rows.append(["whole grid", "", *(f"{h:,.0f}" for h in sums), f"{sums[5] / sums[2]:.1f}"])
+        rows.append(table_row(f"{model}, {method}", f"{per_patch[model] / 1e9:.1f}", numbers))
+    rows.append(table_row("whole grid", "", sums))
     print(
         common.table(
             rows,

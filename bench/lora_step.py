@@ -1,15 +1,14 @@
 """Seconds and memory of one training step: timm + peft, and ours, on the same machine in one run.
 
-    python bench/lora_step.py [--quick]           ViT-S/16 on the CPU; ViT-g/14 with registers in
-    bf16 on a GPU
-    python bench/lora_step.py --memory-only --device cuda      H-optimus-0 on a small card: the
-    peaks alone
-    python bench/lora_step.py --count [--model M]              the peak on a GPU counted, without
-    one
-    python bench/lora_step.py --together 5      is a step of 5 × 16 patches faster than five of 16?
-    If not, training
-                                                five adapters side by side on one frozen encoder
-                                                cannot be either
+    python bench/lora_step.py [--quick]
+        ViT-S/16 on the CPU; ViT-g/14 with registers in bf16 on a GPU
+    python bench/lora_step.py --memory-only --device cuda
+        the peaks alone, for H-optimus-0 on a small GPU
+    python bench/lora_step.py --count [--model M]
+        the peak on a GPU counted, without one
+    python bench/lora_step.py --together 5
+        is a step of 5 × 16 patches faster than five of 16? If not, training five adapters side by
+        side on one frozen encoder cannot be faster either
 
 A step: forward and backward pass of a batch of 16, LoRA of rank 16 with dropout 0.1 on qkv, proj,
 fc1, fc2 and one logit, fused Adam on what is trained. Weights are noise, images too; reading and
@@ -43,6 +42,7 @@ from encode import flops, matmul_rate, peak, wait
 import lora
 import models
 
+DEFAULT_MODEL = {"cpu": "lunit-s16", "cuda": "h-optimus-0"}
 BLOCKS = r"blocks\.\d+\..*\.(qkv|proj|fc1|fc2)"
 # label → (whose, method, precision, compiled)
 VARIANTS = {
@@ -83,30 +83,39 @@ def ours(name, device, dtype):
     return models.PatchClassifier(encoder).to(device)
 
 
+def checkpointed(forward):
+    """`forward` of a block with its activations computed again in the backward pass."""
+
+    def run(x, first=False):
+        return torch.utils.checkpoint.checkpoint(
+            forward, x, first, use_reentrant=False, preserve_rng_state=False
+        )
+
+    return run
+
+
 class Step:
     """One variant, ready to run: step() is one step of training."""
 
     def __init__(self, label, name, device, batch):
         whose, method, dtype, compiled = VARIANTS[label]
-        self.device, self.batch, self.count = device, batch, 0
-        self.model = (
-            theirs(name, device, method) if whose == "peft" else ours(name, device, dtype)
-        ).train()
+        self.device, self.batch = device, batch
+        self.count = 0  # of steps done
+        if whose == "peft":
+            self.model = theirs(name, device, method).train()
+        else:
+            self.model = ours(name, device, dtype).train()
         if "checkpointing" in label:
             for block in self.model.encoder.blocks:
-                block.forward = (
-                    lambda f: (
-                        lambda x, first=False: torch.utils.checkpoint.checkpoint(
-                            f, x, first, use_reentrant=False, preserve_rng_state=False
-                        )
-                    )
-                )(block.forward)
+                block.forward = checkpointed(block.forward)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.parameters = sum(p.numel() for p in trained)
         self.optimizer = torch.optim.Adam(trained, lr=1e-4, fused=True)
         self.images = torch.rand(batch, 3, 224, 224, device=device)
         self.labels = (torch.arange(batch, device=device) % 2).float()
-        self.encoder = self.model.encoder if whose == "ours" else None
+        self.encoder = None
+        if whose == "ours":
+            self.encoder = self.model.encoder
         self.autocast = torch.autocast(
             device, dtype, enabled=whose == "peft" and dtype != torch.float32
         )
@@ -131,11 +140,14 @@ def memory_child(name, label, device, batch):
     step = Step(label, name, device, batch)
     for _ in range(2):
         step()
-    print(torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else peak() - before)
+    used = peak() - before
+    if device == "cuda":
+        used = torch.cuda.max_memory_allocated() / 2**20
+    print(used)
 
 
 def memory(name, label, device, batch):
-    """MiB, or None where the variant does not run."""
+    """MiB, or None if the variant does not run."""
     out = subprocess.run(
         [
             sys.executable,
@@ -152,27 +164,30 @@ def memory(name, label, device, batch):
         capture_output=True,
         text=True,
     )
-    return float(out.stdout.split()[-1]) if out.returncode == 0 else None
+    if out.returncode:
+        return None
+    return float(out.stdout.split()[-1])
 
 
 class Counter(TorchDispatchMode):
-    """Bytes of all tensors that live, and the most at any time, in the blocks of 512 of torch's
-    allocator for CUDA.
+    """Bytes of all live tensors, now and at most, in blocks of 512 as torch's CUDA allocator counts
+    them.
     """
 
     def __init__(self):
         super().__init__()
-        self.now, self.peak, self.live = 0, 0, {}
+        self.now = self.peak = 0
+        self.live = {}  # storage → its bytes
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if (
-                isinstance(tensor, torch.Tensor)
-                and tensor.untyped_storage()._cdata not in self.live
-            ):
-                storage = tensor.untyped_storage()
-                self.live[storage._cdata] = size = math.ceil(storage.nbytes() / 512) * 512
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.live:
+                size = math.ceil(storage.nbytes() / 512) * 512
+                self.live[storage._cdata] = size
                 weakref.finalize(storage, self.free, storage._cdata)
                 self.now += size
                 self.peak = max(self.peak, self.now)
@@ -183,9 +198,11 @@ class Counter(TorchDispatchMode):
 
 
 def count(name, batch):
-    """Print the tensors of a step of LoRA in bf16, as on a GPU, of which nothing is computed: fake
-    ones. They are on the CPU, whose attention saves what a GPU's does; caches of libraries and what
-    the allocator wastes come on top."""
+    """Print the bytes of all tensors of a LoRA step in bf16, as on a GPU.
+
+    Fake tensors: nothing is computed. They are on the CPU, whose attention saves the same tensors
+    as a GPU's. Library caches and the allocator's waste come on top.
+    """
     lora.MASK_KEPT_ON = ()
     with FakeTensorMode(allow_non_fake_inputs=True), Counter() as counter:
         torch.set_default_dtype(torch.bfloat16)
@@ -198,7 +215,7 @@ def count(name, batch):
             [p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True
         )
         images, labels = torch.rand(batch, 3, 224, 224), torch.zeros(batch)
-        for step in range(2):  # Adam's moments are there from the second on
+        for step in range(2):  # Adam's moments exist from the second on
             optimizer.zero_grad(set_to_none=True)
             lora.set_step(encoder, 0, step, range(batch))
             logits = model(images).view(-1)
@@ -206,32 +223,67 @@ def count(name, batch):
             optimizer.step()
     print(
         f"{name}, LoRA in bf16, batch {batch}: network and adapters {network / 2**30:.2f} GiB, "
-        "the most at any "
-        f"time of a step {counter.peak / 2**30:.2f} GiB"
+        f"peak during a step {counter.peak / 2**30:.2f} GiB"
     )
 
 
 def together(name, device, batch, count, rounds):
-    """Seconds of `count` steps of `batch`, and of one of count × batch, in turns. Adapters of their
-    own for each part of a batch would add small products to the second, so their ratio bounds what
-    they could gain."""
+    """Print the seconds of `count` steps of `batch` patches and of one step of count × batch.
+
+    Separate adapters for the parts of a batch would add small products to the large step, so the
+    ratio bounds what they could gain.
+    """
     print(
         f"{name}, {device}, {torch.get_num_threads()} threads; medians of {rounds} rounds in "
-        "turns\n\n"
-        f"| variant | {count} steps of {batch}, s | one of {count * batch}, s | ratio "
-        "|\n|---|---|---|---|"
+        "turns\n"
     )
+    print(f"| variant | {count} steps of {batch}, s | one of {count * batch}, s | ratio |")
+    print("|---|---|---|---|")
     for label in ("ours fp32", "ours bf16")[device == "cuda" :]:
-        apart, whole = Step(label, name, device, batch), Step(label, name, device, count * batch)
-        seconds = [], []
-        for number in range(-1, rounds):
-            for which, run in enumerate((lambda: [apart() for _ in range(count)], whole)):
-                start = time.perf_counter()
-                run()
-                if number >= 0:
-                    seconds[which].append(time.perf_counter() - start)
-        one, other = map(statistics.median, seconds)
+        small = Step(label, name, device, batch)
+        large = Step(label, name, device, count * batch)
+        seconds = {"small": [], "large": []}
+        for _ in range(rounds + 1):
+            start = time.perf_counter()
+            for _ in range(count):
+                small()
+            middle = time.perf_counter()
+            large()
+            seconds["small"].append(middle - start)
+            seconds["large"].append(time.perf_counter() - middle)
+        # the first round warms up
+        one, other = (statistics.median(values[1:]) for values in seconds.values())
         print(f"| {label} | {one:.2f} | {other:.2f} | {one / other:.2f} |", flush=True)
+
+
+def measure(labels, name, device, batch, rounds):
+    """Run the variants in turns → ({label: seconds per step}, {label: trained parameters}).
+
+    Compiled variants are left out if the compiler fails.
+    """
+    steps = {}
+    for label in labels:
+        step = Step(label, name, device, batch)
+        try:
+            step()
+            step()
+        except Exception as error:  # whatever a compiler throws
+            if "compiled" not in label:
+                raise
+            print(f"{label}: left out ({type(error).__name__})", file=sys.stderr)
+            continue
+        steps[label] = step
+    seconds = {label: [] for label in steps}
+    for _ in range(rounds):
+        for label, step in steps.items():
+            start = time.perf_counter()
+            step()
+            seconds[label].append(time.perf_counter() - start)
+    parameters = {label: step.parameters for label, step in steps.items()}
+    del step, steps
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    return seconds, parameters
 
 
 def main():
@@ -239,13 +291,13 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="three turns, nothing compiled")
-    parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
+    parser.add_argument("--device", help="cuda or cpu (default: cuda if available)")
     parser.add_argument(
         "--model", help="encoder (default: lunit-s16, a ViT-S/16, on the CPU, h-optimus-0 on a GPU)"
     )
     parser.add_argument("--batch-size", type=int, default=16, help="default: 16")
     parser.add_argument("--rounds", type=int, help="steps per variant (default: 8, with --quick 3)")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, metavar="V", help="these alone")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, metavar="V", help="only these")
     parser.add_argument("--memory-only", action="store_true", help="no times")
     parser.add_argument(
         "--count", action="store_true", help="instead: the memory of a step on a GPU, counted"
@@ -256,43 +308,23 @@ def main():
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    name, batch = (
-        args.model or ("h-optimus-0" if device == "cuda" else "lunit-s16"),
-        args.batch_size,
-    )
+    name = args.model or DEFAULT_MODEL[device]
+    batch = args.batch_size
     if args.memory:
         return memory_child(name, args.memory, device, batch)
     if args.count:
         return count(args.model or "h-optimus-0", batch)
     if args.together:
         return together(name, device, batch, args.together, args.rounds or 5)
-    labels = args.variants or [
-        label
-        for label, (_, _, dtype, compiled) in VARIANTS.items()
-        if not (compiled and args.quick) and not (device == "cuda" and dtype == torch.float32)
-    ]
-    rounds, seconds, parameters = args.rounds or (3 if args.quick else 8), {}, {}
+    labels = args.variants or []
+    if not labels:
+        for label, (_, _, dtype, compiled) in VARIANTS.items():
+            if not (compiled and args.quick) and not (device == "cuda" and dtype == torch.float32):
+                labels.append(label)
+    rounds = args.rounds or (3 if args.quick else 8)
+    seconds, parameters = {}, {}
     if not args.memory_only:
-        steps = {}
-        for label in labels:
-            step = Step(label, name, device, batch)
-            try:
-                step(), step()
-            except Exception as error:  # whatever a compiler throws
-                if "compiled" not in label:
-                    raise
-                print(f"{label}: left out ({type(error).__name__})", file=sys.stderr)
-                continue
-            steps[label], parameters[label] = step, step.parameters
-        seconds = {label: [] for label in steps}
-        for _ in range(rounds):
-            for label, step in steps.items():
-                start = time.perf_counter()
-                step()
-                seconds[label].append(time.perf_counter() - start)
-        del steps
-        if device == "cuda":
-            torch.cuda.empty_cache()
+        seconds, parameters = measure(labels, name, device, batch, rounds)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     rate = matmul_rate(device, dtype, 5)
     # Frozen products: forward, and the gradient of the input; none of the weights.
@@ -300,9 +332,8 @@ def main():
     reference = labels[0]
     print(
         f"{name}, batch {batch}, {device}, torch {torch.__version__}, {torch.get_num_threads()} "
-        "threads; medians of "
-        f"{rounds} steps in turns; matrix product alone {rate / 1e12:.2f} TFLOP/s "
-        f"({models.name_of(dtype)})\n"
+        f"threads; medians of {rounds} steps in turns; matrix product alone "
+        f"{rate / 1e12:.2f} TFLOP/s ({models.name_of(dtype)})\n"
     )
     print(
         f"| variant | trained | s per step | × {reference} | spread | of the product's rate | "
@@ -310,14 +341,16 @@ def main():
     )
     print("|---|---|---|---|---|---|---|")
     for label in labels:
-        used = memory(name, label, device, batch)
-        used = "–" if used is None else f"{used:,.0f}"
+        mebibytes = memory(name, label, device, batch)
+        used = "–" if mebibytes is None else f"{mebibytes:,.0f}"
         if label not in seconds:
             print(f"| {label} | – | – | – | – | – | {used} |")
             continue
         median = statistics.median(seconds[label])
         spread = (max(seconds[label]) - min(seconds[label])) / median
-        share = f"{operations / median / rate:.2f}" if VARIANTS[label][1] == "lora" else "–"
+        share = "–"
+        if VARIANTS[label][1] == "lora":
+            share = f"{operations / median / rate:.2f}"
         print(
             f"| {label} | {parameters[label] / 1e6:.2f} M | {median:.3f} | "
             f"{statistics.median(seconds[reference]) / median:.2f} | ±{50 * spread:.0f}% | "

@@ -2,18 +2,16 @@
 against a loop.
 
     l2    scikit-learn's LogisticRegression, one fit after the other, at the same C, run until its
-          loss is within 1e-6
-          of ours (or until its iterations are used up, which is said)
+          loss is within 1e-6 of ours (or until its iterations are used up; the table says so)
     uni   torch.optim.LBFGS on the formula as published: Linear(d, 2), cross-entropy + 1/C 1/2 |W|,
           float32
 
 The embeddings are synthetic, with a spectrum like a ViT's: variances over three orders of
 magnitude, an offset. Ours is timed whole. The loop is timed fold by fold until --seconds are used
-up, at least one fold of every fraction; folds that are not timed are taken to last as long as those
-of their fraction that are, and the table says how many.
+up, at least one fold of every fraction; the other folds count as long as the timed ones of their
+fraction, and the table says how many were timed.
 
-    python bench/probe.py                  20,000 x 1,536 and 58,000 x 2,560: about 8 minutes on 2
-    cores
+    python bench/probe.py                  20,000 x 1,536 and 58,000 x 2,560: 8 minutes on 2 cores
     python bench/probe.py --seconds inf    every reference fit: more than an hour
     python bench/probe.py --quick          4,000 x 384
 """
@@ -87,9 +85,9 @@ class Peak:
 def l2_loss(weight, bias, X, y, rows, C):
     loss = 0.0
     for i in range(0, len(rows), 4096):
-        own = rows[i : i + 4096]
-        z = X[own].astype(np.float64) @ weight + bias
-        loss += np.logaddexp(0, (1 - 2 * y[own]) * z).sum()
+        block = rows[i : i + 4096]
+        z = X[block].astype(np.float64) @ weight + bias
+        loss += np.logaddexp(0, (1 - 2 * y[block]) * z).sum()
     return loss / len(rows) + weight @ weight / (2 * C * len(rows))
 
 
@@ -97,10 +95,10 @@ def sklearn_fit(X, y, rows, C, target, tolerances):
     """(seconds, loss, the tolerance used): the first tolerance with which its loss is within 1e-6
     of `target`.
     """
-    own, labels = X[rows], y[rows]
+    features, labels = X[rows], y[rows]
     for tol in tolerances:
         start = time.perf_counter()
-        model = LogisticRegression(C=C, tol=tol, max_iter=3000).fit(own, labels)
+        model = LogisticRegression(C=C, tol=tol, max_iter=3000).fit(features, labels)
         seconds = time.perf_counter() - start
         loss = l2_loss(model.coef_[0].astype(np.float64), float(model.intercept_[0]), X, y, rows, C)
         if loss - target <= 1e-6 or model.n_iter_[0] >= 3000:
@@ -109,7 +107,7 @@ def sklearn_fit(X, y, rows, C, target, tolerances):
 
 
 def torch_fit(X, y, rows):
-    own, labels = torch.from_numpy(X[rows]), torch.from_numpy(y[rows])
+    features, labels = torch.from_numpy(X[rows]), torch.from_numpy(y[rows])
     layer = torch.nn.Linear(X.shape[1], 2)
     torch.nn.init.zeros_(layer.weight)
     torch.nn.init.zeros_(layer.bias)
@@ -125,7 +123,8 @@ def torch_fit(X, y, rows):
     )
 
     def objective():
-        return torch.nn.functional.cross_entropy(layer(own), labels) + 0.5 / C * layer.weight.norm()
+        loss = torch.nn.functional.cross_entropy(layer(features), labels)
+        return loss + 0.5 / C * layer.weight.norm()
 
     def closure():
         optimizer.zero_grad()
@@ -136,6 +135,38 @@ def torch_fit(X, y, rows):
     start = time.perf_counter()
     optimizer.step(closure)
     return time.perf_counter() - start, objective().item()
+
+
+def time_loop(fractions, penalty, C, fits, X, y, limit):
+    """Run the reference's fits fold by fold for about `limit` seconds.
+
+    → (seconds of all folds, number timed of each fraction, largest excess of its loss over ours,
+    number of fits that stopped above our loss)
+    """
+    total, spent = 0.0, 0.0
+    timed, worst, short = [], -np.inf, 0
+    fits = iter(fits)
+    for folds in fractions.values():
+        seconds, tolerances = [], (1e-4, 1e-6, 1e-8)
+        for rows in folds:
+            fit = next(fits)
+            if seconds and spent + seconds[-1] > limit:
+                continue
+            if penalty == "l2":
+                target = l2_loss(fit.weight, fit.bias, X, y, rows, C)
+                taken, loss, tol = sklearn_fit(X, y, rows, C, target, tolerances)
+                # what one fold needs, the others need too
+                tolerances = [t for t in tolerances if t <= tol]
+                short += loss - target > 1e-6
+            else:
+                target = fit.loss
+                taken, loss = torch_fit(X, y, rows)
+            seconds.append(taken)
+            spent += taken
+            worst = max(worst, loss - target)
+        timed.append(len(seconds))
+        total += np.mean(seconds) * len(folds)
+    return total, timed, worst, short
 
 
 def main():
@@ -159,56 +190,34 @@ def main():
     )
     print(
         "| embeddings | probe | ours, 20 probes (s) | peak memory above the array (GB) | loop (s) "
-        "| ratio | "
-        "largest excess of ours / of the loop |"
+        "| ratio | largest excess of ours / of the loop |"
     )
     print("|---|---|---|---|---|---|---|")
     for size in ["4000x384"] if args.quick else args.size:
         n, d = map(int, size.split("x"))
         X, y = embeddings(n, d)
         fractions, start_memory = grid(n), psutil.Process(os.getpid()).memory_info().rss
-        found = {}
+        results = {}
         for penalty, C in PROBES.items():  # both before any of the loops, whose memory is not ours
             problems = [(rows, C) for folds in fractions.values() for rows in folds]
             with Peak(start_memory) as peak:
                 start = time.perf_counter()
                 fits = logistic.fit(X, y, problems, penalty)
                 seconds = time.perf_counter() - start
-            found[penalty] = fits, seconds, peak.gb
+            results[penalty] = fits, seconds, peak.gb
             assert all(fit.converged for fit in fits)
         for penalty, C in PROBES.items():
-            fits, ours, gb = found[penalty]
-            loop, timed, worst, short, index, spent = 0.0, [], -np.inf, 0, 0, 0.0
-            for folds in fractions.values():
-                seconds, tolerances = [], (1e-4, 1e-6, 1e-8)
-                for rows in folds:
-                    if not seconds or spent + seconds[-1] <= args.seconds:
-                        if penalty == "l2":
-                            target = l2_loss(fits[index].weight, fits[index].bias, X, y, rows, C)
-                            taken, loss, tol = sklearn_fit(X, y, rows, C, target, tolerances)
-                            tolerances = [
-                                t for t in tolerances if t <= tol
-                            ]  # what one fold needs, the others do too
-                            short += loss - target > 1e-6
-                        else:
-                            target = fits[index].loss
-                            taken, loss = torch_fit(X, y, rows)
-                        seconds.append(taken)
-                        spent += taken
-                        worst = max(worst, loss - target)
-                    index += 1
-                timed.append(len(seconds))
-                loop += np.mean(seconds) * len(folds)
-            note = (
-                f" (timed {' + '.join(map(str, timed))} of 5 + 5 + 5 + 5 fits)"
-                if sum(timed) < index
-                else ""
-            )
-            note += f" ({short} fits did not reach our loss)" if short else ""
+            fits, ours, gb = results[penalty]
+            loop, timed, worst, short = time_loop(fractions, penalty, C, fits, X, y, args.seconds)
+            note = ""
+            if sum(timed) < len(fits):
+                note += f" (timed {' + '.join(map(str, timed))} of 5 + 5 + 5 + 5 fits)"
+            if short:
+                note += f" ({short} fits did not reach our loss)"
+            excess = max(fit.excess for fit in fits)
             print(
                 f"| {n:,} x {d:,} | {penalty} | {ours:.1f} | {gb:.2f} | {loop:.1f}{note} | "
-                f"{loop / ours:.1f} | "
-                f"{max(fit.excess for fit in fits):.0e} / {worst:.0e} |",
+                f"{loop / ours:.1f} | {excess:.0e} / {worst:.0e} |",
                 flush=True,
             )
 
