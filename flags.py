@@ -30,7 +30,7 @@ def load_dataset(path, *args, **choices):
     """dataset.annotations.load_dataset, which see; the demo is made if it is asked for and not
     there.
     """
-    if str(path) == "demo" and not Path("demo").exists():
+    if str(path) == "demo":
         path = demo_folder()
     return annotation_tables.load_dataset(path, *args, **choices)
 
@@ -254,7 +254,9 @@ def source(args):
     kept = {name: getattr(args, name) for name in SOURCE}
     kept["data"] = args.data or os.environ.get("MITOSIS_DATA") or "demo"
     for name in ("data", "images"):
-        if kept[name] and Path(kept[name]).exists():
+        # Names of datasets stay names, whatever lies in the current folder ("demo" does here).
+        is_name = name == "data" and kept[name] in ("demo", *annotation_tables.KNOWN)
+        if kept[name] and not is_name and Path(kept[name]).exists():
             kept[name] = str(Path(kept[name]).resolve())
     return kept
 

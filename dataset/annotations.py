@@ -477,7 +477,7 @@ def _numbers_files(table):
 def _find(path):
     """(annotation file or folder, key of KNOWN or None) of what --data says."""
     text = str(path)
-    if text == "demo" and not Path(text).exists():
+    if text == "demo":  # as for the other names; a folder of this name is given as ./demo
         if not (root_folder() / "demo").is_dir():
             raise UserError(
                 f"{root_folder() / 'demo'}: the demo is not there; python -m demo.synthetic makes "

@@ -1,5 +1,6 @@
 """Readers and the dataset table: every format, every trap of the real files."""
 
+import argparse
 import csv
 import gzip
 import json
@@ -14,6 +15,7 @@ import pytest
 from PIL import Image
 
 import data
+import flags
 from common import UserError
 from dataset import readers
 
@@ -921,3 +923,27 @@ def test_a_file_with_a_known_name_is_not_that_dataset_for_its_name_alone(tmp_pat
     )
     a = data.load_dataset(tmp_path / "MIDOG.json")
     assert (a.known, a.name, a.licence, set(a.domain.tolist())) == (None, "MIDOG", None, {"all"})
+
+
+def test_the_names_of_datasets_win_over_folders_of_the_same_name(tmp_path, monkeypatch):
+    """The repository has a folder demo/, and the commands run from there."""
+    for name in ("demo", "midog2022"):
+        folder = tmp_path / "root" / name
+        folder.mkdir(parents=True)
+        write(
+            folder / {"demo": "MIDOG.json", "midog2022": "MIDOG2022_training.json"}[name], midog()
+        )
+        for i in range(1, 4):
+            Image.new("RGB", (8, 8)).save(folder / f"{i:03d}.tiff")
+        (tmp_path / "here" / name).mkdir(parents=True)
+    monkeypatch.setenv("MITOSIS_ROOT", str(tmp_path / "root"))
+    monkeypatch.chdir(tmp_path / "here")
+    args = argparse.Namespace(**dict.fromkeys(flags.SOURCE))
+    for name in ("demo", "midog2022"):
+        assert len(flags.load_dataset(name)) == 24
+        args.data = name
+        assert flags.source(args)["data"] == name
+    args.data = "./demo"
+    assert flags.source(args)["data"] == str(tmp_path / "here" / "demo")
+    with pytest.raises(UserError, match="no annotation file"):
+        flags.load_dataset("./demo")
