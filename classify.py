@@ -3,179 +3,223 @@ scores out.
 
     python classify.py MODEL.onnx --slide S --candidates C --out O      score candidates
     python classify.py MODEL.onnx                                       what the model is
+    python classify.py --doctor                                         does it run on the GPU?
 
-In a program of one's own:
+In a program of your own:
 
     from classify import Classifier
     classifier = Classifier("model.onnx", device="auto")
-    probability = classifier(patches)                 # uint8 [N, 224, 224, 3], RGB, at
-    classifier.mpp µm/px
+    probability = classifier.score("slide.svs", x, y)     # centres in level-0 px
     mitotic = probability >= classifier.threshold
 
-A model whose classifier.patch is not 224 was trained on patches of that many px: read those
-(read_patch does it all).
+For patches that you read yourself: classifier(patches), uint8 [N, size, size, 3], RGB, at
+classifier.mpp µm/px.
 
-Needs numpy, onnxruntime, openslide and Pillow (requirements-classify.txt); no torch.
-"""
+Needs numpy, onnxruntime, openslide and Pillow (requirements-classify.txt)."""
 
 import argparse
 import sys
 import time
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 import common
 from common import UserError
+from dataset import annotations, slides
 from dataset import candidates as formats
-from dataset import slides
-from onnx_model import session
-from onnx_model.session import Classifier
+from onnx_model import doctor, session
+from onnx_model.session import Classifier, SlideReader
+from reporting import metrics
 
-# ---------------------------------------------------------------- the model
+LISTED = 5  # problems that are named one by one
+LABELLED = 200  # candidates in an overlay that are still labelled with their probability
 
-
-# ---------------------------------------------------------------- pixels
-
-
-# ---------------------------------------------------------------- the command
+# ---------------------------------------------------------------- which image a candidate lies on
 
 
-def find_images(found, slide):
-    """Which file each candidate lies on → (list of paths or None, files of the wanted images that
-    do not exist).
+def find_images(candidates, slide):
+    """Which file each candidate lies on → (list of paths or None, files that do not exist).
+
+    A name in the candidates' file means an image by its path; its last part or its stem are enough
+    if only one image can be meant, else UserError.
+
+    slide  a slide, or a folder of images
     """
     slide = Path(slide)
+    names = sorted({name for name in candidates.images if name})
     if not slide.exists():
         raise UserError(f"--slide {slide}: no such file or folder")
-    names = sorted({name for name in found.images if name})
     if slide.is_file():
         if not names:
-            return [slide] * len(found), []
-        # Formats know a slide by its name; of conversions (.svs → .tiff) only the stem is the same.
-        same = [n for n in names if Path(n).name == slide.name] or [
-            n for n in names if Path(n).stem == slide.stem
-        ]
-        if not same and len(names) == 1:
-            print(
-                f"note: the candidates are said to lie on {names[0]}; taken for {slide.name}",
-                file=sys.stderr,
-            )
-            same = names
-        if not same:
-            raise UserError(
-                f"--slide {slide}: {found.path.name} has no candidates on it, only on {names[0]} "
-                "and "
-                f"{len(names) - 1} others"
-                if names
-                else ""
-            )
-        return [slide if name in same else None for name in found.images], []
+            return [slide] * len(candidates), []
+        name = name_of_slide(names, slide, candidates.path)
+        return [slide if image == name else None for image in candidates.images], []
     if not names:
         raise UserError(
-            f"--slide {slide}: {found.path.name} does not say on which image its candidates lie; "
-            "give the "
-            "slide's file"
+            f"--slide {slide}: {candidates.path.name} does not name the image of its candidates, "
+            "so a folder is not enough: give the slide's file"
         )
-    stems = {}
-    for file in sorted(slide.iterdir()):
-        stems.setdefault(file.stem, file)
-    paths, missing = {}, []
+    places = annotations.locate([relative(name, slide) for name in names], slide, [])
+    paths, users = {}, {}
     for name in names:
-        path = slide / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            path = slide / Path(name).name
-        if not path.is_file():
-            path = slide / Path(name).name
-        if not path.is_file():
-            path = stems.get(Path(name).stem, path)
-        paths[name] = path
-        if not path.is_file():
-            missing.append(path)
-    return [paths.get(name) for name in found.images], missing
-
-
-def plan(found, images, missing, metadata, given, skip, say):
-    """Jobs for `score` → (jobs, their rows); what cannot be scored is an error, or with `skip`
-    named and left out.
-    """
-    problems = [f"{path}: no such file" for path in missing]
-    sizes, scales = {}, {}
-    for path in dict.fromkeys(path for path in images if path is not None and path not in missing):
-        try:
-            sizes[path] = slides.dimensions(path)
-            found_mpp = slides.microns_per_pixel(path)
-        except (UserError, OSError, ValueError) as error:
-            problems.append(
-                str(error) if str(path) in str(error) else f"{path}: cannot be read ({error})"
+        inside = relative(name, slide)
+        paths[name] = slide / (places[inside] or inside)
+        other = users.setdefault(paths[name], name)
+        if other != name:
+            raise UserError(
+                f"{candidates.path}: {other} and {name} would both be {paths[name]}; name the "
+                "images by their paths below the folder of --slide"
             )
-            sizes.pop(path, None)
+    missing = [path for path in paths.values() if not path.is_file()]
+    return [paths.get(name) for name in candidates.images], missing
+
+
+def parts(name):
+    """The parts of an image's name in a candidates' file, which may be a path of any system."""
+    return PurePosixPath(name.replace("\\", "/")).parts
+
+
+def relative(name, folder):
+    """An image's name as a path below `folder`: never one that leaves it."""
+    below = parts(name)
+    root = folder.resolve().parts
+    if below[: len(root)] == root:
+        below = below[len(root) :]
+    elif Path(name).is_absolute() or below[0].endswith((":", "/")) or ".." in below:
+        below = below[-1:]
+    if not below or ".." in below:
+        raise UserError(f"{name!r} is not the name of an image")
+    return "/".join(below)
+
+
+def name_of_slide(names, slide, source):
+    """Which of the images that a candidates' file names is the slide; UserError if none is, or if
+    several could be.
+    """
+    path = slide.resolve().parts
+    by_path = [name for name in names if path[-len(parts(name)) :] == parts(name)]
+    if by_path:  # of "a.tiff" and "sub/a.tiff", the longer one says more
+        return max(by_path, key=lambda name: len(parts(name)))
+    same_name = [name for name in names if parts(name)[-1] == slide.name]
+    # Conversions (.svs to .tiff) keep only the stem.
+    stem = annotations.file_stem(slide.name)
+    same_stem = [name for name in names if annotations.file_stem(parts(name)[-1]) == stem]
+    matches = same_name or same_stem
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise UserError(
+            f"--slide {slide}: {source.name} has candidates on {matches[0]} and on {matches[1]}, "
+            "and either could be this slide; give the slide by the path that the file names"
+        )
+    others = ""
+    if len(names) > 1:
+        others = f" and {len(names) - 1} other images"
+    raise UserError(
+        f"--slide {slide}: {source.name} has no candidates on it, only on {names[0]}{others}"
+    )
+
+
+# ---------------------------------------------------------------- what is to be scored
+
+
+class Plan:
+    """The cells that can be scored, in the arrays that `session.score` takes.
+
+    rows [n]: their candidates · which [n]: index into `readers` · x, y [n]: level-0 px · problems:
+    what cannot be scored, a line each"""
+
+    def __init__(self):
+        self.rows, self.which, self.x, self.y = [], [], [], []
+        self.readers, self.problems = [], []
+
+    def add_reader(self, metadata, path, mpp):
+        """The index of a new reader; None if the image cannot be read."""
+        try:
+            self.readers.append(SlideReader(metadata, path, mpp))
+        except (UserError, OSError, ValueError) as error:
+            text = str(error)
+            if str(path) not in text:
+                text = f"{path}: cannot be read ({text})"
+            self.problems.append(text)
+            return None
+        return len(self.readers) - 1
+
+    def add_cell(self, row, reader, x, y):
+        self.rows.append(row)
+        self.which.append(reader)
+        self.x.append(x)
+        self.y.append(y)
+
+
+def plan(candidates, images, missing, metadata, mpp):
+    """What of the candidates can be scored → Plan.
+
+    images, missing  from `find_images`
+    mpp              µm/px of the slides; None: as their files say
+    """
+    job = Plan()
+    job.problems += [f"{path}: no such file" for path in missing]
+    readers = {None: None, **dict.fromkeys(missing)}
+    for row, path in enumerate(images):
+        if path not in readers:
+            readers[path] = job.add_reader(metadata, path, mpp)
+        if readers[path] is None:
             continue
-        mpp, source, text = session.resolution(metadata, found_mpp, path.name, given)
-        scales[path] = mpp, source, given or found_mpp
-        say(text)
-    jobs, rows = [], []
-    for i, path in enumerate(images):
-        if path not in sizes:
-            continue
-        x, y = found.x[i], found.y[i]
-        mpp, source, known = scales[path]
-        if found.kind == "challenge":  # millimetres
-            if known is None:
+        reader = job.readers[readers[path]]
+        x, y = float(candidates.x[row]), float(candidates.y[row])
+        if candidates.kind == "challenge":  # millimetres
+            if reader.mpp is None:
                 raise UserError(
-                    f"{path}: its µm/px is unknown and the candidates are in millimetres; give "
+                    f"{path}: its µm/px is unknown, and the candidates are in millimetres; give "
                     "--mpp"
                 )
-            x, y = x * 1000 / known, y * 1000 / known
-        width, height = sizes[path]
-        half = metadata["patch"] / 2 * (mpp / source if mpp else 1)
-        if not (-half < x < width + half and -half < y < height + half):
-            problems.append(
-                f"candidate {found.ids[i]} at ({x:g}, {y:g}) lies outside {path.name} "
-                f"({width} × {height} px)"
+            x, y = x * 1000 / reader.mpp, y * 1000 / reader.mpp
+        if reader.outside(x, y):
+            job.problems.append(
+                f"candidate {candidates.ids[row]} at ({x:g}, {y:g}) lies outside {path.name} "
+                f"({reader.extent})"
             )
             continue
-        jobs.append((path, float(x), float(y), mpp, source))
-        rows.append(i)
-    if problems and not skip:
-        more = f" (and {len(problems) - 1} more like this)" if len(problems) > 1 else ""
-        raise UserError(
-            f"{problems[0]}{more}; right slide, level-0 coordinates? --skip leaves out what "
-            "cannot be scored"
-        )
-    for text in problems[:5]:
-        say(f"left out: {text}")
-    if len(problems) > 5:
-        say(f"left out: {len(problems) - 5} more")
-    return jobs, rows
+        job.add_cell(row, readers[path], x, y)
+    return job
 
 
-def overlay(path, jobs, probability, threshold, labels, longest=2000):
-    """Draw the scored candidates of the first slide that has any on a view of it that holds them
-    all.
+# ---------------------------------------------------------------- the picture
+
+
+def overlay(path, job, probability, threshold, labels, longest=2000):
+    """Draw the scored candidates of the first slide that has any on a view that holds them all.
+
+    probability  of the cells of `job`, a Plan; NaN: not scored
     """
-    scored = [(file, x, y, p) for (file, x, y, *_), p in zip(jobs, probability) if not np.isnan(p)]
-    if not scored:
+    scored = np.flatnonzero(~np.isnan(probability))
+    if not len(scored):
         return
-    image = scored[0][0]
-    points = [(x, y, p) for file, x, y, p in scored if file == image]
-    width, height = slides.dimensions(image)
-    x, y = np.array([[a, b] for a, b, _ in points]).T
-    margin = 200
-    left, top = max(0, int(x.min()) - margin), max(0, int(y.min()) - margin)
-    right, bottom = min(width, int(x.max()) + margin), min(height, int(y.max()) + margin)
-    view, scale = region(image, left, top, max(1, right - left), max(1, bottom - top), longest)
+    which, x, y = np.asarray(job.which), np.asarray(job.x), np.asarray(job.y)
+    cells = scored[which[scored] == which[scored[0]]]
+    image = job.readers[which[cells[0]]].slide
+    view, left, top, scale = view_around(image, x[cells], y[cells], longest)
+
     draw, radius = ImageDraw.Draw(view), max(4, round(25 * scale))
-    width, font = max(2, radius // 6), ImageFont.load_default(max(12, max(view.size) // 80))
-    halo = dict(stroke_width=2, stroke_fill="white")  # legible on dark nuclei too
-    for a, b, p in sorted(points, key=lambda point: point[2]):
-        cx, cy, colour = (a - left) * scale, (b - top) * scale, formats.COLOURS[int(p >= threshold)]
-        for r, line, stroke in ((radius + 1, width + 2, "white"), (radius, width, colour)):
-            draw.ellipse((cx - r, cy - r, cx + r, cy + r), outline=stroke, width=line)
-        if len(points) <= 200:
+    line, font = max(2, radius // 6), ImageFont.load_default(max(12, max(view.size) // 80))
+    for i in cells[np.argsort(probability[cells])]:  # the likely ones on top
+        colour = formats.COLOURS[int(probability[i] >= threshold)]
+        cx, cy = (x[i] - left) * scale, (y[i] - top) * scale
+        # A white ring around the coloured one: legible on dark nuclei too.
+        for r, width, stroke in ((radius + 1, line + 2, "white"), (radius, line, colour)):
+            draw.ellipse((cx - r, cy - r, cx + r, cy + r), outline=stroke, width=width)
+        if len(cells) <= LABELLED:
             draw.text(
-                (cx + radius + 3, cy), f"{p:.2f}", fill=colour, font=font, anchor="lm", **halo
+                (cx + radius + 3, cy),
+                f"{probability[i]:.2f}",
+                fill=colour,
+                font=font,
+                anchor="lm",
+                stroke_width=2,
+                stroke_fill="white",
             )
     legend = f"red: {labels[1]} (p from {threshold:.3g} on), blue: {labels[0]}"
     box = draw.textbbox((8, 6), legend, font=font)
@@ -185,40 +229,42 @@ def overlay(path, jobs, probability, threshold, labels, longest=2000):
         view.save(temporary, format="PNG")
 
 
-def region(image, left, top, width, height, longest):
-    """A part of level 0 as a PIL image of at most `longest` px, and its scale."""
-    scale = min(1.0, longest / max(width, height))
+def view_around(image, x, y, longest, margin=200):
+    """The part of an image that holds the points → (PIL image of at most `longest` px, its left and
+    top in level-0 px, its scale).
+    """
+    width, height = slides.dimensions(image)
+    left, top = max(0, int(x.min()) - margin), max(0, int(y.min()) - margin)
+    right, bottom = min(width, int(x.max()) + margin), min(height, int(y.max()) + margin)
+    wide, high = max(1, right - left), max(1, bottom - top)
+    scale = min(1.0, longest / max(wide, high))
     slide = slides.open_slide(image)
     if slide.random_access:
         level = slide.handle.get_best_level_for_downsample(1 / scale)
         factor = slide.handle.level_downsamples[level]
-        size = max(1, round(width / factor)), max(1, round(height / factor))
+        size = max(1, round(wide / factor)), max(1, round(high / factor))
         pixels = slide.handle.read_region((left, top), level, size)
         view = Image.new("RGB", pixels.size, "white")
-        view.paste(pixels, mask=pixels.getchannel("A"))  # transparent where the scanner saw nothing
+        view.paste(pixels, mask=pixels.getchannel("A"))  # transparent where nothing was scanned
     else:
-        view = Image.fromarray(slide.pixels()[top : top + height, left : left + width])
-    return view.resize((max(1, round(width * scale)), max(1, round(height * scale)))), scale
+        view = Image.fromarray(slide.pixels()[top : top + high, left : left + wide])
+    size = max(1, round(wide * scale)), max(1, round(high * scale))
+    return view.resize(size), left, top, scale
 
 
-def check_output(flag, path):
-    """UserError for a file that could not be written: found before the scoring, not after."""
-    if path.is_dir():
-        raise UserError(f"{flag} {path}: is a folder; name a file in it")
-    if not path.resolve().parent.is_dir():
-        raise UserError(f"{flag} {path}: its folder does not exist")
+# ---------------------------------------------------------------- the command
 
 
-def main():
+def parse_arguments():
     parser = argparse.ArgumentParser(
-        description="Score a detector's candidates with an exported model; with the "
-        "model alone: say what it is."
+        description="Score a detector's candidates with an exported model; with the model alone: "
+        "say what it is."
     )
-    parser.add_argument("model", metavar="MODEL.onnx", help="made by export.py")
+    parser.add_argument("model", nargs="?", metavar="MODEL.onnx", help="made by export.py")
     parser.add_argument(
         "--slide",
         metavar="S",
-        help="the slide or image; a folder where candidates name their images",
+        help="the slide or image; a folder of them if the candidates name their images",
     )
     parser.add_argument(
         "--candidates",
@@ -232,14 +278,13 @@ def main():
     parser.add_argument(
         "--relabel",
         action="store_true",
-        help="also replace the class that the format keeps itself: category_id, agreedClass, label "
-        "(default: no; GeoJSON always has the new one)",
+        help="also replace the format's own class: category_id, agreedClass, label (default: no; "
+        "GeoJSON always gets the new one)",
     )
     parser.add_argument(
         "--threshold",
-        type=float,
         metavar="P",
-        help="from which probability on it is a mitotic figure (default: the model's)",
+        help="probability from which a candidate is a mitotic figure (default: the model's)",
     )
     parser.add_argument(
         "--mpp", type=float, metavar="M", help="µm/px of the slide (default: what its file says)"
@@ -248,7 +293,7 @@ def main():
         "--device",
         default="auto",
         metavar="D",
-        help="auto, cuda, cuda:1 or cpu; cuda that is not obtained is an error (default: auto)",
+        help="auto, cuda, cuda:1 or cpu; cuda is an error if it does not work (default: auto)",
     )
     parser.add_argument(
         "--batch-size",
@@ -264,40 +309,94 @@ def main():
         type=int,
         default=0,
         metavar="N",
-        help="threads of the CPU that the model may use (default: all)",
+        help="CPU threads that the model may use (default: all)",
     )
     parser.add_argument(
         "--skip",
         action="store_true",
-        help="leave out what cannot be scored (unreadable slides, candidates outside) and name "
-        "it; the "
-        "exit status is 1 then (default: an error before anything is written)",
+        help="name and leave out what cannot be scored (unreadable slides, candidates outside); "
+        "exit status 1 then (default: an error before anything is written)",
     )
     parser.add_argument(
         "--overlay", metavar="PNG", help="draw the scored candidates of the (first) slide"
     )
-    args = parser.parse_args()
-    given = [args.slide, args.candidates, args.out]
-    if any(given) and not all(given):
+    parser.add_argument(
+        "--doctor",
+        action="store_true",
+        help="check the installation instead; exit status 1 if a GPU is not used",
+    )
+    return parser.parse_args()
+
+
+def check(args):
+    """UserError for flags that do not make sense, before any file is opened."""
+    if not args.model:
+        raise UserError("which model? python classify.py MODEL.onnx … (or --doctor)")
+    together = [args.slide, args.candidates, args.out]
+    if any(together) and not all(together):
         raise UserError(
             "--slide, --candidates and --out belong together; without them the model is described"
         )
-    for name in ("batch_size", "workers"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    for flag, value, least in (
+        ("--batch-size", args.batch_size, 1),
+        ("--workers", args.workers, 1),
+        ("--threads", args.threads, 0),
+    ):
+        if value is not None and not least <= value <= 4096:
+            raise UserError(f"{flag} {value}: give {least} to 4096")
     if args.mpp is not None and not 0.01 < args.mpp < 100:
         raise UserError(f"--mpp {args.mpp:g}: not a plausible number of µm per px")
-    if args.threshold is not None and not 0 < args.threshold < 1:
-        raise UserError(f"--threshold {args.threshold:g}: must be a probability between 0 and 1")
 
-    if not args.candidates:
-        print(Classifier(args.model, args.device, warm_up=False).describe())
-        return 0
 
-    def say(text):
-        print(text, file=sys.stderr, flush=True)
+def check_output(flag, path):
+    """UserError for a file that could not be written: found before the scoring, not after."""
+    if path.is_dir():
+        raise UserError(f"{flag} {path}: is a folder; name a file in it")
+    if not path.resolve().parent.is_dir():
+        raise UserError(f"{flag} {path}: its folder does not exist")
 
-    found = formats.read(args.candidates)
+
+def say(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+def say_left_out(problems):
+    for text in problems[:LISTED]:
+        say(f"left out: {text}")
+    if len(problems) > LISTED:
+        say(f"left out: {len(problems) - LISTED} more")
+
+
+def score_all(classifier, job, args):
+    """Probabilities of the plan's cells → (float32 [n], seconds). With --skip, NaN for those that
+    cannot be read, which are named.
+    """
+    failures, failed = [], None
+    if args.skip:
+
+        def failed(i, error):
+            name = job.readers[job.which[i]].name
+            failures.append(f"{name}: cannot be read at ({job.x[i]:g}, {job.y[i]:g}): {error}")
+
+    start = time.perf_counter()
+    with common.progress(total=len(job.rows), desc="candidates", unit="candidates") as bar:
+        try:
+            probability = session.score(
+                classifier, job.readers, job.which, job.x, job.y, args.workers, bar, failed
+            )
+        except UserError as error:
+            raise UserError(f"{error}; --skip leaves out what cannot be scored") from None
+    say_left_out(failures)
+    return probability, time.perf_counter() - start
+
+
+def classify(args):
+    """Score the candidates and write them → exit status."""
+    # Mistakes are found before the work: what does not need the model, then what does.
+    threshold = None
+    if args.threshold is not None:
+        threshold = metrics.parse_threshold(args.threshold)
+    candidates = formats.read(args.candidates)
     out = Path(args.out)
     if out.exists() and out.samefile(args.candidates):
         raise UserError(
@@ -307,59 +406,64 @@ def main():
     check_output("--out", out)
     if args.overlay:
         check_output("--overlay", Path(args.overlay))
-    images, missing = find_images(found, args.slide)
-    elsewhere = sum(path is None for path in images)
+    images, missing = find_images(candidates, args.slide)
     classifier = Classifier(args.model, args.device, args.batch_size, args.threads)
     if classifier.input != "uint8":
         raise UserError(
             f"{args.model}: was exported with --input float, for hosts that normalise; this "
-            "command needs "
-            "one with --input uint8"
+            "command needs --input uint8"
         )
-    if args.relabel and found.kind == "sqlite":
-        formats.class_numbers(
-            found, classifier.labels, relabel=True
-        )  # its error must not come after the scoring
+    if args.relabel and candidates.kind == "sqlite":
+        formats.class_numbers(candidates, classifier.labels, relabel=True)
     say(f"{args.model}: {classifier.note}")
-    threshold = classifier.threshold if args.threshold is None else args.threshold
-    jobs, rows = plan(found, images, missing, classifier.metadata, args.mpp, args.skip, say)
+    if threshold is None:
+        threshold = classifier.threshold
 
-    failures = []
-
-    def failed(image, x, y, error):
-        failures.append(f"{image}: cannot be read at ({x:g}, {y:g}): {error}")
-
-    probability = np.full(len(found), np.nan, np.float32)
-    start_time = time.perf_counter()
-    with common.progress(total=len(jobs), desc="candidates", unit="candidates") as bar:
-        probability[rows] = session.score(
-            classifier,
-            jobs,
-            args.workers,
-            args.batch_size or 64,
-            bar,
-            failed if args.skip else None,
+    job = plan(candidates, images, missing, classifier.metadata, args.mpp)
+    for reader in job.readers:
+        say(f"{Path(reader.name).name}: {reader.note}")
+    if job.problems and not args.skip:
+        more = ""
+        if len(job.problems) > 1:
+            more = f" (and {len(job.problems) - 1} more like this)"
+        raise UserError(
+            f"{job.problems[0]}{more}; right slide, level-0 coordinates? --skip leaves out what "
+            "cannot be scored"
         )
-    seconds = time.perf_counter() - start_time
-    for text in failures[:5]:
-        say(f"left out: {text}")
-    formats.write(found, out, probability, threshold, classifier.labels, args.relabel)
-    if args.overlay and len(jobs):
-        overlay(args.overlay, jobs, probability[rows], threshold, classifier.labels)
+    say_left_out(job.problems)
+
+    probability = np.full(len(candidates), np.nan, np.float32)
+    probability[job.rows], seconds = score_all(classifier, job, args)
+    formats.write(candidates, out, probability, threshold, classifier.labels, args.relabel)
+    if args.overlay:
+        overlay(args.overlay, job, probability[job.rows], threshold, classifier.labels)
+
     scored = int((~np.isnan(probability)).sum())
     positive = int((probability >= threshold).sum())
     print(
         f"{out}: {scored} candidates scored, {positive} {classifier.labels[1]}, "
-        f"{scored - positive} "
-        f"{classifier.labels[0]} (threshold {threshold:.4g}); {scored / max(seconds, 1e-9):.1f} "
-        "candidates/s"
+        f"{scored - positive} {classifier.labels[0]} (threshold {threshold:.4g}); "
+        f"{scored / max(seconds, 1e-9):.1f} candidates/s"
     )
+    elsewhere = images.count(None)
     if elsewhere:
         print(f"{elsewhere} candidates lie on other images and are left as they were")
-    left = len(found) - elsewhere - scored
+    left = len(candidates) - elsewhere - scored
     if left:
         print(f"{left} candidates could not be scored and have no probability")
-    return 1 if left else 0
+        return 1
+    return 0
+
+
+def main():
+    args = parse_arguments()
+    if args.doctor:
+        return doctor.report()
+    check(args)
+    if args.candidates:
+        return classify(args)
+    print(Classifier(args.model, args.device, warm_up=False).describe())
+    return 0
 
 
 if __name__ == "__main__":

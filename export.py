@@ -2,7 +2,7 @@
 put in its place.
 
     python export.py RUN [--out model.onnx] [--precision fp32|fp16|int8] [--weights PATH]
-    python export.py --doctor        does ONNX Runtime get the GPU here? one screen
+    python export.py --doctor        does ONNX Runtime use the GPU? one screen
 
 The model takes patches uint8 [N, 224, 224, 3] (normalisation inside) and gives probability float32
 [N]; classify.py and any other program with ONNX Runtime runs it, without torch. Beside it lies
@@ -37,10 +37,12 @@ import runs
 from common import UserError
 from dataset import splits
 from dataset.patches import Patches
-from onnx_model import graph, parity, session
+from onnx_model import doctor, graph, parity, session
+from reporting import metrics
 
 LIMIT = 2**31 - 2**24  # bytes of one protobuf, less room for the graph
-FEWEST = 64  # patches to compare on, where the dataset has as many
+FEWEST = 64  # patches to compare on, if the dataset has as many
+BYTES = {"fp32": 4, "fp16": 2, "int8": 1}  # of a parameter
 LABELS = ["hard negative", "mitotic figure"]
 HERE = Path(__file__).resolve().parent
 
@@ -48,54 +50,41 @@ HERE = Path(__file__).resolve().parent
 # ---------------------------------------------------------------- threshold and temperature
 
 
-def best_threshold(labels, probability, rule):
-    """The threshold of a rule on validation predictions → (value, text).
+def sigmoid(z):
+    return 0.5 * (1 + np.tanh(np.asarray(z, np.float64) / 2))
 
-    rule  "f1": the highest F1 | "sensitivity=S": the highest threshold that finds the share S of
-    the mitotic figures
-          | a number. It lies in the middle between two neighbouring probabilities, so that rounding
-          moves no decision.
+
+def validation(predictions):
+    """(labels, logits, probabilities) of a run's validation predictions; empty without any."""
+    if predictions is None:
+        return np.zeros(0, np.int8), np.zeros(0), np.zeros(0)
+    rows = predictions["set"] == "val"
+    return tuple(predictions[name][rows] for name in ("label", "logit", "probability"))
+
+
+def decide(predictions, rule, calibrate=False):
+    """What the exported model decides by → (threshold, how it was chosen, temperature).
+
+    predictions  of the run, or None
+    rule         the text of --threshold
     """
-    with contextlib.suppress(ValueError):
-        value = float(rule)
-        if not 0 < value < 1:
-            raise UserError(
-                f"--threshold {rule}: a probability between 0 and 1, f1, or sensitivity=0.9"
-            )
-        return value, "given"
-    kind, _, share = rule.partition("=")
-    if kind not in ("f1", "sensitivity") or (kind == "f1" and share):
-        raise UserError(
-            f"--threshold {rule}: a probability between 0 and 1, f1, or sensitivity=0.9"
-        )
-    if kind == "sensitivity":
-        try:
-            share = float(share)
-        except ValueError:
-            share = -1
-        if not 0 < share <= 1:
-            raise UserError(
-                f"--threshold {rule}: the share of mitotic figures to be found, e.g. "
-                "sensitivity=0.9"
-            )
-    if len(set(np.asarray(labels).tolist()) & {0, 1}) < 2:
-        return 0.5, "0.5, without validation predictions of both classes"
-    order = np.argsort(-probability, kind="stable")
-    sorted_p, hits = probability[order], np.cumsum(labels[order] == 1)
-    ends = np.flatnonzero(
-        np.append(np.diff(sorted_p) != 0, True)
-    )  # the last of equal ones: they go together
-    hits, called = hits[ends], ends + 1
-    positives = int((labels == 1).sum())
-    if kind == "f1":
-        f1 = 2 * hits / (called + positives)
-        best = int(np.argmax(f1))
-        text = f"highest F1 on validation ({f1[best]:.4f})"
+    labels, logits, probability = validation(predictions)
+    temperature = 1.0
+    if calibrate:
+        temperature = best_temperature(labels, logits)
+        probability = sigmoid(logits / temperature)
+    target = metrics.parse_threshold(rule, rules=True)
+    if isinstance(target, float):
+        return target, "given", temperature
+    threshold = metrics.choose_threshold(labels, probability, target)
+    if len(np.unique(labels)) < 2:
+        text = "0.5, without validation predictions of both classes"
+    elif target == "f1":
+        text = f"highest F1 on validation ({metrics.f1(labels, probability >= threshold):.4f})"
     else:
-        best = int(np.argmax(hits / positives >= share))
-        text = f"sensitivity {hits[best] / positives:.4f} on validation (wanted {share:g})"
-    low = sorted_p[ends[best + 1]] if best + 1 < len(ends) else 0.0
-    return float((sorted_p[ends[best]] + low) / 2), text
+        share = metrics.sensitivity(labels, probability >= threshold)
+        text = f"sensitivity {share:.4f} on validation (required: {target[1]:g})"
+    return threshold, text, temperature
 
 
 def best_temperature(labels, logits):
@@ -107,18 +96,20 @@ def best_temperature(labels, logits):
     z, y = np.asarray(logits, np.float64), np.asarray(labels, np.float64)
 
     def slope(s):
-        return float(((0.5 * (1 + np.tanh(s * z / 2)) - y) * z).sum())
+        return float(((sigmoid(s * z) - y) * z).sum())
 
     low, high = 1e-3, 1e3
     if len(z) == 0 or slope(low) >= 0 or slope(high) <= 0:
         raise UserError(
-            "--calibrate: no temperature fits the validation predictions (they order the classes "
-            "not at "
-            "all, or without an error); export without it"
+            "--calibrate: no temperature fits the validation predictions (the logits separate the "
+            "classes without an error, or do not order them at all); export without it"
         )
     for _ in range(100):
         middle = math.sqrt(low * high)
-        low, high = (middle, high) if slope(middle) < 0 else (low, middle)
+        if slope(middle) < 0:
+            low = middle
+        else:
+            high = middle
     return 1 / math.sqrt(low * high)
 
 
@@ -126,44 +117,47 @@ def best_temperature(labels, logits):
 
 
 def validation_patches(run, config, args, count):
-    """Validation patches of the run, as many of each class as there are → (patches, labels, ids,
-    where they are from).
-
-    The demo's, where the run's data is not here.
+    """Validation patches of the run, about half of each class → (patches, labels, ids, where they
+    are from); the demo's if the run's data is not available.
     """
-    kept = dict(config.get("source", {}))
-    kept |= {name: getattr(args, name) for name in ("data", "images") if getattr(args, name)}
+    source = dict(config.get("source", {}))
+    source |= {name: getattr(args, name) for name in ("data", "images") if getattr(args, name)}
     try:
-        annotations, choices = flags.from_source(kept, quiet=False)
-        wanted = splits.load_split(run / "split.json", annotations).val
-        rows = annotations.rows(wanted)
-        if len(rows):  # read here: the annotations may be here without their images
-            return read_patches(
-                annotations, choices, rows, count, f"validation patches of {annotations.name}"
-            )
+        annotations, choices = flags.from_source(source, quiet=False)
+        rows = annotations.rows(splits.load_split(run / "split.json", annotations).val)
+        if len(rows):
+            # Read inside the try: the annotations may be available without their images.
+            name = f"validation patches of {annotations.name}"
+            patches, labels, rows, name = read_patches(annotations, choices, rows, count, name)
+            return patches, labels, annotations.id[rows], name
     except (UserError, OSError) as error:
         if args.data:
             raise
         print(
-            f"note: the run's data cannot be used here ({error}); comparing on demo patches "
-            "(--data D names it)",
+            f"note: the run's data is not available ({error}); comparing on demo patches (--data D "
+            "names other data)",
             file=sys.stderr,
         )
+    return demo_patches(count)
+
+
+def demo_patches(count):
     annotations, choices = flags.from_source({"data": "demo", "fit": "resize"}, quiet=False)
-    return read_patches(annotations, choices, np.arange(len(annotations)), count, "demo patches")
+    rows = np.arange(len(annotations))
+    patches, labels, _, name = read_patches(annotations, choices, rows, count, "demo patches")
+    return patches, labels, [], name
 
 
-def read_patches(annotations, choices, rows, count, source):
-    """`count` of the rows, both classes among them, and others of the dataset where they are too
-    few.
+def read_patches(annotations, choices, rows, count, name):
+    """`count` of the rows, of both classes, and others of the dataset if they are too few →
+    (patches, labels, rows, name).
     """
-    own = source != "demo patches"
     rows = pick(rows, annotations.label, count)
-    if len(rows) < min(count, FEWEST, len(annotations)):  # a batch of 64 needs so many
+    if len(rows) < min(count, FEWEST, len(annotations)):  # a batch of 64 needs as many
         others = np.setdiff1d(np.arange(len(annotations)), rows)
-        more = pick(others, annotations.label, min(count, FEWEST) - len(rows))
-        source += f" ({len(rows)}, and {len(more)} others)"
-        rows = np.concatenate([rows, more])
+        others = pick(others, annotations.label, min(count, FEWEST) - len(rows))
+        name += f" ({len(rows)}, and {len(others)} others)"
+        rows = np.concatenate([rows, others])
     reader = Patches(
         annotations,
         size=models.SIZE,
@@ -171,17 +165,12 @@ def read_patches(annotations, choices, rows, count, source):
         mpp=choices.mpp,
         source_mpp=choices.source_mpp,
     )
-    return (
-        reader.read(rows),
-        annotations.label[rows].astype(np.int8),
-        annotations.id[rows] if own else [],
-        source,
-    )
+    return reader.read(rows), annotations.label[rows].astype(np.int8), rows, name
 
 
 def pick(rows, labels, count):
-    """At most `count` of `rows`, as many of each label as there are, in random order: both are in
-    small batches.
+    """At most `count` of `rows`, half of each label if possible, in random order: small batches
+    have both.
     """
     generator = np.random.default_rng(0)
     negative, positive = (generator.permutation(rows[labels[rows] == kind]) for kind in (0, 1))
@@ -190,8 +179,10 @@ def pick(rows, labels, count):
 
 
 def default_count(encoder):
-    """How many patches: 256, for large encoders (minutes on a CPU) as few as fill one batch of 64."""
-    return 256 if sum(p.numel() for p in encoder.parameters()) < 1e8 else 64
+    """Patches to compare on: 256; for large encoders (minutes on a CPU) one batch of 64."""
+    if sum(p.numel() for p in encoder.parameters()) < 1e8:
+        return 256
+    return 64
 
 
 # ---------------------------------------------------------------- files
@@ -199,41 +190,46 @@ def default_count(encoder):
 
 @contextlib.contextmanager
 def workshop(out):
-    """A temporary folder beside `out`, for files that are not yet the result; gone at the end,
-    however it ends.
+    """A temporary folder beside `out` for unfinished files, removed at the end, however it ends.
 
-    Those of processes that were killed are removed too.
-    """
+    Those that killed processes left are removed too."""
     out.parent.mkdir(parents=True, exist_ok=True)
     for old in out.parent.glob(f".{out.name}.*.tmp"):
-        owner = old.name.split(".")[-3]
-        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
-            shutil.rmtree(old, ignore_errors=True)
-    folder = Path(
-        tempfile.mkdtemp(prefix=f".{out.name}.{os.getpid()}.", suffix=".tmp", dir=out.parent)
-    )
-    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder goes
+        remove_abandoned(old)
+    prefix = f".{out.name}.{os.getpid()}."
+    folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=out.parent))
+    # A SIGTERM ends as an exit does, so that the folder goes.
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        yield folder
+        with common.exclusive(folder / "lock"):
+            yield folder
     finally:
         signal.signal(signal.SIGTERM, previous)
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def remove_abandoned(folder):
+    """Remove the workshop of a process that was killed, whose lock is free."""
+    with contextlib.suppress(OSError):
+        lock = common.try_lock(folder / "lock")
+        if lock is not None:
+            lock.release()
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def put_in_place(folder, out):
-    """Move the finished files to their names. The .onnx comes last: while it is there, what belongs
-    to it is.
+    """Move the finished files to their names. The .onnx comes last: while it exists, what belongs
+    to it does.
     """
     names = [f"{out.name}.data", out.with_suffix(".parity.json").name, out.name]
     for name in names:
         path = folder / name
         if path.exists():
             path.chmod(0o666 & ~common._umask())
-            with open(path, "rb") as file:
+            with open(path, "rb+") as file:
                 os.fsync(file.fileno())
-    out.unlink(
-        missing_ok=True
-    )  # an old .onnx must not stand beside new weights, not even for a moment
+    # An old .onnx must not stand beside new weights, not even for a moment.
+    out.unlink(missing_ok=True)
     for name in names:
         if (folder / name).exists():
             os.replace(folder / name, out.parent / name)
@@ -241,47 +237,20 @@ def put_in_place(folder, out):
             (out.parent / name).unlink(missing_ok=True)  # of an earlier, larger export
 
 
-def room(folder, wanted):
+def room(folder, needed):
     free = shutil.disk_usage(folder).free
-    if free < wanted:
+    if free < needed:
         raise UserError(
-            f"{folder}: {wanted / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; make "
-            "room, or name "
-            "another place with --out"
+            f"{folder}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; make "
+            "room, or name another place with --out"
         )
 
 
 def save_array(path, array):
-    """np.save, but on a full disk it says so (NumPy's own error has no number)."""
+    """np.save, but a full disk is an OSError with its number, which NumPy's own is not."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     Path(path).write_bytes(buffer.getbuffer())
-
-
-def check_process(model, folder, *flags):
-    """Run onnx_model/parity.py on a file in a process of its own → its report; UserError where it
-    fails.
-    """
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "onnx_model.parity",
-            str(Path(model).resolve()),
-            str(Path(folder).resolve()),
-            *flags,
-        ],
-        cwd=HERE,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message; killed for memory?"])[-1]
-        raise UserError(
-            f"the exported model does not run ({last.removeprefix('error: ')}); nothing was written"
-        )
-    return json.loads(done.stdout)
 
 
 def set_metadata(proto, metadata):
@@ -293,23 +262,24 @@ def set_metadata(proto, metadata):
 
 def free_memory():
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
-# ---------------------------------------------------------------- the export
+# ---------------------------------------------------------------- what the model says of itself
 
 
-def describe(run, config, model, args, threshold, rule, temperature):
-    """The metadata of the model, without what is known only when it is written."""
-    flags, spec = config["flags"], model.encoder.spec
-    metrics = common.read_json(run / "metrics.json") if (run / "metrics.json").exists() else {}
+def describe(run, config, model, args, decision):
+    """The metadata of the model, except for what is known only when it is written.
+
+    decision  (threshold, rule, temperature), see `decide`
+    """
+    choices, data, spec = config["flags"], config.get("data", {}), model.encoder.spec
+    threshold, rule, temperature = decision
+    results = {}
+    if (run / "metrics.json").exists():
+        results = common.read_json(run / "metrics.json")
     licence = getattr(model.encoder, "licence", spec.licence)
-    redistribution = "yes"
-    if not spec.derivatives:
-        redistribution = "no"
-    elif "non-commercial" in licence or "NC" in licence:
-        redistribution = "not for commercial use"
     with open(run / "model.safetensors", "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {
@@ -317,23 +287,23 @@ def describe(run, config, model, args, threshold, rule, temperature):
         "encoder": spec.name,
         "pool": model.encoder.pool,
         "layer": model.encoder.layer,
-        "method": flags["method"],
+        "method": choices["method"],
         "tta": bool(model.tta),
         "licence": licence,
-        "redistribution": redistribution,
-        "dataset": config.get("data", {}).get("name", flags.get("data")),
-        "frac": flags.get("frac"),
-        "fold": flags.get("fold"),
-        "domain": flags.get("domain"),
+        "redistribution": redistribution(spec, licence),
+        "dataset": data.get("name", choices.get("data")),
+        "frac": choices.get("frac"),
+        "fold": choices.get("fold"),
+        "domain": choices.get("domain"),
         "mpp": training_mpp(config),
-        "resampled": bool(flags.get("mpp")),
+        "resampled": bool(choices.get("mpp")),
         "size": models.SIZE,
-        "patch": config.get("data", {}).get("patch") or models.SIZE,
-        "fit": flags.get("fit") or "resize",
+        "patch": data.get("patch") or models.SIZE,
+        "fit": choices.get("fit") or "resize",
         "labels": LABELS,
         "threshold": {"value": threshold, "rule": rule},
         "temperature": temperature,
-        "metrics": metrics.get("sets", metrics),
+        "metrics": results.get("sets", results),
         "commit": runs.environment()["commit"],
         "weights_hash": digest,
         "base_weights_hash": model.encoder.weights_hash,
@@ -349,25 +319,71 @@ def describe(run, config, model, args, threshold, rule, temperature):
     }
 
 
+def redistribution(spec, licence):
+    """Whether a model with these weights merged in, a derivative of them, may be passed on."""
+    if not spec.derivatives:
+        return "no"
+    if "non-commercial" in licence or "NC" in licence:
+        return "not for commercial use"
+    return "yes"
+
+
 def training_mpp(config):
-    """µm/px of the patches that the run was trained on; None where it is not known."""
+    """µm/px of the patches that the run was trained on; None if it is not known."""
     value = config["flags"].get("mpp") or config.get("data", {}).get("mpp")
     if isinstance(value, dict):  # per image or domain: the middle one
-        value = float(np.median([v for v in value.values() if v])) if any(value.values()) else None
-    return None if value is None else float(value)
+        known = [number for number in value.values() if number]
+        value = None
+        if known:
+            value = np.median(known)
+    if value is None:
+        return None
+    return float(value)
+
+
+def announce(run, metadata, calibrated):
+    threshold = metadata["threshold"]
+    line = (
+        f"{run}: {metadata['method']} on {metadata['encoder']}, {metadata['dataset']}; "
+        f"threshold {threshold['value']:.4g} ({threshold['rule']})"
+    )
+    if calibrated:
+        line += f", temperature {metadata['temperature']:.4g}"
+    print(line)
+    line = (
+        f"licence of the base weights: {metadata['licence']}; redistribution: "
+        f"{metadata['redistribution']}"
+    )
+    if metadata["redistribution"] != "yes":
+        line += " (a model with these weights merged in is a derivative of them)"
+    print(line)
+
+
+# ---------------------------------------------------------------- the check against torch
+
+
+def torch_logits(model, patches, args):
+    """torch's numbers, in float32, with adapters unmerged, so that merging is checked too →
+    (logits [n], peaks of the activations or None, see graph.activation_peaks).
+    """
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    device = models.resolve_device(args.device)
+    watching = contextlib.nullcontext()
+    if args.precision != "fp32":
+        watching = graph.activation_peaks(model.encoder)
+    with watching as peaks:
+        logits = models.predict(model, patches, batch_size=8, device=device, progress="torch")
+    model.to("cpu")
+    return logits, peaks
 
 
 def against_predictions(predictions, ids, logits):
-    """How far the merged float32 model is from the run's own predictions (which may have been made
-    in bf16).
-    """
+    """How far the merged float32 model is from the run's own predictions (which may be of bf16)."""
     if predictions is None:
         return None
-    validation = np.flatnonzero(
-        predictions["set"] == "val"
-    )  # further datasets may use the same ids
-    where = dict(zip(predictions["id"][validation].tolist(), validation.tolist()))
-    pairs = [(where[name], i) for i, name in enumerate(np.asarray(ids).tolist()) if name in where]
+    validation_rows = np.flatnonzero(predictions["set"] == "val")  # other sets may share the ids
+    row_of = dict(zip(predictions["id"][validation_rows].tolist(), validation_rows.tolist()))
+    pairs = [(row_of[name], i) for i, name in enumerate(np.asarray(ids).tolist()) if name in row_of]
     if not pairs:
         return None
     old, new = np.array(pairs).T
@@ -379,156 +395,157 @@ def against_predictions(predictions, ids, logits):
     }
 
 
-def sigmoid(z):
-    return 0.5 * (1 + np.tanh(np.asarray(z, np.float64) / 2))
+def check_process(model, folder, *options):
+    """Run onnx_model/parity.py on a file in a process of its own → its report; UserError if it
+    fails.
+    """
+    command = [sys.executable, "-m", "onnx_model.parity"]
+    command += [str(Path(model).resolve()), str(Path(folder).resolve()), *options]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message; killed for memory?"])[-1]
+        raise UserError(
+            f"the exported model does not run ({last.removeprefix('error: ')}); nothing was written"
+        )
+    return json.loads(done.stdout)
+
+
+def print_parity(report):
+    print(session.describe_parity(report))
+    difference = report["predictions.csv"]
+    if difference:
+        print(
+            f"torch fp32 against predictions.csv ({difference['patches']} patches): largest |Δp| "
+            f"{difference['largest']:.2e}, mean {difference['mean']:.2e}"
+        )
+
+
+# ---------------------------------------------------------------- the export
+
+
+def write_graph(model, folder, name, args, metadata, peaks):
+    """Emit the model into `folder` → (ModelProto, file of the weights, whether it stays a file of
+    its own); completes the metadata.
+    """
+    size = sum(p.numel() for p in model.parameters()) * BYTES[args.precision]
+    external = args.external or size > LIMIT
+    copies = 2  # the weights, and the model with them inside
+    if external:
+        copies = 1
+    room(folder, int(size * copies * 1.05) + (1 << 20))
+    weights = folder / f"{name}.data"
+    with open(weights, "wb") as file:
+        proto = graph.emit(
+            model,
+            file,
+            args.precision,
+            args.opset,
+            args.input,
+            args.embedding,
+            metadata["temperature"],
+            peaks,
+        )
+        metadata["export_id"] = os.urandom(session.TRAILER).hex()
+        file.write(bytes.fromhex(metadata["export_id"]))
+        metadata["data_bytes"] = 0
+        if external:
+            metadata["data_bytes"] = file.tell()
+    metadata["data_name"] = weights.name
+    if args.precision == "fp16":
+        say_float32(peaks)
+    return proto, weights, external
+
+
+def say_float32(peaks):
+    blocks = set()
+    for (block, part), peak in peaks.items():
+        if part in ("attn", "mlp") and peak * graph.HEADROOM >= graph.HALF_MAX:
+            blocks.add(block)
+    if blocks:
+        print(
+            f"activations near the end of float16: parts of the blocks {sorted(blocks)} stay in "
+            "float32"
+        )
 
 
 def export(run, out, args):
+    """Write a finished run as the ONNX model `out`, verified; UserError if it is not within its
+    tolerance.
+
+    run, out  paths; args: the command's flags
+    """
     run, out = Path(run), Path(out)
     if not (run / "metrics.json").exists():
         raise UserError(f"{run}: not a finished run (no metrics.json)")
     if out.is_dir():
         raise UserError(f"--out {out}: is a folder; name the file, e.g. {out}/model.onnx")
-    predictions = (
-        runs.read_predictions(run / "predictions.csv")
-        if (run / "predictions.csv").exists()
-        else None
-    )
-    validation = predictions["set"] == "val" if predictions is not None else np.zeros(0, bool)
-    labels, logits = (
-        predictions[k][validation] if predictions is not None else np.zeros(0)
-        for k in ("label", "logit")
-    )
-    temperature = best_temperature(labels, logits) if args.calibrate else 1.0
-    threshold, rule = best_threshold(labels, sigmoid(logits / temperature), args.threshold)
+    predictions = None
+    if (run / "predictions.csv").exists():
+        predictions = runs.read_predictions(run / "predictions.csv")
+    decision = decide(predictions, args.threshold, args.calibrate)
 
     with workshop(out) as folder:
         model, config = checkpoint.load_run(run, weights=args.weights)
-        metadata = describe(run, config, model, args, threshold, rule, temperature)
-        print(
-            f"{run}: {metadata['method']} on {metadata['encoder']}, {metadata['dataset']}; "
-            f"threshold {threshold:.4g} "
-            + f"({rule})"
-            + (f", temperature {temperature:.4g}" if args.calibrate else "")
-        )
-        print(
-            f"licence of the base weights: {metadata['licence']}; redistribution: "
-            f"{metadata['redistribution']}"
-            + (
-                ""
-                if metadata["redistribution"] == "yes"
-                else " (a model with these weights merged in is a derivative of them)"
-            )
-        )
+        metadata = describe(run, config, model, args, decision)
+        announce(run, metadata, args.calibrate)
+
         count = args.patches or default_count(model.encoder)
-        patches, truth, ids, source = validation_patches(run, config, args, count)
+        patches, labels, ids, source = validation_patches(run, config, args, count)
+        logits, peaks = torch_logits(model, patches, args)
+        save_array(folder / "patches.npy", patches)
+        save_array(folder / "probability.npy", sigmoid(logits / metadata["temperature"]))
+        save_array(folder / "labels.npy", labels)
 
-        # torch's numbers, with the adapters still beside the weights, so that merging is checked
-        # too
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-        device = models.resolve_device(args.device)
-        peaks = None
-        with (
-            graph.activation_peaks(model.encoder)
-            if args.precision != "fp32"
-            else contextlib.nullcontext() as seen
-        ):
-            reference = models.predict(
-                model, patches, batch_size=8, device=device, progress="torch"
-            )
-            peaks = dict(seen) if seen else None
-        model.to("cpu")
-        if metadata["method"] == "lora":
-            lora.merge_lora(model.encoder)
-        for name, array in (
-            ("patches", patches),
-            ("probability", sigmoid(reference / temperature)),
-            ("labels", truth),
-        ):
-            save_array(folder / f"{name}.npy", array)
-
-        size = (
-            sum(p.numel() for p in model.parameters())
-            * {"fp32": 4, "fp16": 2, "int8": 1}[args.precision]
-        )
-        external = args.external or size > LIMIT
-        room(folder, int(size * (1 if external else 2) * 1.05) + (1 << 20))
-        weights = folder / f"{out.name}.data"
-        with open(weights, "wb") as file:
-            proto = graph.emit(
-                model,
-                file,
-                args.precision,
-                args.opset,
-                args.input,
-                args.embedding,
-                temperature,
-                peaks,
-            )
-            metadata["export_id"] = os.urandom(session.TRAILER).hex()
-            file.write(bytes.fromhex(metadata["export_id"]))
-            metadata["data_bytes"] = file.tell() if external else 0
-        metadata["data_name"] = weights.name
-        float32 = sorted(
-            {
-                i
-                for (i, part), peak in (peaks or {}).items()
-                if part in ("attn", "mlp") and peak * graph.HEADROOM >= graph.HALF_MAX
-            }
-        )
-        if float32 and args.precision == "fp16":
-            print(
-                f"activations near the end of float16: parts of the blocks {float32} stay in "
-                "float32"
-            )
+        lora.merge_lora(model.encoder)
+        proto, weights, external = write_graph(model, folder, out.name, args, metadata, peaks)
         del model
         free_memory()
 
+        # Written twice: to be measured, and with the report of that inside.
         report = {
             "source": source,
             "wanted": parity.WANTED[args.precision],
             "measured": [],
-            "predictions.csv": against_predictions(predictions, ids, reference),
+            "predictions.csv": against_predictions(predictions, ids, logits),
         }
-        set_metadata(proto, {**metadata, "parity": report})
         model_file = folder / out.name
-        graph.save(proto, weights, model_file, inline=not external)
-        onnx.checker.check_model(str(model_file))
+        write_model(proto, weights, model_file, external, metadata, report)
         report["measured"] = check_process(model_file, folder)
         report["problems"] = parity.problems(report["measured"], args.precision)
-        print(session.describe_parity(report))
-        if report["predictions.csv"]:
-            print(
-                "torch fp32 against predictions.csv ({patches} patches): largest |Δp| "
-                "{largest:.2e}, "
-                "mean {mean:.2e}".format(**report["predictions.csv"])
-            )
+        print_parity(report)
         if report["problems"]:
             raise UserError(
                 f"not exported, {args.precision} is not within its tolerance: "
                 f"{report['problems'][0]}"
             )
-
-        set_metadata(proto, {**metadata, "parity": report})
-        graph.save(
-            proto, weights, model_file, inline=not external
-        )  # the same, now with its report inside
-        onnx.checker.check_model(str(model_file))
+        write_model(proto, weights, model_file, external, metadata, report)
         if not external:
             check_process(model_file, folder, "--quick")
             weights.unlink()
-        common.write_json(
-            folder / out.with_suffix(".parity.json").name, {**metadata, "parity": report}
-        )
+        parity_file = folder / out.with_suffix(".parity.json").name
+        common.write_json(parity_file, {**metadata, "parity": report})
         put_in_place(folder, out)
-    total = sum(path.stat().st_size for path in (out, Path(f"{out}.data")) if path.exists())
-    print(
-        f"{out}: {total / 1e6:.1f} MB"
-        + (f" with {out.name}.data (keep them together)" if external else "")
-    )
+    say_written(out, external)
 
 
-def main():
+def write_model(proto, weights, path, external, metadata, report):
+    set_metadata(proto, {**metadata, "parity": report})
+    graph.save(proto, weights, path, inline=not external)
+    onnx.checker.check_model(str(path))
+
+
+def say_written(out, external):
+    size, together = out.stat().st_size, ""
+    if external:
+        size += Path(f"{out}.data").stat().st_size
+        together = f" with {out.name}.data (keep them together)"
+    print(f"{out}: {size / 1e6:.1f} MB{together}")
+
+
+# ---------------------------------------------------------------- the command
+
+
+def parse_arguments():
     parser = argparse.ArgumentParser(
         description="Write a finished run as an ONNX model, verified against torch."
     )
@@ -536,7 +553,7 @@ def main():
     parser.add_argument(
         "--out",
         metavar="FILE",
-        help="where to (default: RUN/model.onnx, model-fp16.onnx, model-int8.onnx)",
+        help="the model's file (default: RUN/model.onnx, model-fp16.onnx, model-int8.onnx)",
     )
     parser.add_argument(
         "--precision",
@@ -547,7 +564,7 @@ def main():
     parser.add_argument(
         "--weights",
         metavar="PATH",
-        help="the encoder's published weights (default: as the run had them)",
+        help="the encoder's published weights (default: those of the run)",
     )
     parser.add_argument(
         "--opset",
@@ -555,16 +572,14 @@ def main():
         default=graph.FUSED,
         metavar="N",
         help=f"ONNX opset, {graph.OLDEST} to {graph.NEWEST}; below {graph.FUSED} attention is "
-        "written as "
-        f"products and softmax, for older runtimes (default: {graph.FUSED})",
+        f"written as products and softmax, for older runtimes (default: {graph.FUSED})",
     )
     parser.add_argument(
         "--input",
         choices=("uint8", "float"),
         default="uint8",
-        help="uint8: RGB [N, 224, 224, 3], normalisation inside; float: normalised [N, 3, 224, "
-        "224], "
-        "for hosts that bring it so (default: uint8)",
+        help="uint8: RGB [N, 224, 224, 3], normalisation inside; float: normalised "
+        "[N, 3, 224, 224], for hosts that normalise (default: uint8)",
     )
     parser.add_argument(
         "--embedding", action="store_true", help="add the output embedding [N, D] (default: no)"
@@ -572,7 +587,7 @@ def main():
     parser.add_argument(
         "--external",
         action="store_true",
-        help="weights in a .data file also where one file would do (default: over 2 GiB)",
+        help="weights in a .data file, even if one file would do (default: over 2 GiB)",
     )
     parser.add_argument(
         "--threshold",
@@ -595,7 +610,9 @@ def main():
     parser.add_argument(
         "--data", metavar="D", help="dataset to compare on (default: the run's, else the demo)"
     )
-    parser.add_argument("--images", metavar="DIR", help="its images, where they lie elsewhere")
+    parser.add_argument(
+        "--images", metavar="DIR", help="folder of its images, if not beside the annotations"
+    )
     parser.add_argument(
         "--device",
         default="auto",
@@ -605,13 +622,14 @@ def main():
     parser.add_argument(
         "--doctor",
         action="store_true",
-        help="check the installation instead; status 1: a GPU is not used",
+        help="check the installation instead, as python classify.py --doctor does; exit status 1 "
+        "if a GPU is not used",
     )
-    args = parser.parse_args()
-    if args.doctor:
-        from onnx_model import doctor
+    return parser.parse_args()
 
-        return doctor.report()
+
+def check(args):
+    """UserError for flags that do not make sense, before any work."""
     if not args.run:
         raise UserError("which run? python export.py runs/…/frac1-fold0 (or --doctor)")
     if not graph.OLDEST <= args.opset <= graph.NEWEST:
@@ -620,11 +638,28 @@ def main():
         raise UserError("--patches must be at least 2")
     if not Path(args.run).is_dir():
         raise UserError(f"{args.run}: no such run folder")
-    name = "model.onnx" if args.precision == "fp32" else f"model-{args.precision}.onnx"
-    out = Path(args.out) if args.out else Path(args.run) / name
+    metrics.parse_threshold(args.threshold, rules=True)
+
+
+def output_path(args):
+    name = "model.onnx"
+    if args.precision != "fp32":
+        name = f"model-{args.precision}.onnx"
+    out = Path(args.run) / name
+    if args.out:
+        out = Path(args.out)
     if out.suffix != ".onnx":
         raise UserError(f"--out {out}: must end with .onnx")
-    export(args.run, out, args)
+    return out
+
+
+def main():
+    args = parse_arguments()
+    if args.doctor:
+        return doctor.report()
+    check(args)
+    export(args.run, output_path(args), args)
+    return 0
 
 
 if __name__ == "__main__":

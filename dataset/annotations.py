@@ -343,7 +343,7 @@ def load_dataset(path, images=None, classes=None, profile=None, columns=None, na
     if not root.is_dir():
         raise UserError(f"{root}: no such folder of images (--images)")
     notes = list(table.notes)
-    place = _locate(list(table.images), root, notes)
+    place = locate(list(table.images), root, notes)
     missing = [image for image, found in place.items() if found is None]
     gone = set() if len(missing) == len(place) else set(missing)
     place = {image: found or image for image, found in place.items()}
@@ -568,7 +568,7 @@ def _count_images(root):
     return sum(1 for _ in _walk(root))
 
 
-def _locate(names, root, notes):
+def locate(names, root, notes):
     """{name in the annotation file: path below root, or None}; subfolders and other image suffixes
     are tried.
     """
@@ -589,9 +589,8 @@ def _locate(names, root, notes):
             renamed += len(found) == 1
         if len(found) > 1:
             raise UserError(
-                f"{name}: there are several such files under {root} ({', '.join(found[:3])}); "
-                "give the "
-                "right folder with --images, or paths in the annotation file"
+                f"{name}: several files under {root} could be this image "
+                f"({', '.join(found[:3])}); name it by its path below that folder"
             )
         place[name] = found[0] if found else None
     if renamed:

@@ -131,9 +131,7 @@ def detect(image, classifier, given_mpp=None):
     if mpp is None:
         raise UserError(f"{image}: its µm/px is unknown, and the model's too; give --mpp")
     x, y, blob = blobs(image, mpp)
-    read_at, source, _ = session.resolution(classifier.metadata, mpp, str(image))
-    jobs = [(image, float(a), float(b), read_at, source) for a, b in zip(x, y)]
-    probability = session.score(classifier, jobs) if jobs else np.zeros(0, np.float32)
+    probability = classifier.score(image, x, y, mpp=mpp)
     return {"x": x, "y": y, "blob": blob, "probability": probability, "mpp": mpp}
 
 

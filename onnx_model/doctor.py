@@ -1,19 +1,21 @@
-"""Is the GPU there, and is it used? Versions, libraries, and a tiny model really run on every
+"""Is the GPU available, and is it used? Versions, libraries, and a tiny model run on every
 provider: one screen.
-"""
 
+Needs what classify.py needs, no more: neither torch nor onnx."""
+
+import base64
 import ctypes
 import importlib.metadata
 import os
 import platform
 import subprocess
-import sys
 import tempfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from onnx import TensorProto, helper
+import openslide
 
 import common
 from onnx_model import session
@@ -37,21 +39,43 @@ LIBRARIES = {
         "libcudnn.so.9",
     ),
 }
+INSTALL = "pip install 'onnxruntime-gpu[cuda,cudnn]'"
+
+# What a vision transformer is made of, one product and one attention, as an ONNX file (zlib,
+# base64): x float32 [N, 4, 8], q = x @ identity, y = Attention(q, x, x), one head, opset 23.
+# tests/test_doctor.py builds the same with onnx.helper.
+TINY_MODEL = (
+    "eNrj4Laax8wlyMVYwcVYLsRYqMTmm1jiW5rD5cDFWAgWrRBirFTidCwpSc0ryczP0xLm4skui88rzY3PSE1MKZZgXMDI"
+    "pCXExV2IJibEUpKZV6nVw8QBBAKMTozlXg1MDAwN9gwEwfBVEyUBClBhLkEORiFeLmYhRj8uJg4WIOZIAspUYpVxYuFi"
+    "EBAHAPNNJZc="
+)
+
+
+def tiny_model(path):
+    Path(path).write_bytes(zlib.decompress(base64.b64decode(TINY_MODEL)))
+
+
+def expected(x):
+    """What the tiny model gives for x float32 [N, 4, 8]."""
+    weights = np.exp(x @ x.transpose(0, 2, 1) / 8**0.5)
+    return weights / weights.sum(-1, keepdims=True) @ x
 
 
 def version(*names):
+    """The installed version of the first of these packages that is installed."""
     for name in names:
         try:
-            return f"{importlib.metadata.version(name)}" + (f" ({name})" if len(names) > 1 else "")
+            text = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
+        if len(names) > 1:
+            text += f" ({name})"
+        return text
     return "not installed"
 
 
 def gpus():
-    """Names of the NVIDIA GPUs that the driver sees, asked in a way that needs neither torch nor
-    ONNX Runtime.
-    """
+    """Names of the NVIDIA GPUs that the driver sees, asked without torch and ONNX Runtime."""
     try:
         done = subprocess.run(
             ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"],
@@ -62,72 +86,42 @@ def gpus():
         )
     except (OSError, subprocess.TimeoutExpired):
         return []
-    return (
-        [line.strip() for line in done.stdout.splitlines() if line.strip()]
-        if done.returncode == 0
-        else []
-    )
+    if done.returncode:
+        return []
+    return [line.strip() for line in done.stdout.splitlines() if line.strip()]
 
 
 def libraries():
-    """{library: where it was found | None} for the CUDA version that the provider was built for."""
+    """{library: does it load?} for the CUDA version that the provider was built for."""
     provider = Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
     if not provider.exists():
         return {}
-    content = provider.read_bytes() if provider.stat().st_size < 1 << 30 else b""
-    wanted = LIBRARIES["13" if b"libcublas.so.13" in content else "12"]
+    names = LIBRARIES["12"]
+    if provider.stat().st_size < 1 << 30 and b"libcublas.so.13" in provider.read_bytes():
+        names = LIBRARIES["13"]
     if hasattr(onnxruntime, "preload_dlls"):
         with session.muted():
             onnxruntime.preload_dlls()
-    found = {}
-    for name in wanted:
-        try:
-            ctypes.CDLL(name)
-            with open("/proc/self/maps") as maps:
-                paths = [line.split()[-1] for line in maps if name in line]
-            found[name] = paths[0] if paths else "loaded"
-        except OSError:
-            found[name] = None
-    return found
+    return {name: loads(name) for name in names}
 
 
-def tiny_model(path):
-    """One product and one attention: what a vision transformer is made of."""
-    shape = ["N", 4, 64]
-    weight = helper.make_tensor(
-        "w", TensorProto.FLOAT, [64, 64], np.eye(64, dtype=np.float32).ravel()
-    )
-    graph = helper.make_graph(
-        [
-            helper.make_node("MatMul", ["x", "w"], ["q"]),
-            helper.make_node("Attention", ["q", "x", "x"], ["y"], q_num_heads=1, kv_num_heads=1),
-        ],
-        "tiny",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
-        [weight],
-    )
-    opsets = [helper.make_opsetid("", 23)]
-    model = helper.make_model(
-        graph, opset_imports=opsets, ir_version=helper.find_min_ir_version_for(opsets)
-    )
-    Path(path).write_bytes(model.SerializeToString())
-
-
-def expected(x):
-    weights = np.exp(x @ x.transpose(0, 2, 1) / 8)
-    return weights / weights.sum(-1, keepdims=True) @ x
+def loads(library):
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
 
 
 def try_device(path, device):
-    """(works, text) of really running the tiny model on a device."""
+    """(works, text) of running the tiny model on a device."""
     try:
         opened, _, _ = session.open_session(path, device)
-        x = np.random.default_rng(0).standard_normal((2, 4, 64)).astype(np.float32)
+        x = np.random.default_rng(0).standard_normal((2, 4, 8)).astype(np.float32)
         (y,) = opened.run(None, {"x": x})
     except common.UserError as error:
-        text = str(error).removeprefix(f"--device {device}: ")
-        return False, text.removesuffix(" (python export.py --doctor says which)")
+        text = str(error).removeprefix(f"device {device}: ")
+        return False, text.removesuffix(" (python classify.py --doctor names it)")
     except Exception as error:  # a provider that loads and then fails has many ways to say so
         return False, str(error).split("\n")[0][:100]
     if not np.allclose(y, expected(x), atol=1e-3):
@@ -135,89 +129,77 @@ def try_device(path, device):
     return True, f"runs ({', '.join(opened.get_providers())})"
 
 
-def report():
-    """Print the screen → exit status: 0 in order, 1 a GPU is here and is not used, or nothing runs
-    at all.
-    """
-    devices, problems = gpus(), []
-    rows = [
-        (
-            "python",
-            f"{platform.python_version()}, {platform.system()} {platform.machine()}, "
-            f"{os.cpu_count()} CPUs",
-        )
-    ]
+def torch_row(gpu_seen):
+    """(text about torch, the GPU that it uses or None, what is wrong with it or None)."""
     try:
         import torch
-
-        cuda = torch.cuda.is_available()
-        rows.append(
-            (
-                "torch",
-                f"{torch.__version__}, CUDA {torch.version.cuda or 'not built in'}, "
-                + (f"uses {torch.cuda.get_device_name()}" if cuda else "no GPU in use"),
-            )
-        )
-        if cuda and not devices:  # containers often lack nvidia-smi
-            devices = [torch.cuda.get_device_name()]
-        elif devices and not cuda:
-            problems.append(
-                "torch does not use it (its CUDA must not be newer than the driver's: install the "
-                "torch "
-                "of an older CUDA, or update the driver)"
-            )
     except ImportError:
-        rows.append(("torch", "not installed (classify.py does not need it)"))
-    listed = onnxruntime.get_available_providers()
-    rows.append(
-        (
-            "onnxruntime",
-            f"{version('onnxruntime-gpu', 'onnxruntime')}, lists "
-            + ", ".join(name.replace("ExecutionProvider", "") for name in listed),
+        return "not installed (classify.py does not need it)", None, None
+    text = f"{torch.__version__}, CUDA {torch.version.cuda or 'not built in'}, "
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        return text + f"uses {name}", name, None
+    problem = None
+    if gpu_seen:
+        problem = (
+            "torch does not use it (its CUDA must not be newer than the driver's: install the "
+            "torch of an older CUDA, or update the driver)"
         )
-    )
-    rows.append(("onnx", version("onnx")))
-    import openslide
+    return text + "no GPU in use", None, problem
 
-    rows.append(
-        ("openslide", f"{openslide.__library_version__}, python {version('openslide-python')}")
-    )
+
+def report():
+    """Print the screen → exit status: 0 in order, 1 a GPU is not used, or nothing runs at all."""
+    devices, problems = gpus(), []
+    system = f"{platform.system()} {platform.machine()}"
+    rows = [("python", f"{platform.python_version()}, {system}, {os.cpu_count()} CPUs")]
+    text, torch_gpu, problem = torch_row(bool(devices))
+    rows.append(("torch", text))
+    if torch_gpu and not devices:  # containers often lack nvidia-smi
+        devices = [torch_gpu]
+    if problem:
+        problems.append(f"a GPU is available, but {problem}")
+    providers = onnxruntime.get_available_providers()
+    names = ", ".join(name.replace("ExecutionProvider", "") for name in providers)
+    rows.append(("onnxruntime", f"{version('onnxruntime-gpu', 'onnxruntime')}, lists {names}"))
+    rows.append(("onnx", version("onnx")))
+    library, binding = openslide.__library_version__, version("openslide-python")
+    rows.append(("openslide", f"{library}, python {binding}"))
     if not devices and session.nvidia_device():
         devices = ["a device in /dev, but no driver that answers"]
     rows.append(("GPU", "; ".join(devices) or "none that nvidia-smi sees"))
-    found = libraries()
-    rows += [(name, place or "MISSING") for name, place in found.items()]
+    missing = []
+    for name, found in libraries().items():
+        rows.append((name, "loads" if found else "MISSING"))
+        if not found:
+            missing.append(name)
+
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tiny.onnx"
         tiny_model(path)
-        cpu, text = try_device(path, "cpu")
+        works, text = try_device(path, "cpu")
         rows.append(("CPU", text))
-        if not cpu:
+        if not works:
             problems.append("ONNX Runtime does not even run on the CPU: install it again")
-        if "CUDAExecutionProvider" not in listed:
-            gpu, text = False, "not in this onnxruntime: pip install 'onnxruntime-gpu[cuda,cudnn]'"
-        elif not devices:
-            gpu, text = None, "not tried: no GPU"
+        if "CUDAExecutionProvider" not in providers:
+            works, text = False, f"not in this onnxruntime: {INSTALL}"
+        elif devices:
+            works, text = try_device(path, "cuda")
         else:
-            gpu, text = try_device(path, "cuda")
+            works, text = False, "not tried: no GPU"
         rows.append(("CUDA", text))
-    if devices and not gpu:
-        missing = [name for name, place in found.items() if place is None]
-        problems.append(
-            "ONNX Runtime does not use it"
-            + (
-                f": {', '.join(missing)} missing, pip install 'onnxruntime-gpu[cuda,cudnn]'"
-                if missing
-                else ""
-            )
-        )
+    if devices and not works:
+        problem = "a GPU is available, but ONNX Runtime does not use it"
+        if missing:
+            problem += f": {', '.join(missing)} missing, {INSTALL}"
+        problems.append(problem)
+
     print("\n".join(f"{name:20}{text}" for name, text in rows) + "\n")
-    print(
-        "\n".join(f"a GPU is here and {text}" if cpu else text for text in problems)
-        or "in order" + ("" if devices else "; there is no GPU to be used")
-    )
-    return 1 if problems else 0
-
-
-if __name__ == "__main__":
-    sys.exit(report())
+    if problems:
+        print("\n".join(problems))
+        return 1
+    if devices:
+        print("in order")
+    else:
+        print("in order; no GPU on this machine")
+    return 0

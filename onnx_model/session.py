@@ -1,10 +1,13 @@
 """An exported model in ONNX Runtime: opened on the device asked for, checked, and run on patches
-and slides. No torch.
+and slides.
 """
 
+import contextlib
 import json
+import math
 import os
 import sys
+import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,79 +24,90 @@ FORMAT = f"{common.NAME}-classifier"  # metadata_props["format"] of every export
 FORMATS = (FORMAT, "mitosis-classifier")  # the second: models of versions before 1.0
 TRAILER = 32  # bytes at the end of a .data file: the id of its export, as in the metadata
 TOLERANCE = 0.1  # µm/px may be off by this share before a slide is resampled
+PIECE = 16  # patches that one thread reads at a time, at most
 
 
 class Classifier:
     """An exported model in an ONNX Runtime session, warmed up and ready.
 
-    path    the .onnx file (with its .data file beside it, if it has one)
-    device  "auto": the first GPU if it really works, else the CPU | "cuda", "cuda:1": this or
-            UserError | "cpu"
+    path        the .onnx file (with its .data file beside it, if it has one)
+    device      "auto": the first GPU if it really works, else the CPU | "cuda", "cuda:1": this GPU
+                or UserError | "cpu"
     batch_size  most patches per run; None: 64 on a GPU, on the CPU 8 per thread, whose activations
                 stay in its cache
-    threads of the CPU that a run may use; 0: all
+    threads     of the CPU that a run may use; 0: all
 
     Attributes: .metadata (dict, as exported) .threshold .mpp (µm/px of the patches, None: unknown)
-    .size (px of the input) .patch (px to read at .mpp around a candidate; where it is not .size, a
-    model trained on 128 px, say, the patch is brought to .size as `read_patch` does) .labels (names
-    of class 0 and 1) .device ("cpu", "cuda:0") .note (which device was taken, and why). Threads may
-    share one: it has no state that a call changes."""
+    .size (px of the input) .patch (px at .mpp that a patch covers; if it is not .size, `score`
+    brings it to that) .labels (names of class 0 and 1) .device ("cpu", "cuda:0") .note (the device,
+    and why this one).
+
+    Threads may share one: no call changes its state."""
 
     def __init__(self, path, device="auto", batch_size=None, threads=0, warm_up=True):
         self.path = Path(path)
         self.session, self.device, self.note = open_session(self.path, device, threads)
-        self.batch_size = batch_size or (
-            min(64, 8 * (threads or os.cpu_count() or 1)) if self.device == "cpu" else 64
-        )
         self.metadata = read_metadata(self.session, self.path)
         check_weights(self.path, self.metadata)
+        if batch_size is None and self.device == "cpu":
+            batch_size = min(64, 8 * (threads or os.cpu_count() or 1))
+        self.batch_size = batch_size or 64
         self.threshold = self.metadata["threshold"]["value"]
-        self.mpp, self.patch, self.size, self.labels = (
-            self.metadata[k] for k in ("mpp", "patch", "size", "labels")
-        )
-        self.input, self.outputs = (
-            self.metadata["input"],
-            [output.name for output in self.session.get_outputs()],
-        )
-        shape = (self.size, self.size, 3) if self.input == "uint8" else (3, self.size, self.size)
-        self.shape, self.dtype = shape, np.uint8 if self.input == "uint8" else np.float32
-        if warm_up:  # the first run allocates, and on a GPU chooses its kernels for the shape
-            for n in (1,) if self.device == "cpu" else (1, self.batch_size):
-                self(np.zeros((n, *shape), self.dtype))
+        self.labels = self.metadata["labels"]
+        self.mpp = self.metadata["mpp"]
+        self.patch, self.size = self.metadata["patch"], self.metadata["size"]
+        self.input = self.metadata["input"]
+        self.outputs = [output.name for output in self.session.get_outputs()]
+        if self.input == "uint8":
+            self.shape, self.dtype = (self.size, self.size, 3), np.uint8
+        else:
+            self.shape, self.dtype = (3, self.size, self.size), np.float32
+        if warm_up:
+            self.warm_up()
+
+    def warm_up(self):
+        """The first run allocates memory, and on a GPU chooses its kernels for the shape."""
+        sizes = [1]
+        if self.device != "cpu":
+            sizes.append(self.batch_size)
+        for n in sizes:
+            self(np.zeros((n, *self.shape), self.dtype))
 
     def __call__(self, patches, output="probability"):
-        """Probabilities float32 [N] of patches [N, size, size, 3] uint8 (or what the model's input
-        is).
+        """Probabilities float32 [N] of patches uint8 [N, size, size, 3], RGB, at .mpp µm/px (or of
+        what else the model's input is).
 
-        patches  a NumPy array, or any array with DLPack on the model's device (a torch, CuPy or JAX
-        tensor): that
-                 is read where it lies, without a copy
-        output   "probability" | "embedding" (float32 [N, D], of a model exported with --embedding)
+        patches  a NumPy array, or any array with DLPack on the model's device (a torch, CuPy or
+                 JAX tensor), which is read without a copy
+        output   "probability" | "embedding" (float32 [N, D], if exported with --embedding)
         """
         if output not in self.outputs:
             raise UserError(
                 f"{self.path}: has no output {output} (only {', '.join(self.outputs)}); for the "
-                "embedding "
-                "export it with --embedding"
+                "embedding, export it with --embedding"
             )
         if not isinstance(patches, np.ndarray) and not hasattr(patches, "__dlpack__"):
             patches = np.asarray(patches)
-        if tuple(patches.shape[1:]) != self.shape or np.dtype(self.dtype).name not in str(
-            patches.dtype
-        ):
+        kind = np.dtype(self.dtype).name
+        # torch writes its types as "torch.uint8"
+        if tuple(patches.shape[1:]) != self.shape or kind not in str(patches.dtype):
             raise ValueError(
-                f"patches are {patches.dtype} {list(patches.shape)}; this model takes "
-                f"{np.dtype(self.dtype).name} [N, {', '.join(map(str, self.shape))}]"
+                f"patches are {patches.dtype} {list(patches.shape)}; this model takes {kind} "
+                f"[N, {', '.join(map(str, self.shape))}]"
             )
         if len(patches) == 0:
-            width = [o.shape[1:] for o in self.session.get_outputs() if o.name == output][0]
-            return np.zeros((0, *width), np.float32)
-        run = self.run_numpy if isinstance(patches, np.ndarray) else self.run_bound
+            shapes = {value.name: value.shape for value in self.session.get_outputs()}
+            return np.zeros((0, *shapes[output][1:]), np.float32)
+        run = self.run_bound
+        if isinstance(patches, np.ndarray):
+            run = self.run_numpy
         parts = [
             run(patches[i : i + self.batch_size], output)
             for i in range(0, len(patches), self.batch_size)
         ]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate(parts)
 
     def run_numpy(self, patches, output):
         return self.session.run([output], {"patches": np.ascontiguousarray(patches)})[0]
@@ -104,18 +118,46 @@ class Classifier:
         place = {1: "cpu", 2: f"cuda:{index}", 3: "cpu"}.get(int(kind), f"device {int(kind)}")
         if place != self.device:
             raise ValueError(f"the patches are on {place}, the model on {self.device}")
-        patches = patches.contiguous() if hasattr(patches, "contiguous") else patches
+        if hasattr(patches, "contiguous"):
+            patches = patches.contiguous()
         torch = sys.modules.get("torch")
         if torch is not None and isinstance(patches, torch.Tensor) and patches.is_cuda:
-            torch.cuda.current_stream(
-                patches.device
-            ).synchronize()  # ONNX Runtime works on a stream of its own
+            # ONNX Runtime works on a stream of its own.
+            torch.cuda.current_stream(patches.device).synchronize()
         value = onnxruntime.OrtValue.from_dlpack(patches)
         binding = self.session.io_binding()
         binding.bind_ortvalue_input("patches", value)
         binding.bind_output(output, "cpu")
         self.session.run_with_iobinding(binding)
         return binding.copy_outputs_to_cpu()[0]
+
+    def score(self, slide, x, y, mpp=None, workers=4):
+        """Probabilities float32 [N] of the cells at x, y on a slide, read as training read them.
+
+        Threads read ahead of the model. Outside of the slide is white; a slide whose µm/px is more
+        than 10% off the model's is resampled.
+
+        slide    a path | openslide.OpenSlide | uint8 [H, W, 3], the pixels of a whole image
+        x, y     centres in level-0 px: numbers or arrays [N]
+        mpp      µm/px of the slide; None: as its file says
+        workers  threads that read
+
+        UserError: the slide cannot be read, its µm/px is unknown, or a patch would lie outside it.
+        """
+        reader = SlideReader(self.metadata, slide, mpp)
+        if reader.mpp is None and self.mpp is not None:
+            raise UserError(
+                f"{reader.name}: its µm/px is unknown; give mpp= (the model was trained at "
+                f"{self.mpp:g})"
+            )
+        x, y = np.atleast_1d(x).astype(np.float64), np.atleast_1d(y).astype(np.float64)
+        if x.ndim != 1 or x.shape != y.shape or not (np.isfinite(x) & np.isfinite(y)).all():
+            raise ValueError("x and y must be two equally long lists of finite numbers")
+        outside = np.flatnonzero(reader.outside(x, y))
+        if len(outside):
+            i = outside[0]
+            raise UserError(f"({x[i]:g}, {y[i]:g}) lies outside {reader.name} ({reader.extent})")
+        return score(self, [reader], np.zeros(len(x), int), x, y, workers)
 
     def describe(self):
         """What this model is, as text."""
@@ -124,13 +166,7 @@ class Classifier:
             ("model", f"{self.path} ({m['precision']}, opset {m['opset']})"),
             ("encoder", f"{m['encoder']}, embedding {m['pool']}; {m['method']} on {m['dataset']}"),
             ("licence", f"{m['licence']}; redistribution: {m['redistribution']}"),
-            (
-                "input",
-                f"patches {self.input} [N, {', '.join(map(str, self.shape))}]"
-                + (" RGB" if self.input == "uint8" else " normalised RGB")
-                + (", µm/px unknown" if self.mpp is None else f", {self.mpp:g} µm/px")
-                + f"; trained on patches of {m['patch']} px, fit {m['fit']}",
-            ),
+            ("input", self.describe_input()),
             ("outputs", ", ".join(self.outputs)),
             ("classes", f"0 {self.labels[0]}, 1 {self.labels[1]}"),
             (
@@ -143,18 +179,31 @@ class Classifier:
         ]
         for name, values in (m.get("metrics") or {}).items():
             if isinstance(values, dict):
-                rows.append(
-                    (
-                        f"on {name}",
-                        ", ".join(
-                            f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}"
-                            for k, v in values.items()
-                            if isinstance(v, (int, float))
-                        ),
-                    )
-                )
+                rows.append((f"on {name}", describe_numbers(values)))
         text = "\n".join(f"{name:14}{value}" for name, value in rows)
         return text + "\n\n" + describe_parity(m["parity"])
+
+    def describe_input(self):
+        colours, scale = "normalised RGB", "µm/px unknown"
+        if self.input == "uint8":
+            colours = "RGB"
+        if self.mpp is not None:
+            scale = f"{self.mpp:g} µm/px"
+        return (
+            f"patches {self.input} [N, {', '.join(map(str, self.shape))}] {colours}, {scale}; "
+            f"trained on patches of {self.patch} px, fit {self.metadata['fit']}"
+        )
+
+
+def describe_numbers(values):
+    """The numbers of a dict as one line: "auroc 0.9123, n 400"."""
+    texts = []
+    for name, value in values.items():
+        if isinstance(value, float):
+            texts.append(f"{name} {value:.4f}")
+        elif isinstance(value, int):
+            texts.append(f"{name} {value}")
+    return ", ".join(texts)
 
 
 def describe_parity(parity):
@@ -168,80 +217,85 @@ def describe_parity(parity):
         "changed decisions",
         "Δ AUROC",
     )
-    rows = [
-        (
-            r["provider"].replace("ExecutionProvider", ""),
-            r["batch"],
-            r["patches"],
-            f"{r['largest']:.2e}",
-            f"{r['mean']:.2e}",
-            r["changed"],
-            "–" if r["auroc_change"] is None else f"{r['auroc_change']:+.5f}",
+    rows = []
+    for row in parity["measured"]:
+        change = "–"
+        if row["auroc_change"] is not None:
+            change = f"{row['auroc_change']:+.5f}"
+        rows.append(
+            (
+                row["provider"].replace("ExecutionProvider", ""),
+                row["batch"],
+                row["patches"],
+                f"{row['largest']:.2e}",
+                f"{row['mean']:.2e}",
+                row["changed"],
+                change,
+            )
         )
-        for r in parity["measured"]
-    ]
-    return f"against torch fp32 on {parity['source']}; wanted: {parity['wanted']}\n" + common.table(
-        rows, header, right=range(1, 7)
+    return (
+        f"against torch fp32 on {parity['source']}; required: {parity['wanted']}\n"
+        + common.table(rows, header, right=range(1, 7))
     )
 
 
+# ---------------------------------------------------------------- devices
+
+
 def open_session(path, device="auto", threads=0):
-    """InferenceSession of a file → (session, "cpu" | "cuda:i", note). UserError where the device is
-    not obtained.
+    """InferenceSession of a file → (session, "cpu" | "cuda:i", note). UserError if the device is
+    not available.
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     kind, _, index = str(device).partition(":")
     if kind not in ("auto", "cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
-        raise UserError(f"--device {device}: there are auto, cpu, cuda and cuda:1")
-    index = int(index or 0)
-    reason = ""
+        raise UserError(f"device {device}: choose auto, cpu, cuda, or one of several GPUs: cuda:1")
+    why_not = ""
     if kind != "cpu":
-        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-            reason = "this onnxruntime has no CUDA (pip install onnxruntime-gpu[cuda,cudnn])"
-        elif kind == "cuda" or nvidia_device() or os.name == "nt":
-            # Loaded by path out of the nvidia packages: the provider's own search finds them only
-            # by luck.
-            with muted():
-                if hasattr(onnxruntime, "preload_dlls"):
-                    onnxruntime.preload_dlls()
-            # TF32 would cost float32 models their digits; the default search of algorithms runs for
-            # every batch size
-            options = {
-                "device_id": str(index),
-                "use_tf32": "0",
-                "cudnn_conv_algo_search": "HEURISTIC",
-            }
-            try:
-                session = start(
-                    path, [("CUDAExecutionProvider", options), "CPUExecutionProvider"], threads
-                )
-            except UserError as error:
-                session, reason = None, str(error)
-            # Asked for is not obtained: a session without its libraries silently falls back to the
-            # CPU.
-            if session is not None and session.get_providers()[0] == "CUDAExecutionProvider":
-                return (
-                    session,
-                    f"cuda:{index}",
-                    f"CUDA, device {index} (onnxruntime {onnxruntime.__version__})",
-                )
-            reason = reason or (
-                "the CUDA provider did not load: a library is missing, or there is no GPU or "
-                "driver "
-                "(python export.py --doctor says which)"
-            )
-        else:
-            reason = "no NVIDIA device"
+        session, why_not = open_cuda(path, int(index or 0), threads, expected=kind == "cuda")
+        if session is not None:
+            version = onnxruntime.__version__
+            note = f"CUDA, device {int(index or 0)} (onnxruntime {version})"
+            return session, f"cuda:{int(index or 0)}", note
     if kind == "cuda":
-        raise UserError(f"--device {device}: {reason}")
-    session = start(path, ["CPUExecutionProvider"], threads)
-    return (
-        session,
-        "cpu",
-        f"CPU (onnxruntime {onnxruntime.__version__})"
-        + (f"; not CUDA: {reason}" if reason else ""),
-    )
+        raise UserError(f"device {device}: {why_not}")
+    note = f"CPU (onnxruntime {onnxruntime.__version__})"
+    if why_not:
+        note += f"; not CUDA: {why_not}"
+    return start(path, ["CPUExecutionProvider"], threads), "cpu", note
+
+
+def open_cuda(path, index, threads, expected):
+    """(session on a GPU, "") or (None, why there is none).
+
+    expected  try also on a machine that shows no NVIDIA device
+    """
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        return None, "this onnxruntime has no CUDA (pip install 'onnxruntime-gpu[cuda,cudnn]')"
+    if not (expected or nvidia_device() or os.name == "nt"):
+        return None, "no NVIDIA device"
+    # Loaded by path from the nvidia packages: the provider's own search finds them only by luck.
+    with muted():
+        if hasattr(onnxruntime, "preload_dlls"):
+            onnxruntime.preload_dlls()
+    options = {
+        "device_id": str(index),
+        "use_tf32": "0",  # would cost float32 models their digits
+        "cudnn_conv_algo_search": "HEURISTIC",  # the default searches for every batch size
+    }
+    providers = [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
+    try:
+        session = start(path, providers, threads)
+    except UserError as error:
+        return None, str(error)
+    # A session without its libraries silently falls back to the CPU.
+    if session.get_providers()[0] != "CUDAExecutionProvider":
+        return None, (
+            "the CUDA provider did not load: a library is missing, or there is no GPU or driver "
+            "(python classify.py --doctor names it)"
+        )
+    return session, ""
 
 
 def nvidia_device(folder=Path("/dev")):
@@ -252,47 +306,53 @@ def nvidia_device(folder=Path("/dev")):
 
 
 def start(path, providers, threads):
+    """InferenceSession of a file on these providers; UserError if ONNX Runtime cannot load it."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4  # what matters is raised here as an error of one line
     if threads != 1:
-        # threads that spin while they wait for work take the processor from the threads that read
-        # slides
+        # Threads that spin while they wait for work slow down the threads that read slides.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         with muted():
             return onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # onnxruntime's exceptions have no common class but this one
         text = str(error).strip().split("\n")[0]
-        weights = Path(f"{path}.data")
-        if (
-            "external" in text.lower()
-            or "out of bounds" in text
-            or (weights.exists() and weights.name in text)
-        ):
-            raise UserError(
-                f"{path}: its weights in {weights.name} are missing or cut off; copy both files "
-                "again, or "
-                "export again"
-            ) from None
+    weights = Path(f"{path}.data")
+    about_weights = "external" in text.lower() or "out of bounds" in text
+    if about_weights or (weights.exists() and weights.name in text):
         raise UserError(
-            f"{path}: onnxruntime {onnxruntime.__version__} cannot load it ({text[:200]})"
-        ) from None
+            f"{path}: its weights in {weights.name} are missing or cut off; copy both files again, "
+            "or export again"
+        )
+    raise UserError(f"{path}: onnxruntime {onnxruntime.__version__} cannot load it ({text[:200]})")
 
 
-class muted:
+_muting = threading.Lock()
+
+
+@contextlib.contextmanager
+def muted():
     """Stderr of C++ libraries sent away: a provider that does not load writes pages there."""
-
-    def __enter__(self):
-        sys.stderr.flush()
-        self.kept = os.dup(2)
+    with _muting:
+        try:
+            saved = os.dup(2)
+        except OSError:  # a closed stderr is mute already
+            yield
+            return
+        if sys.stderr is not None:
+            sys.stderr.flush()
         empty = os.open(os.devnull, os.O_WRONLY)
         os.dup2(empty, 2)
         os.close(empty)
+        try:
+            yield
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
 
-    def __exit__(self, *exception):
-        os.dup2(self.kept, 2)
-        os.close(self.kept)
+
+# ---------------------------------------------------------------- metadata
 
 
 def read_metadata(session, path):
@@ -315,17 +375,16 @@ def check_weights(path, metadata):
     """
     if not metadata.get("data_bytes"):
         return
-    weights = (
-        Path(f"{path}.data")
-        if not metadata.get("data_name")
-        else Path(path).with_name(metadata["data_name"])
-    )
-    found = weights.stat().st_size if weights.exists() else 0
-    if found != metadata["data_bytes"]:
+    weights = Path(f"{path}.data")
+    if metadata.get("data_name"):
+        weights = Path(path).with_name(metadata["data_name"])
+    size = 0
+    if weights.exists():
+        size = weights.stat().st_size
+    if size != metadata["data_bytes"]:
         raise UserError(
-            f"{weights}: has {found:,} bytes, {metadata['data_bytes']:,} belong to "
-            f"{Path(path).name}; "
-            "copy both files again"
+            f"{weights}: has {size:,} bytes, {metadata['data_bytes']:,} belong to "
+            f"{Path(path).name}; copy both files again"
         )
     with open(weights, "rb") as file:
         file.seek(-TRAILER, os.SEEK_END)
@@ -336,104 +395,132 @@ def check_weights(path, metadata):
             )
 
 
-def resolution(metadata, found, name, given=None):
-    """(mpp, source_mpp) to read a slide with, both None: as it is; and a line that says what was
-    done.
+# ---------------------------------------------------------------- pixels
 
-    metadata  of the model; found: µm/px of the slide's file or None; given: --mpp, which wins
+
+class SlideReader:
+    """How one slide is read for a model; threads may share it.
+
+    metadata  of the model
+    slide     path | openslide.OpenSlide | uint8 [H, W, 3]
+    mpp       µm/px of the slide; None: as its file says
+
+    Attributes: .name .mpp (None: unknown) .extent (text) .side (px at level 0 that a patch covers)
+    .note (how it is read, a line)."""
+
+    def __init__(self, metadata, slide, mpp=None):
+        self.metadata = metadata
+        self.slide, self.name = slide, str(slide)
+        # A path is opened for each patch, which costs nothing while it is among the open slides.
+        if not isinstance(slide, str | os.PathLike):
+            self.slide = slides.opened(slide)
+            self.name = self.slide.path
+        self.width, self.height = slides.dimensions(self.slide)
+        self.extent = f"{self.width} × {self.height} px"
+        self.mpp = mpp or slides.microns_per_pixel(self.slide)
+        self.target, self.note = resolution(metadata["mpp"], self.mpp)
+        self.side = metadata["patch"]
+        if self.target is not None:
+            self.side = metadata["patch"] * self.target / self.mpp
+
+    def outside(self, x, y):
+        """Whether the patches around x, y (numbers or arrays) show nothing of the slide."""
+        half = self.side / 2
+        inside = (-half < x) & (x < self.width + half) & (-half < y) & (y < self.height + half)
+        return ~np.asarray(inside)
+
+    def read(self, x, y):
+        """The patch around (x, y), level 0, as the model wants it: uint8 [size, size, 3]."""
+        patch = self.metadata["patch"]
+        pixels = slides.read(self.slide, x, y, patch, mpp=self.target, source_mpp=self.mpp)
+        return to_size(pixels, self.metadata["size"], self.metadata["fit"])
+
+
+def resolution(model_mpp, slide_mpp):
+    """(µm/px to resample a slide to, None: read as it is; a note that says so)."""
+    if model_mpp is None:
+        return None, "the model does not know its µm/px; the slide is read as it is"
+    if slide_mpp is None:
+        return None, f"µm/px unknown; read as if it had the model's {model_mpp:g}"
+    if abs(slide_mpp / model_mpp - 1) <= TOLERANCE:
+        return None, f"{slide_mpp:.4g} µm/px, read as it is (model: {model_mpp:g})"
+    return model_mpp, f"{slide_mpp:.4g} µm/px, resampled to the model's {model_mpp:g}"
+
+
+def to_size(pixels, size, fit):
+    """uint8 [patch, patch, 3] → [size, size, 3], as training did it: "resize", or "pad", which
+    keeps the scale: smaller patches get a white border, larger ones are cut.
     """
-    source, wanted = given or found, metadata["mpp"]
-    if wanted is None:
-        return None, None, f"{name}: the model does not know its µm/px; the slide is read as it is"
-    if source is None:
-        return (
-            None,
-            None,
-            f"{name}: µm/px unknown; taken as the model's {wanted:g} (--mpp says otherwise)",
-        )
-    if abs(source / wanted - 1) <= TOLERANCE:
-        return None, None, f"{name}: {source:.4g} µm/px, read as it is (model: {wanted:g})"
-    return wanted, source, f"{name}: {source:.4g} µm/px, resampled to the model's {wanted:g}"
-
-
-def read_patch(image, x, y, metadata, mpp=None, source_mpp=None):
-    """The patch around (x, y), level 0, as the model wants it: uint8 [size, size, 3].
-
-    metadata  of the model: "patch" px are read and brought to "size" px as "fit" says
-    """
-    patch, size = metadata["patch"], metadata["size"]
-    pixels = slides.read(image, x, y, patch, mpp=mpp, source_mpp=source_mpp)
+    patch = len(pixels)
     if patch == size:
         return pixels
-    if (
-        metadata["fit"] == "pad" and patch > size
-    ):  # padded patches keep their scale, so larger ones are cut
+    if fit == "resize":
+        return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC))
+    if patch > size:
         start = (patch - size) // 2
         return pixels[start : start + size, start : start + size]
-    if metadata["fit"] == "pad":
-        border = (size - patch) // 2
-        return np.pad(
-            pixels, ((border, size - patch - border),) * 2 + ((0, 0),), constant_values=slides.WHITE
-        )
-    return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC))
+    border = (size - patch) // 2
+    around = (border, size - patch - border)
+    return np.pad(pixels, (around, around, (0, 0)), constant_values=slides.WHITE)
 
 
-def score(classifier, jobs, workers=4, batch_size=64, progress=None, failed=None):
-    """Probabilities of jobs (image, x, y, mpp, source_mpp) → float32 [n]; NaN where `failed`
-    allowed it.
+# ---------------------------------------------------------------- cells of slides
 
-    Threads read ahead of the model. Jobs next to each other in a slide are read one after the
-    other, so that a tile
-    is decoded once; the result is in the order of `jobs`.
-    failed    called with (image, x, y, error) where a patch cannot be read; None: UserError
+
+def score(classifier, readers, which, x, y, workers=4, progress=None, failed=None):
+    """Probabilities of cells on one or more slides → float32 [n]; NaN if `failed` took an error.
+
+    Threads read ahead of the model. Neighbours in a slide are read one after the other, so that a
+    tile is decoded once; the result is in the order of the cells.
+
+    readers   SlideReader of each slide
+    which     index into `readers`, of each cell [n]
+    x, y      level-0 px [n]
+    progress  its .update(count) is called
+    failed    called with (index of the cell, error) if a patch cannot be read; None: UserError
     """
-    m = classifier.metadata
-    order = sorted(
-        range(len(jobs)), key=lambda i: (str(jobs[i][0]), int(jobs[i][2] // 512), jobs[i][1])
-    )
-    result = np.full(len(jobs), np.nan, np.float32)
+    which, x, y = np.asarray(which), np.asarray(x, np.float64), np.asarray(y, np.float64)
+    probability = np.full(len(x), np.nan, np.float32)
+    order = np.lexsort((x, y // 512, which))
 
-    def read(indices):
-        batch, good = np.empty((len(indices), m["size"], m["size"], 3), np.uint8), []
-        for i in indices:
-            image, x, y, mpp, source_mpp = jobs[i]
+    def read(cells):
+        """Patches of cells → (patches, the cells that could be read)."""
+        patches, readable = [], []
+        for i in cells:
+            reader = readers[which[i]]
             try:
-                batch[len(good)] = read_patch(image, x, y, m, mpp, source_mpp)
+                patches.append(reader.read(x[i], y[i]))
             except (UserError, OSError, ValueError) as error:
                 if failed is None:
                     raise UserError(
-                        f"{image}: cannot be read at ({x:g}, {y:g}): {error}; --skip leaves out "
-                        "what "
-                        "cannot be scored"
+                        f"{reader.name}: cannot be read at ({x[i]:g}, {y[i]:g}): {error}"
                     ) from None
-                failed(image, x, y, error)
+                failed(i, error)
                 continue
-            good.append(i)
-        return batch[: len(good)], good
+            readable.append(i)
+        return patches, readable
 
-    # Pieces smaller than a batch, so that several threads work on one; enough of them ahead to ride
-    # over slow tiles.
-    piece = max(1, min(16, batch_size))
-    pieces = deque(order[i : i + piece] for i in range(0, len(order), piece))
+    # Pieces smaller than a batch, so that several threads work on one; enough of them ahead to
+    # ride over slow tiles.
+    size = max(1, min(PIECE, classifier.batch_size))
+    per_batch = math.ceil(classifier.batch_size / size)
+    waiting = deque(order[i : i + size] for i in range(0, len(order), size))
+    running = deque()
     with ThreadPoolExecutor(workers, thread_name_prefix="read") as pool:
-        running = deque()
         try:
-            while pieces or running:
-                while pieces and len(running) < workers + 2 * -(-batch_size // piece):
-                    running.append(pool.submit(read, pieces.popleft()))
-                taken = [
-                    running.popleft().result()
-                    for _ in range(min(len(running), -(-batch_size // piece)))
-                ]
-                indices = [i for _, good in taken for i in good]
-                if indices:
-                    batch = (
-                        taken[0][0] if len(taken) == 1 else np.concatenate([b for b, _ in taken])
-                    )
-                    result[indices] = classifier(batch)
+            while waiting or running:
+                while waiting and len(running) < workers + 2 * per_batch:
+                    running.append(pool.submit(read, waiting.popleft()))
+                patches, cells = [], []
+                for _ in range(min(len(running), per_batch)):
+                    some, readable = running.popleft().result()
+                    patches += some
+                    cells += readable
+                if patches:
+                    probability[cells] = classifier(np.stack(patches))
                 if progress is not None:
-                    progress.update(sum(len(b) for b, _ in taken))
+                    progress.update(len(cells))
         finally:
             for future in running:
                 future.cancel()
-    return result
+    return probability

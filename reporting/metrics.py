@@ -242,6 +242,30 @@ def expected_calibration_error(y, p, bins=ECE_BINS, weight=None):
 # ---------------------------------------------------------------- thresholds and summaries
 
 
+def parse_threshold(text, rules=False):
+    """The text of a flag --threshold → a probability, or with `rules` also the rule to choose one
+    by: "f1" | ("sensitivity", share). UserError for anything else, NaN included.
+    """
+    allowed = "a probability between 0 and 1"
+    if rules:
+        allowed += ", f1, or a share of the mitotic figures to find such as sensitivity=0.9"
+    kind, _, share = text.partition("=")
+    if rules and text == "f1":
+        return "f1"
+    if rules and kind == "sensitivity" and 0 < _as_number(share) <= 1:
+        return "sensitivity", float(share)
+    if not 0 < _as_number(text) < 1:
+        raise UserError(f"--threshold {text}: give {allowed}")
+    return float(text)
+
+
+def _as_number(text):
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
+
+
 def choose_threshold(labels, probabilities, target="f1"):
     """The threshold (p >= t is mitotic) of a rule on validation predictions → float.
 

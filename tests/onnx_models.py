@@ -136,18 +136,18 @@ METADATA = {
 
 
 def write_model(
-    path, model, precision="fp32", opset=23, input="uint8", metadata=(), inline=True, **choices
+    path, model, precision="fp32", opset=23, input_type="uint8", metadata=(), inline=True, **choices
 ):
     """Emit `model` with metadata, as export.py would; returns the ModelProto."""
     weights = path.with_name(path.name + ".data")
     extra = {
         "precision": precision,
         "opset": opset,
-        "input": input,
+        "input": input_type,
         "export_id": "ab" * session.TRAILER,
     }
     with open(weights, "wb") as file:
-        proto = graph.emit(model, file, precision, opset, input, **choices)
+        proto = graph.emit(model, file, precision, opset, input_type, **choices)
         file.write(bytes.fromhex(extra["export_id"]))
         extra["data_bytes"] = 0 if inline else file.tell()
     extra["data_name"] = weights.name

@@ -8,18 +8,24 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import openslide
 import pytest
+import tifffile
 import torch
 from onnx_models import classifier, mounted, patches, register, write_model
 from PIL import Image
 
 import classify
 import common
+import data
 from classify import Classifier
 from dataset import candidates as formats
+from dataset import slides
+from dataset.patches import Patches
 from onnx_model import session
 
 HERE = Path(__file__).resolve().parent.parent
@@ -50,6 +56,19 @@ def tiny(tmp_path_factory):
     with torch.inference_mode():
         expected = torch.sigmoid(model(torch.from_numpy(crops))).numpy()
     return folder, expected
+
+
+def tiled(path, pixels, mpp):
+    """A tiled TIFF, which OpenSlide reads at random."""
+    resolution = (10000 / mpp, 10000 / mpp)
+    tifffile.imwrite(
+        path,
+        pixels,
+        tile=(256, 256),
+        photometric="rgb",
+        resolution=resolution,
+        resolutionunit="CENTIMETER",
+    )
 
 
 def run(*arguments, **options):
@@ -135,11 +154,12 @@ def geojson(path):
 def sqlite(path):
     database = sqlite3.connect(path)
     database.executescript("""
-        CREATE TABLE Slides (uid INTEGER PRIMARY KEY, filename TEXT, width INTEGER, height INTEGER, directory TEXT);
-        CREATE TABLE Annotations (uid INTEGER PRIMARY KEY, slide INTEGER, type INTEGER, agreedClass INTEGER,
-                                  deleted INTEGER DEFAULT 0);
-        CREATE TABLE Annotations_coordinates (uid INTEGER PRIMARY KEY, coordinateX REAL, coordinateY REAL,
-                                              slide INTEGER, annoId INTEGER, orderIdx INTEGER);
+        CREATE TABLE Slides (uid INTEGER PRIMARY KEY, filename TEXT, width INTEGER,
+            height INTEGER, directory TEXT);
+        CREATE TABLE Annotations (uid INTEGER PRIMARY KEY, slide INTEGER, type INTEGER,
+            agreedClass INTEGER, deleted INTEGER DEFAULT 0);
+        CREATE TABLE Annotations_coordinates (uid INTEGER PRIMARY KEY, coordinateX REAL,
+            coordinateY REAL, slide INTEGER, annoId INTEGER, orderIdx INTEGER);
         CREATE TABLE Classes (uid INTEGER PRIMARY KEY, name TEXT);
         INSERT INTO Classes VALUES (1, 'mitotic figure'), (2, 'not mitotic figure');
         INSERT INTO Slides VALUES (1, 'a.tiff', 640, 500, 'x');
@@ -159,7 +179,7 @@ def sqlite(path):
 
 
 def read_scores(kind, path):
-    """(probabilities, classes) out of a written file, with the csv, json and sqlite3 modules alone."""
+    """(probabilities, classes) out of a written file, by the csv, json and sqlite3 modules."""
     if kind == "csv":
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file, delimiter=";"))
@@ -334,7 +354,7 @@ def test_mistakes_are_one_line(tiny, tmp_path):
     assert "plausible" in failure(model, *usual, "--mpp", 0)
     for threshold in (0, 1, 50, "nan"):
         assert "between 0 and 1" in failure(model, *usual, "--threshold", threshold)
-    assert "there are auto" in failure(model, *usual, "--device", "tpu")
+    assert "choose auto" in failure(model, *usual, "--device", "tpu")
     for text, message in (
         ("{", "not a readable JSON"),
         ("[1]", "neither MIDOG"),
@@ -383,7 +403,7 @@ def test_relabel_that_cannot_be_is_found_before_the_scoring(tiny, tmp_path, monk
     database.execute("UPDATE Classes SET name = 'cell' WHERE uid = 2")
     database.commit()
     database.close()
-    monkeypatch.setattr(session, "score", lambda *_: pytest.fail("scored"))
+    monkeypatch.setattr(session, "score", lambda *_, **__: pytest.fail("scored"))
     monkeypatch.setattr(
         sys,
         "argv",
@@ -484,7 +504,7 @@ def test_full_disk_and_read_only_folder_leave_nothing(kind, tiny, tmp_path):
 
 
 def test_a_full_disk_spoils_no_older_file(tiny, tmp_path):
-    """The result of before stays as it was when there is no room for the new one; an overlay too."""
+    """An earlier result stays as it was if there is no room for the new one; an overlay too."""
     folder, _ = tiny
     usual = ("--slide", folder / "a.tiff", "--candidates", midog(tmp_path / "in.json"))
     with mounted(tmp_path / "small", "size=8k") as disk:
@@ -504,14 +524,13 @@ def test_a_full_disk_spoils_no_older_file(tiny, tmp_path):
 
 
 def test_resolution_rules():
-    metadata = {"mpp": 0.25}
-    assert session.resolution(metadata, 0.26, "s")[:2] == (None, None)
-    assert session.resolution(metadata, 0.2252, "s")[:2] == (None, None)
-    assert session.resolution(metadata, 0.5, "s")[:2] == (0.25, 0.5)
-    assert session.resolution(metadata, 0.5, "s", given=0.25)[:2] == (None, None)
-    assert "unknown" in session.resolution(metadata, None, "s")[2]
-    assert "does not know" in session.resolution({"mpp": None}, 0.5, "s")[2]
-    assert "resampled" in session.resolution(metadata, 0.5, "s")[2]
+    assert session.resolution(0.25, 0.26)[0] is None
+    assert session.resolution(0.25, 0.2252)[0] is None
+    assert session.resolution(0.25, 0.5) == (0.25, "0.5 µm/px, resampled to the model's 0.25")
+    assert session.resolution(0.25, None)[0] is None
+    assert "unknown" in session.resolution(0.25, None)[1]
+    assert session.resolution(None, 0.5)[0] is None
+    assert "does not know" in session.resolution(None, 0.5)[1]
 
 
 def test_a_coarser_slide_is_resampled_and_said_so(tiny, tmp_path):
@@ -523,12 +542,9 @@ def test_a_coarser_slide_is_resampled_and_said_so(tiny, tmp_path):
     done = run(folder / "model.onnx", "--slide", tmp_path / "a.tiff", *usual)
     assert "0.5 µm/px, resampled to the model's 0.25" in done.stderr
     resampled = read_scores("midog", tmp_path / "out.json")[0]
-    classifier, metadata = (
-        Classifier(folder / "model.onnx", "cpu"),
-        Classifier(folder / "model.onnx").metadata,
-    )
+    classifier = Classifier(folder / "model.onnx", "cpu")
     crops = np.stack(
-        [session.read_patch(tmp_path / "a.tiff", x, y, metadata, 0.25, 0.5) for x, y in POINTS]
+        [slides.read(tmp_path / "a.tiff", x, y, 224, mpp=0.25, source_mpp=0.5) for x, y in POINTS]
     )
     assert np.allclose(classifier(crops), resampled, atol=1e-6)
     done = run(folder / "model.onnx", "--slide", tmp_path / "a.tiff", *usual, "--mpp", "0.25")
@@ -537,25 +553,18 @@ def test_a_coarser_slide_is_resampled_and_said_so(tiny, tmp_path):
     )
 
 
-def test_patches_of_another_size(tiny):
+@pytest.mark.parametrize("fit", ["resize", "pad"])
+def test_patches_of_another_size(fit, tiny):
     folder, _ = tiny
-    for fit in ("resize", "pad"):
-        patch = session.read_patch(
-            folder / "a.tiff", 300, 300, {"patch": 128, "size": 224, "fit": fit}
-        )
-        assert patch.shape == (224, 224, 3)
-        plain = session.read_patch(
-            folder / "a.tiff", 300, 300, {"patch": 224, "size": 224, "fit": fit}
-        )
-        assert np.array_equal(patch[48:176, 48:176], plain[48:176, 48:176]) == (fit == "pad")
-        larger = session.read_patch(
-            folder / "a.tiff", 300, 300, {"patch": 257, "size": 224, "fit": fit}
-        )
-        assert larger.shape == (224, 224, 3)
-        exact = session.read_patch(
-            folder / "a.tiff", 300, 300, {"patch": 256, "size": 224, "fit": fit}
-        )
-        assert np.array_equal(exact, plain) == (fit == "pad")
+
+    def read(patch):
+        metadata = {"patch": patch, "size": 224, "fit": fit, "mpp": 0.25}
+        return session.SlideReader(metadata, folder / "a.tiff").read(300, 300)
+
+    plain, smaller = read(224), read(128)
+    assert smaller.shape == read(257).shape == (224, 224, 3)
+    assert np.array_equal(smaller[48:176, 48:176], plain[48:176, 48:176]) == (fit == "pad")
+    assert np.array_equal(read(256), plain) == (fit == "pad")
 
 
 # ---------------------------------------------------------------- the class
@@ -595,14 +604,87 @@ def test_classifier_takes_arrays_tensors_and_threads(tiny):
         classifier(images, output="logits")
 
 
+def near(a, b):
+    return np.allclose(a, b, atol=1e-6)
+
+
+def test_score_is_what_the_command_writes_and_what_training_reads(tiny, tmp_path):
+    """At the borders too, from a path, an open slide and an array, in any order of the cells."""
+    folder, expected = tiny
+    classifier = Classifier(folder / "model.onnx", "cpu")
+    pixels = np.asarray(Image.open(folder / "a.tiff"))
+    tiled(tmp_path / "a.svs.tif", pixels, mpp=0.25)
+    x, y = np.array(POINTS).T
+    given, out = midog(tmp_path / "in.json"), tmp_path / "out.json"
+    done = run(
+        folder / "model.onnx", "--slide", folder / "a.tiff", "--candidates", given, "--out", out
+    )
+    assert done.returncode == 0, done.stderr
+    written = read_scores("midog", out)[0]
+    with openslide.OpenSlide(tmp_path / "a.svs.tif") as slide:
+        for image, mpp in ((folder / "a.tiff", None), (slide, None), (pixels, 0.25)):
+            probability = classifier.score(image, x, y, mpp=mpp)
+            assert probability.dtype == np.float32 and near(probability, expected)
+            assert near(probability, written)
+            assert near(classifier.score(image, x[::-1], y[::-1], mpp=mpp), probability[::-1])
+    table = data.load_dataset(midog(tmp_path / "train.json"), images=folder)
+    assert near(classifier(Patches(table).read(np.arange(4))), written)
+    assert near(classifier.score(pixels, POINTS[0][0], POINTS[0][1], 0.25), written[:1])
+    assert classifier.score(pixels, [], [], 0.25).shape == (0,)
+
+
+def test_score_of_a_coarser_slide_is_what_training_at_another_resolution_reads(tiny, tmp_path):
+    folder, _ = tiny
+    classifier = Classifier(folder / "model.onnx", "cpu")
+    pixels = np.asarray(Image.open(folder / "a.tiff"))
+    tiled(tmp_path / "a.tiff", pixels, mpp=0.5)
+    x, y = np.array(POINTS).T
+    table = data.load_dataset(midog(tmp_path / "train.json"), images=tmp_path)
+    expected = classifier(Patches(table, mpp=0.25).read(np.arange(4)))
+    with openslide.OpenSlide(tmp_path / "a.tiff") as slide:
+        for image, mpp in ((tmp_path / "a.tiff", None), (slide, None), (pixels, 0.5)):
+            assert near(classifier.score(image, x, y, mpp=mpp), expected)
+        assert not near(classifier.score(slide, x, y, mpp=0.25), expected)
+
+
+def test_score_from_several_threads(tiny):
+    folder, _ = tiny
+    classifier = Classifier(folder / "model.onnx", "cpu", batch_size=4)
+    generator = np.random.default_rng(0)
+    x, y = generator.uniform(0, 640, 40), generator.uniform(0, 500, 40)
+    alone = classifier.score(folder / "a.tiff", x, y)
+    with ThreadPoolExecutor(6) as pool:
+        parts = pool.map(lambda i: classifier.score(folder / "a.tiff", x[i::6], y[i::6]), range(6))
+        for i, part in enumerate(parts):
+            assert near(part, alone[i::6])
+
+
+def test_score_refuses_what_would_be_wrong(tiny, tmp_path):
+    folder, _ = tiny
+    classifier = Classifier(folder / "model.onnx", "cpu")
+    pixels = np.asarray(Image.open(folder / "a.tiff"))
+    with pytest.raises(common.UserError, match="µm/px is unknown; give mpp="):
+        classifier.score(pixels, 100, 100)
+    with pytest.raises(common.UserError, match=r"\(5000, 3\) lies outside"):
+        classifier.score(folder / "a.tiff", [100, 5000], [100, 3])
+    with pytest.raises(common.UserError, match="no such image"):
+        classifier.score(tmp_path / "none.tiff", 100, 100)
+    for wrong in ((np.nan, 100), ([1, 2], [1]), ([[1]], [[1]])):
+        with pytest.raises(ValueError, match="x and y must be"):
+            classifier.score(folder / "a.tiff", *wrong)
+    for wrong in (pixels[..., 0], pixels / 255):
+        with pytest.raises(ValueError, match=r"uint8 \[H, W, 3\] is needed"):
+            classifier.score(wrong, 100, 100, mpp=0.25)
+    with pytest.raises(TypeError, match="is no slide"):
+        classifier.score(object(), 100, 100)
+
+
 def test_a_classifier_says_how_many_px_to_read(tiny, tmp_path):
     folder, _ = tiny
     write_model(tmp_path / "m.onnx", classifier("gelu"), metadata={"patch": 128})
     model = Classifier(tmp_path / "m.onnx", device="cpu")
     assert (model.patch, model.size) == (128, 224)
-    assert model(session.read_patch(folder / "a.tiff", 300, 300, model.metadata)[None]).shape == (
-        1,
-    )
+    assert model.score(folder / "a.tiff", 300, 300).shape == (1,)
 
 
 def test_gpus_by_any_name_of_their_device(tmp_path):
@@ -619,7 +701,7 @@ def test_cuda_that_is_not_obtained_is_an_error(tiny):
     if torch.cuda.is_available():
         pytest.skip("a GPU is here")
     folder, _ = tiny
-    with pytest.raises(common.UserError, match="--device cuda"):
+    with pytest.raises(common.UserError, match="device cuda"):
         Classifier(folder / "model.onnx", device="cuda")
     classifier = Classifier(folder / "model.onnx", device="auto")
     assert classifier.device == "cpu" and "CPU" in classifier.note
@@ -631,7 +713,7 @@ def test_a_session_that_fell_back_is_an_error(tiny, monkeypatch):
     """
     folder, _ = tiny
     monkeypatch.setattr(
-        classify.onnxruntime,
+        session.onnxruntime,
         "get_available_providers",
         lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"],
     )
@@ -704,10 +786,15 @@ def test_overlay(tiny, tmp_path):
 
 def test_overlay_where_the_first_slide_failed(tiny, tmp_path):
     folder, _ = tiny
-    jobs = [("gone.tiff", 1.0, 2.0, None, None), (folder / "a.tiff", 150.0, 160.0, None, None)]
-    classify.overlay(tmp_path / "none.png", jobs, np.array([np.nan, np.nan]), 0.5, ["no", "yes"])
+    shutil.copy(folder / "a.tiff", tmp_path / "b.tiff")
+    job = classify.Plan()
+    for row, path in enumerate((tmp_path / "b.tiff", folder / "a.tiff")):
+        job.add_reader({"mpp": 0.25, "patch": 224}, path, None)
+        job.add_cell(row, row, 150.0, 160.0)
+    classify.overlay(tmp_path / "none.png", job, np.array([np.nan, np.nan]), 0.5, ["no", "yes"])
     assert not (tmp_path / "none.png").exists()
-    classify.overlay(tmp_path / "o.png", jobs, np.array([np.nan, 0.7]), 0.5, ["no", "yes"])
+    (tmp_path / "b.tiff").unlink()
+    classify.overlay(tmp_path / "o.png", job, np.array([np.nan, 0.7]), 0.5, ["no", "yes"])
     assert Image.open(tmp_path / "o.png").size == (350, 360)
 
 

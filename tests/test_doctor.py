@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
+from onnx import TensorProto, helper
 
 import common
 from onnx_model import doctor, session
@@ -35,19 +37,20 @@ def screen(capsys):
 
 
 @NO_GPU
-def test_the_command_with_a_gpu_that_is_not_used(tmp_path):
-    """A driver that sees a GPU on a machine where nothing can use it: status 1, and both are named."""
+@pytest.mark.parametrize("command", ["classify.py", "export.py"])
+def test_the_command_with_a_gpu_that_is_not_used(command, tmp_path):
+    """A driver that sees a GPU on a machine where nothing can use it: status 1, both named."""
     path = nvidia_smi(tmp_path / "bin", "echo 'NVIDIA H100 80GB HBM3, 550.54.15, 81559 MiB'")
     done = subprocess.run(
-        [sys.executable, str(HERE / "export.py"), "--doctor"],
+        [sys.executable, str(HERE / command), "--doctor"],
         capture_output=True,
         text=True,
         env={**os.environ, "PATH": path},
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "NVIDIA H100 80GB HBM3" in done.stdout
-    assert "a GPU is here and torch does not use it" in done.stdout
-    assert "a GPU is here and ONNX Runtime does not use it" in done.stdout
+    assert "a GPU is available, but torch does not use it" in done.stdout
+    assert "a GPU is available, but ONNX Runtime does not use it" in done.stdout
 
 
 @NO_GPU
@@ -56,7 +59,7 @@ def test_no_gpu_is_in_order(script, tmp_path, monkeypatch, capsys):
     """nvidia-smi that fails (no driver), that sees nothing, that is not there."""
     monkeypatch.setenv("PATH", nvidia_smi(tmp_path / "bin", script) if script else str(tmp_path))
     status, text = screen(capsys)
-    assert status == 0 and text.endswith("in order; there is no GPU to be used\n")
+    assert status == 0 and text.endswith("in order; no GPU on this machine\n")
     assert len(text.splitlines()) <= 24 and max(map(len, text.splitlines())) < 200
     for name in ("python", "torch", "onnxruntime", "onnx", "openslide", "CPU", "CUDA"):
         assert f"\n{name} " in f"\n{text}"
@@ -87,18 +90,16 @@ def machine(monkeypatch):
         "get_available_providers",
         lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"],
     )
-    monkeypatch.setattr(
-        doctor, "libraries", lambda: {"libcublas.so.13": "/usr/lib/libcublas.so.13"}
-    )
+    monkeypatch.setattr(doctor, "libraries", lambda: {"libcublas.so.13": True})
     opened = session.open_session
 
-    def give(session):
+    def give(answer):
         def open_session(path, device):
             if device == "cpu":
                 return opened(path, device)
-            if isinstance(session, Exception):
-                raise session
-            return session, device, "note"
+            if isinstance(answer, Exception):
+                raise answer
+            return answer, device, "note"
 
         monkeypatch.setattr(session, "open_session", open_session)
 
@@ -120,9 +121,9 @@ def test_a_gpu_with_wrong_numbers(machine, capsys):
 
 
 def test_a_missing_library_is_named(machine, capsys, monkeypatch):
-    machine(common.UserError("--device cuda: the CUDA provider did not load"))
+    machine(common.UserError("device cuda: the CUDA provider did not load"))
     monkeypatch.setattr(
-        doctor, "libraries", lambda: {"libcublas.so.13": "here", "libcurand.so.10": None}
+        doctor, "libraries", lambda: {"libcublas.so.13": True, "libcurand.so.10": False}
     )
     status, text = screen(capsys)
     assert (
@@ -150,14 +151,55 @@ def test_a_provider_that_crashes_is_reported(machine, capsys):
 def test_the_tiny_model_is_right(tmp_path):
     """Its numbers from another side: attention of one head, written out."""
     doctor.tiny_model(tmp_path / "tiny.onnx")
-    x = np.random.default_rng(1).standard_normal((3, 4, 64)).astype(np.float32)
-    session = onnxruntime.InferenceSession(
+    x = np.random.default_rng(1).standard_normal((3, 4, 8)).astype(np.float32)
+    opened = onnxruntime.InferenceSession(
         str(tmp_path / "tiny.onnx"), providers=["CPUExecutionProvider"]
     )
-    (y,) = session.run(None, {"x": x})
+    (y,) = opened.run(None, {"x": x})
     given = torch.from_numpy(x)
-    expected = torch.nn.functional.scaled_dot_product_attention(given, given, given)
-    assert (
-        np.abs(y - expected.numpy()).max() < 1e-5
-        and np.abs(doctor.expected(x) - expected.numpy()).max() < 1e-5
+    attention = torch.nn.functional.scaled_dot_product_attention(given, given, given).numpy()
+    assert np.abs(y - attention).max() < 1e-5
+    assert np.abs(doctor.expected(x) - attention).max() < 1e-5
+
+
+def test_the_tiny_model_is_what_onnx_builds(tmp_path):
+    shape = ["N", 4, 8]
+    weight = np.eye(8, dtype=np.float32).tobytes()
+    graph = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["q"]),
+            helper.make_node("Attention", ["q", "x", "x"], ["y"], q_num_heads=1, kv_num_heads=1),
+        ],
+        "tiny",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
+        [helper.make_tensor("w", TensorProto.FLOAT, [8, 8], weight, raw=True)],
     )
+    opsets = [helper.make_opsetid("", 23)]
+    version = helper.find_min_ir_version_for(opsets)
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=version)
+    doctor.tiny_model(tmp_path / "tiny.onnx")
+    assert onnx.load(tmp_path / "tiny.onnx") == model
+    onnx.checker.check_model(str(tmp_path / "tiny.onnx"))
+
+
+def test_the_doctor_needs_neither_torch_nor_onnx():
+    """As in an environment of requirements-classify.txt."""
+    code = (
+        "import sys, runpy\n"
+        "for name in ('torch', 'onnx', 'models', 'matplotlib', 'safetensors'):\n"
+        "    sys.modules[name] = None\n"
+        f"sys.path.insert(0, {str(HERE)!r})\n"
+        "sys.argv = ['classify.py', '--doctor']\n"
+        f"runpy.run_path({str(HERE / 'classify.py')!r}, run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode in (0, 1) and "Traceback" not in done.stderr, done.stderr
+    assert "not installed (classify.py does not need it)" in done.stdout
+    assert "runs (CPUExecutionProvider)" in done.stdout
+
+
+def test_users_are_sent_to_the_command_that_they_have():
+    """Nobody who has classify.py alone is told to run export.py."""
+    for file in ("classify.py", "onnx_model/session.py", "onnx_model/doctor.py"):
+        assert "export.py --doctor" not in (HERE / file).read_text(encoding="utf-8")

@@ -22,6 +22,7 @@ import export
 import models
 import runs
 from onnx_model import graph, parity, session
+from reporting import metrics
 
 HERE = Path(__file__).resolve().parent.parent
 HARNESS = (
@@ -58,9 +59,9 @@ def made(tmp_path_factory):
 def command(monkeypatch, *arguments):
     """export.py in this process → exit status."""
     monkeypatch.setattr(sys, "argv", ["export.py", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit:
+    with pytest.raises(SystemExit) as ended:
         common.command(export.main)
-    return exit.value.code
+    return ended.value.code
 
 
 def names(folder):
@@ -71,7 +72,7 @@ def names(folder):
     "family,method",
     [
         *((name, "lora") for name in FAMILIES if name != "resnet50"),
-        ("resnet50", "probe"),
+        pytest.param("resnet50", "probe", marks=pytest.mark.slow),
         ("gelu", "full"),
     ],
 )
@@ -101,6 +102,9 @@ def test_run_to_model(family, method, made, tmp_path, monkeypatch, capsys):
     assert "licence" in printed and "largest" in printed and str(out) in printed
 
 
+TAUGHT = {"method": "full", "taught": 120}
+
+
 # A random SwiGLU network blows the noise of bytes up to a tenth of its embedding or more, and its
 # AUROC, near a half, follows: the gate refuses some of them, as it should. So those that have to
 # pass it in int8 have learned something.
@@ -110,7 +114,8 @@ def test_run_to_model(family, method, made, tmp_path, monkeypatch, capsys):
         *(("fp16", name, {}) for name in FAMILIES if name != "resnet50"),
         ("int8", "gelu", {}),
         ("int8", "torchvision", {}),
-        *(("int8", name, {"method": "full", "taught": 120}) for name in ("swiglu", "clsmean")),
+        pytest.param("int8", "swiglu", TAUGHT, marks=pytest.mark.slow),
+        pytest.param("int8", "clsmean", TAUGHT, marks=pytest.mark.slow),
     ],
 )
 def test_smaller_precisions(precision, family, how, made, tmp_path, monkeypatch):
@@ -199,19 +204,19 @@ def test_annotations_whose_images_are_gone_fall_back_to_the_demo(
     made, tmp_path, monkeypatch, capsys
 ):
     run, _, _ = made()
-    config, from_source = json.loads((run / "config.json").read_text()), export.data.from_source
+    config, from_source = json.loads((run / "config.json").read_text()), export.flags.from_source
     here = dict(config["source"])
     shutil.copy(here["data"], tmp_path / "MIDOG.json")
     config["source"] |= {"data": str(tmp_path / "MIDOG.json"), "images": str(tmp_path)}
     monkeypatch.setattr(
-        export.data,
+        export.flags,
         "from_source",  # the run's own data stands in for the demo's
         lambda kept, **options: from_source(here if kept["data"] == "demo" else kept, **options),
     )
     args = argparse.Namespace(data=None, images=None)
     found, labels, ids, source = export.validation_patches(run, config, args, 8)
     assert source.startswith("demo patches") and len(found) == len(labels) == 8 and len(ids) == 0
-    assert "the run's data cannot be used here" in capsys.readouterr().err
+    assert "the run's data is not available" in capsys.readouterr().err
     args.data = str(tmp_path / "MIDOG.json")
     with pytest.raises(common.UserError):  # named by the user: no other is taken
         export.validation_patches(run, config, args, 8)
@@ -292,29 +297,57 @@ def test_predictions_in_lower_precision_are_reported(made, tmp_path, monkeypatch
 # ---------------------------------------------------------------- threshold, temperature, licence
 
 
+def predictions_of(labels, logits, name="val"):
+    """Columns as runs.read_predictions gives them."""
+    columns = {"label": np.asarray(labels), "logit": np.asarray(logits, np.float32)}
+    columns["probability"] = export.sigmoid(columns["logit"])
+    return columns | {"set": np.full(len(labels), name), "case": np.full(len(labels), "c")}
+
+
 def test_threshold_is_the_best_f1():
     generator = np.random.default_rng(0)
     for _ in range(20):
         labels = generator.integers(0, 2, 60)
-        p = np.round(np.clip(labels * 0.2 + generator.uniform(0, 0.8, 60), 0, 1), 1)  # many ties
+        p = labels * 0.2 + generator.uniform(0, 0.8, 60)
+        p = p.round(1).clip(0.05, 0.95)  # many ties
+        predictions = predictions_of(labels, np.log(p / (1 - p)))
+        p = predictions["probability"]
 
         def f1(t):
             hit = ((p >= t) & (labels == 1)).sum()
             return 2 * hit / ((p >= t).sum() + labels.sum())
 
-        value, _ = export.best_threshold(labels, p, "f1")
-        assert (
-            f1(value) == pytest.approx(max(f1(t) for t in np.unique(p)))
-            and np.abs(p - value).min() > 1e-6
-        )
-        value, _ = export.best_threshold(labels, p, "sensitivity=0.8")
+        value, text, _ = export.decide(predictions, "f1")
+        assert f1(value) == pytest.approx(max(f1(t) for t in np.unique(p)))
+        assert np.abs(p - value).min() > 1e-6 and f"({f1(value):.4f})" in text
+        value, _, _ = export.decide(predictions, "sensitivity=0.8")
         assert (p[labels == 1] >= value).mean() >= 0.8
         assert (p[labels == 1] >= value + 0.1).mean() < 0.8  # the next higher one finds too few
-    assert export.best_threshold(labels, p, "0.3")[0] == 0.3
-    assert export.best_threshold(np.zeros(0), np.zeros(0), "f1")[0] == 0.5
-    for wrong in ("1.5", "f2", "sensitivity", "sensitivity=2", "f1=3", "nan"):
-        with pytest.raises(common.UserError, match="--threshold"):
-            export.best_threshold(labels, p, wrong)
+    assert export.decide(predictions, "0.3") == (0.3, "given", 1.0)
+    for nothing in (None, predictions_of([1, 0], [1, 2], "test"), predictions_of([1, 1], [1, 2])):
+        assert export.decide(nothing, "f1")[0] == 0.5
+
+
+@pytest.mark.parametrize(
+    "rule", ["1.5", "0", "1", "f2", "sensitivity", "sensitivity=2", "f1=3", "nan", "", "inf", "x"]
+)
+def test_thresholds_that_are_none(rule):
+    with pytest.raises(common.UserError, match="--threshold"):
+        export.decide(None, rule)
+
+
+def test_the_exported_threshold_is_the_reports(tmp_path):
+    """One rule: for 300 random validation sets, ties included, to the last bit."""
+    generator = np.random.default_rng(0)
+    for _ in range(300):
+        n = int(generator.integers(4, 200))
+        labels = generator.integers(0, 2, n)
+        logits = labels * generator.uniform(0, 2) + generator.normal(0, 1, n)
+        logits = logits.round(int(generator.integers(0, 6)))
+        predictions = predictions_of(labels, logits)
+        assert (
+            export.decide(predictions, "f1")[0] == metrics.of_predictions(predictions)["threshold"]
+        )
 
 
 def test_temperature_recovers_the_scale():
@@ -329,6 +362,7 @@ def test_temperature_recovers_the_scale():
         export.best_temperature(z < 0, z)
 
 
+@pytest.mark.slow
 def test_licences_that_forbid(made, tmp_path, monkeypatch, capsys):
     import dataclasses
 
@@ -397,6 +431,7 @@ def test_read_only_folder(made, tmp_path, monkeypatch, capsys):
         assert "read-only" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_killed_at_any_time(made, tmp_path, monkeypatch):
     """While a model.onnx stands there it is whole; the next export clears away what a killed one
     left.

@@ -91,7 +91,7 @@ def test_bytes_become_floats_first_of_all(family, tmp_path):
 def test_float_input_is_the_same_model(tmp_path):
     for family in ("gelu", "resnet50"):
         model, images = classifier(family), patches(3)
-        write_model(tmp_path / "m.onnx", model, input="float")
+        write_model(tmp_path / "m.onnx", model, input_type="float")
         mean, std = (np.array(v, np.float32) for v in model.encoder.spec.norm)
         given = ((images / np.float32(255) - mean) / std).transpose(0, 3, 1, 2).astype(np.float32)
         (p,) = session(tmp_path / "m.onnx").run(["probability"], {"patches": given})
@@ -113,7 +113,7 @@ def test_augmentation_at_test_time_is_inside(input, tmp_path):
     model = models.PatchClassifier(plain.encoder, tta=True).eval()
     model.load_state_dict(plain.state_dict())
     images = patches(3)
-    write_model(tmp_path / "m.onnx", model, input=input)
+    write_model(tmp_path / "m.onnx", model, input_type=input)
     mean, std = (np.array(v) for v in model.encoder.spec.norm)
     given = (
         images
