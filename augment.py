@@ -10,7 +10,6 @@ that no corner is black; `--stain-jitter` adds jitter of the stains in optical d
 al. 2018)."""
 
 import argparse
-import math
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 import common
 import flags
 from common import UserError
-from dataset.patches import Patches
+from dataset.patches import Patches, margin
 
 # Share of the samples that each operation changes, in the order of the random numbers that decide
 # on it.
@@ -30,13 +29,6 @@ GREY = (0.2989, 0.587, 0.114)  # ITU-R 601, as torchvision rounds it
 # Absorbance of haematoxylin, eosin and DAB (Ruifrok and Johnston 2001), rows of length one.
 HED = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 HED = HED / np.linalg.norm(HED, axis=1, keepdims=True)
-
-
-def margin(size=224):
-    """Side (px) of the crop to read for a training patch of `size`: its corners stay inside at any
-    angle.
-    """
-    return math.ceil(size * math.sqrt(2) / 32) * 32
 
 
 # ---------------------------------------------------------------- parameters

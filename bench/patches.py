@@ -41,11 +41,7 @@ import augment
 import common
 import data
 import flags
-from dataset import (
-    patches,
-    sampler,
-    slides,
-)
+from dataset import images, patches, slides
 
 SIZE, MARGIN, BATCH = 224, augment.margin(224), 16
 
@@ -195,7 +191,7 @@ def main():
             if args.data
             else synthetic(folder, *((1, 3000) if args.quick else (4, 4000)))
         )
-        sampler.POOL = 4000  # random positions: enough for a turn, and quickly stored
+        images.POOL = 4000  # random positions: enough for a turn, and quickly stored
         patches.build_store(patches.Patches(a, cache=folder / "store"), os.cpu_count() or 1)
         drawn = data.Sampler(a, a.id, epoch_size=128 if args.quick else 1280)
         paths = [str(a.image_path(image)) for image in np.unique(a.image)]

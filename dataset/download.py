@@ -1,8 +1,9 @@
 """Fetching public datasets: resumable, several files at once. `python data.py --download NAME`
-calls it. No torch.
+calls it.
 
-A file appears under its name when it is whole; until then it is a hidden .part file, which the next
-run continues by a range request. addresses.json holds the public addresses (figshare's file ids).
+A file appears under its name when it is complete; until then it is a hidden .part file, which the
+next run continues by a range request. addresses.json holds the public addresses (figshare's file
+ids).
 """
 
 import contextlib
@@ -43,16 +44,18 @@ def addresses(name):
         raise UserError(
             f"--download {name}: {', '.join(sorted([*table, 'midog2022']))} can be fetched"
         )
-    return {file: table[name]["base"].format(id=id) for file, id in table[name]["files"].items()}
+    base, files = table[name]["base"], table[name]["files"]
+    return {file: base.format(id=number) for file, number in files.items()}
 
 
 def fetch(name, folder, workers=4, only=None, files=None, pause=1.0):
     """Fetch a dataset's files into `folder`. files: {name: address}, instead of the public ones.
 
     only: a pattern that names must match. pause: s before the second try, doubled each time.
-    UserError names the files that could not be had; all others are there then, and the same command
-    continues."""
-    files = files if files is not None else addresses(name)
+    UserError names a file that could not be fetched; all others are complete then, and the same
+    command continues."""
+    if files is None:
+        files = addresses(name)
     if only:
         files = {file: url for file, url in files.items() if fnmatch.fnmatch(file, only)}
         if not files:
@@ -64,58 +67,64 @@ def fetch(name, folder, workers=4, only=None, files=None, pause=1.0):
     folder.mkdir(parents=True, exist_ok=True)
     with _lock(folder):
         todo = {file: url for file, url in files.items() if not (folder / file).exists()}
-        print(f"{name}: {len(files) - len(todo):,} of {len(files):,} files are there", flush=True)
-        if not todo:
-            return
-        stop, errors = threading.Event(), {}
-        pool = ThreadPoolExecutor(max(1, workers))
-        try:
-            sizes = dict(zip(todo, pool.map(lambda url: _size(url, stop, pause), todo.values())))
-            known = sum(size for size in sizes.values() if size)
-            have = sum(
-                _part(folder, file).stat().st_size for file in todo if _part(folder, file).exists()
-            )
-            without = sum(size is None for size in sizes.values())
-            print(
-                f"{name}: {len(todo):,} files, {known / 1e9:.2f} GB"
-                + (f" and {without:,} files of unknown size" if without else "")
-                + (f"; {have / 1e9:.2f} GB of it is there" if have else ""),
-                flush=True,
-            )
-            free = shutil.disk_usage(folder).free
-            if known - have > free:
+        print(f"{name}: {len(files) - len(todo):,} of {len(files):,} files exist", flush=True)
+        if todo:
+            _fetch_all(name, folder, todo, workers, pause)
+
+
+def _fetch_all(name, folder, todo, workers, pause):
+    """Fetch the files `todo`, several at once."""
+    stop, errors = threading.Event(), {}
+    pool = ThreadPoolExecutor(max(1, workers))
+    try:
+        sizes = dict(zip(todo, pool.map(lambda url: _size(url, stop, pause), todo.values())))
+        announced = sum(size for size in sizes.values() if size)
+        _check_room(name, folder, todo, sizes, announced)
+        bar = common.progress(total=round(announced / 1e6), desc=name, unit="MB")
+        report = _Megabytes(bar)
+        jobs = {
+            pool.submit(_fetch_one, url, folder / file, sizes[file], stop, pause, report): file
+            for file, url in todo.items()
+        }
+        for job in as_completed(jobs):
+            try:
+                job.result()
+            except UserError as error:
+                errors[jobs[job]] = error
+            except OSError as error:  # the disk: the other files would fail as well
+                stop.set()
                 raise UserError(
-                    f"{folder}: {(known - have) / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB "
-                    "are free; "
-                    "make room or set MITOSIS_ROOT to another disk"
-                )
-            bar = common.progress(total=round(known / 1e6), desc=name, unit="MB")
-            jobs = {
-                pool.submit(
-                    _fetch_one, url, folder / file, sizes[file], stop, pause, _Megabytes(bar)
-                ): file
-                for file, url in todo.items()
-            }
-            for job in as_completed(jobs):
-                try:
-                    job.result()
-                except UserError as error:
-                    errors[jobs[job]] = error
-                except OSError as error:  # the disk: the other files would fail as well
-                    stop.set()
-                    raise UserError(
-                        f"{folder / jobs[job]}: {error.strerror or error}; what was fetched is kept"
-                    ) from None
-            bar.close()
-        except BaseException:
-            stop.set()
-            raise
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+                    f"{folder / jobs[job]}: {error.strerror or error}; what was fetched is kept"
+                ) from None
+        bar.close()
+    except BaseException:
+        stop.set()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
     if errors:
         file, error = next(iter(sorted(errors.items())))
         more = f" (and {len(errors) - 1:,} more files)" if len(errors) > 1 else ""
         raise UserError(f"{error}{more}; the same command continues")
+
+
+def _check_room(name, folder, todo, sizes, announced):
+    """Print how much is to be fetched; UserError if the disk is too small for it."""
+    parts = [_part(folder, file) for file in todo]
+    fetched = sum(part.stat().st_size for part in parts if part.exists())
+    unknown = sum(size is None for size in sizes.values())
+    text = f"{name}: {len(todo):,} files, {announced / 1e9:.2f} GB"
+    if unknown:
+        text += f" and {unknown:,} files of unknown size"
+    if fetched:
+        text += f"; {fetched / 1e9:.2f} GB of it is fetched already"
+    print(text, flush=True)
+    free, needed = shutil.disk_usage(folder).free, announced - fetched
+    if needed > free:
+        raise UserError(
+            f"{folder}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; make "
+            "room or set MITOSIS_ROOT to another disk"
+        )
 
 
 @contextlib.contextmanager
@@ -132,12 +141,11 @@ def _lock(folder):
 
 
 class _Megabytes:
-    """Whole megabytes for the bar, out of bytes from several threads."""
-
-    lock = threading.Lock()
+    """Whole megabytes for the bar, from bytes of several threads."""
 
     def __init__(self, bar):
-        self.bar, self.bytes, self.shown = bar, 0, 0
+        self.bar, self.lock = bar, threading.Lock()
+        self.bytes = self.shown = 0
 
     def __call__(self, n):
         with self.lock:
@@ -166,7 +174,10 @@ _opener = urllib.request.build_opener(_Redirects)
 
 
 def _open(url, headers):
-    headers = {"User-Agent": f"{common.NAME}/{common.VERSION}", "Accept-Encoding": "identity"} | headers
+    headers = {
+        "User-Agent": f"{common.NAME}/{common.VERSION}",
+        "Accept-Encoding": "identity",
+    } | headers
     request = urllib.request.Request(url, headers=headers)
     return _opener.open(request, timeout=TIMEOUT)
 
@@ -194,14 +205,15 @@ def _size(url, stop, pause):
 
 
 def _content_range(response):
-    """(first byte, total or None) of a 206 answer; (None, None) where the header is missing or
+    """(first byte, total or None) of a 206 answer; (None, None) if the header is missing or
     makes no sense.
     """
     text = response.headers.get("Content-Range", "").strip()
     match = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", text)
     if not match:
         return None, None
-    return int(match[1]), None if match[3] == "*" else int(match[3])
+    total = None if match[3] == "*" else int(match[3])
+    return int(match[1]), total
 
 
 def _length(response):
@@ -219,14 +231,19 @@ def _retry_after(headers):
         return None
 
 
-def _sleep(stop, wanted, fallback):
-    stop.wait(min(MAX_PAUSE, wanted if wanted is not None else fallback))
+def _sleep(stop, asked, fallback):
+    """Wait as long as the server asks, else the fallback; a stop ends it."""
+    if asked is None:
+        asked = fallback
+    stop.wait(min(MAX_PAUSE, asked))
 
 
 def _fetch_one(url, path, size, stop, pause, report):
     """Fetch one file to `path`, over as many connections as it takes; continues a .part file."""
-    part, facts = _part(path.parent, path.name), _part(path.parent, path.name).with_suffix(".etag")
-    idle, reason, broken = 0, "", 0
+    part = _part(path.parent, path.name)
+    etag_file = part.with_suffix(".etag")
+    # idle: tries in a row without a new byte; broken: complete files that were damaged
+    idle, broken, reason = 0, 0, ""
     for _ in range(MAX_TRIES):
         if stop.is_set():
             return
@@ -237,7 +254,7 @@ def _fetch_one(url, path, size, stop, pause, report):
         have = part.stat().st_size if part.exists() else 0
         total, before = None, have
         try:
-            total, have = _continue(url, part, facts, have, stop, report)
+            total, have = _continue(url, part, etag_file, have, size, stop, report)
             if stop.is_set():
                 return
             if total is not None and have < total:
@@ -261,19 +278,18 @@ def _fetch_one(url, path, size, stop, pause, report):
             now = part.stat().st_size if part.exists() else 0
             idle = 0 if now > before else idle + 1
             continue
-        wrong = (
-            f"{have:,} bytes came where the server had said {size:,}"
-            if size is not None and have != size
-            else damage(part, path.name)
-        )
+        if size is not None and have != size:
+            wrong = f"{have:,} bytes came, the server had announced {size:,}"
+        else:
+            wrong = damage(part, path.name)
         if wrong is None:
-            facts.unlink(missing_ok=True)
-            with open(part, "rb") as file:
+            etag_file.unlink(missing_ok=True)
+            with open(part, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(part, path)
             return
-        # What the server called the whole file is none: the next try begins anew, and asks for the
-        # size again.
+        # What the server called the complete file is damaged: the next try begins anew, and asks
+        # for the size again.
         part.unlink(missing_ok=True)
         reason, broken, size = wrong, broken + 1, None
         _sleep(stop, None, pause)
@@ -292,77 +308,81 @@ class _Never(Exception):
     """Trying again cannot help."""
 
 
-def _continue(url, part, facts, have, stop, report):
-    """One connection: append to `part` what is missing. Returns (total size or None, bytes that are
-    there now).
-    """
+def _continue(url, part, etag_file, have, size, stop, report):
+    """One connection: append to `part` what is missing. Returns (total size or None, bytes that it
+    has now).
+
+    size: what the server announced before, or None; more than that is never written."""
     headers = {}
     if have:
         headers["Range"] = f"bytes={have}-"
-        etag = facts.read_text() if facts.exists() else ""
-        if etag:
-            headers["If-Range"] = (
-                etag  # a file that was changed meanwhile comes whole, not as a wrong tail
-            )
+        etag = etag_file.read_text() if etag_file.exists() else ""
+        if etag:  # a file that changed meanwhile comes whole, not as a wrong tail
+            headers["If-Range"] = etag
     try:
         response = _open(url, headers)
     except urllib.error.HTTPError as error:
         with error:
-            if error.code == 416:
-                total = re.fullmatch(
-                    r"bytes \*/(\d{1,18})", error.headers.get("Content-Range", "").strip()
-                )
-                if have and total and int(total[1]) == have:
-                    return have, have  # the last connection had brought everything
-                part.unlink(missing_ok=True)
-                raise _Again("the server has another size than before (416)") from None
-            if error.code in (408, 425, 429, 500, 502, 503, 504):
-                raise _Again(
-                    f"the server answers {error.code}", _retry_after(error.headers)
-                ) from None
-            hint = {
-                401: "a login is needed",
-                403: "access is refused",
-                404: "it is not there any more",
-                410: "it is not there any more",
-            }.get(error.code, "the server refuses")
-            raise _Never(f"{hint} (status {error.code})") from None
+            if error.code == 416 and _is_complete(error, have):
+                return have, have  # the last connection had brought everything
+            _refused(error, part)
     with response:
         if response.status == 206:
             first, total = _content_range(response)
             if first != have:
                 part.unlink(missing_ok=True)
                 raise _Again("the server sent another part of the file than was asked for")
-        elif (
-            response.status == 200
-        ):  # ranges are not known there, or the file has changed: all of it comes
+        elif response.status == 200:  # no ranges, or the file has changed: all of it comes
             total, have = _length(response), 0
         else:
             raise _Again(f"the server answers {response.status}")
         etag = response.headers.get("ETag") or ""
-        if etag and not etag.startswith("W/") and etag.isprintable():
-            facts.write_text(etag)
+        if etag and not etag.startswith("W/") and etag.isprintable() and len(etag) < 1000:
+            etag_file.write_text(etag)
         else:
-            facts.unlink(missing_ok=True)
+            etag_file.unlink(missing_ok=True)
+        most = max((limit for limit in (total, size) if limit is not None), default=None)
         with open(part, "ab" if have else "wb") as file:
             while not stop.is_set():
+                broken_off = False
                 try:
                     data = response.read(CHUNK)
                 except http.client.IncompleteRead as error:
-                    data = error.partial
-                    file.write(data)
-                    report(len(data))
-                    have += len(data)
-                    break
-                if not data:
+                    data, broken_off = error.partial, True
+                have += len(data)
+                if most is not None and have > most:
                     break
                 file.write(data)
                 report(len(data))
-                have += len(data)
-    if total is not None and have > total:
+                if not data or broken_off:
+                    break
+    if most is not None and have > most:
         part.unlink(missing_ok=True)
-        raise _Again("more bytes came than the server had announced")
+        raise _Again(f"more bytes came than the {most:,} that the server had announced")
     return total, have
+
+
+def _is_complete(error, have):
+    """Whether a 416 answer says that the file has exactly the bytes that were fetched."""
+    text = error.headers.get("Content-Range", "").strip()
+    total = re.fullmatch(r"bytes \*/(\d{1,18})", text)
+    return have and total and int(total[1]) == have
+
+
+def _refused(error, part):
+    """Raise what an HTTP error means for the next try."""
+    if error.code == 416:
+        part.unlink(missing_ok=True)
+        raise _Again("the server has another size than before (416)") from None
+    if error.code in (408, 425, 429, 500, 502, 503, 504):
+        raise _Again(f"the server answers {error.code}", _retry_after(error.headers)) from None
+    hint = {
+        401: "a login is needed",
+        403: "access is refused",
+        404: "it no longer exists",
+        410: "it no longer exists",
+    }.get(error.code, "the server refuses")
+    raise _Never(f"{hint} (status {error.code})") from None
 
 
 # ---------------------------------------------------------------- is it what its name says
@@ -381,25 +401,32 @@ def damage(path, name):
         if suffix == ".png":
             file.seek(max(0, size - 12))
             if head[:8] != b"\x89PNG\r\n\x1a\n" or file.read(12)[4:8] != b"IEND":
-                return "not a whole PNG image"
+                return "not a complete PNG image"
         elif suffix in (".tif", ".tiff", ".svs"):
             if not _whole_tiff(file, head, size):
-                return "not a whole TIFF image"
+                return "not a complete TIFF image"
         elif suffix == ".sqlite":
-            file.seek(0)
-            head = file.read(100)
-            if len(head) < 100 or head[:16] != b"SQLite format 3\0":
-                return "not an SQLite database"
-            page = struct.unpack(">H", head[16:18])[0]
-            page, pages = 65536 if page == 1 else page, struct.unpack(">I", head[28:32])[0]
-            if head[24:28] == head[92:96] and page * pages > size:
-                return "not a whole SQLite database"
+            return _sqlite_damage(file, size)
         elif suffix == ".json":
             file.seek(0)
             try:
                 json.load(file)
             except (ValueError, RecursionError):
-                return "not a whole JSON file"
+                return "not a complete JSON file"
+    return None
+
+
+def _sqlite_damage(file, size):
+    file.seek(0)
+    head = file.read(100)
+    if len(head) < 100 or head[:16] != b"SQLite format 3\0":
+        return "not an SQLite database"
+    page, pages = struct.unpack(">H", head[16:18])[0], struct.unpack(">I", head[28:32])[0]
+    if page == 1:  # the format's way to write 65,536
+        page = 65536
+    # The header's number of pages counts only if it was written with the last change.
+    if head[24:28] == head[92:96] and page * pages > size:
+        return "not a complete SQLite database"
     return None
 
 
@@ -411,8 +438,8 @@ def _whole_tiff(file, head, size):
     if order is None or len(head) < 16 or head[2:4] not in (b"*\0", b"\0*", b"+\0", b"\0+"):
         return False
     big = 43 in head[2:4]
-    word, entry = ("Q", 20) if big else ("I", 12)
-    inline = struct.calcsize(word)
+    # Sizes of BigTIFF and TIFF: an offset, an entry of a directory, the number of its entries.
+    word, entry, count, first = ("Q", 20, "Q", 8) if big else ("I", 12, "H", 4)
 
     def read(at, kind, n=1):
         length = struct.calcsize("<" + kind) * n
@@ -422,28 +449,26 @@ def _whole_tiff(file, head, size):
         return struct.unpack(f"{order}{n}{kind}", file.read(length))
 
     def values(at):
-        """Of the directory's entry at `at`: a list of offsets or lengths."""
-        kind, n = {3: "H", 4: "I", 16: "Q"}[read(at + 2, "H")[0]], read(at + 4, word)[0]
-        beside = at + 4 + inline
-        return read(
-            beside if struct.calcsize(kind) * n <= inline else read(beside, word)[0], kind, n
-        )
+        """Offsets or lengths of the directory's entry at `at`; few of them stand in it itself."""
+        kind = {3: "H", 4: "I", 16: "Q"}[read(at + 2, "H")[0]]
+        n = read(at + 4, word)[0]
+        place = at + 4 + struct.calcsize(word)
+        if struct.calcsize(kind) * n > struct.calcsize(word):
+            place = read(place, word)[0]
+        return read(place, kind, n)
 
     try:
-        at, seen = read(8 if big else 4, word)[0], set()
+        at, seen = read(first, word)[0], set()
         while at:
             if at in seen or len(seen) > 1000:
                 return False
             seen.add(at)
-            n, start = read(at, "Q" if big else "H")[0], at + (8 if big else 2)
+            n, start = read(at, count)[0], at + struct.calcsize("<" + count)
             tags = {read(start + i * entry, "H")[0]: start + i * entry for i in range(n)}
             for offsets, lengths in ((273, 279), (324, 325)):  # strips, tiles
                 if offsets in tags and lengths in tags:
-                    ends = [
-                        o + length
-                        for o, length in zip(values(tags[offsets]), values(tags[lengths]))
-                    ]
-                    if max(ends, default=0) > size:
+                    pixels = zip(values(tags[offsets]), values(tags[lengths]))
+                    if any(offset + length > size for offset, length in pixels):
                         return False
             at = read(start + n * entry, word)[0]
     except (KeyError, ValueError, struct.error, OverflowError, MemoryError):

@@ -1,15 +1,18 @@
 """A memory-mapped array on disk that is filled row by row, survives a kill, and knows what it was
-made from. No torch.
+made from.
 
-    <path>.npy    the array, an ordinary NumPy file
-    <path>.json   shape, dtype, fingerprint, and when complete the checksum of the array
-    <path>.done   one byte per row, 1 where it is written; gone when complete
-    <path>.lock   held by whoever fills it; let go by any end of the process
+    <path>.npy         the array, an ordinary NumPy file
+    <path>.json        shape, dtype, fingerprint, and when complete the checksum of the array
+    <path>.done        one byte per row, 1 once it is written; gone when complete
+    <path>.lock        held by a process that fills it alone
+    <path>.writer-…    one for each of several processes that fill it together, held by that process
 
-The crop store and the embeddings are kept this way.
+Any end of a process releases its locks, so a killed writer never blocks the next one. The crop
+store and the embeddings are kept this way.
 """
 
-import fcntl
+import contextlib
+import glob
 import io
 import json
 import os
@@ -38,6 +41,7 @@ class Damaged(UserError):
 
 
 def files(path):
+    """The array, its index and its list of finished rows."""
     path = Path(path)
     return tuple(path.with_name(path.name + end) for end in (".npy", ".json", ".done"))
 
@@ -45,14 +49,13 @@ def files(path):
 def open_store(path, fingerprint, verify=True):
     """The complete array at `path`, as a read-only memory map.
 
-    Missing where there is none or it is unfinished; Stale where its fingerprint (a dict of plain
-    values) differs; Damaged where the bytes are not those written. `verify` reads the whole array
-    once and compares its checksum; without it, only the file's length, shape and type are looked
-    at."""
+    Missing if there is none or it is unfinished; Stale if its fingerprint (a dict of plain values)
+    differs; Damaged if the bytes are not those written. `verify` reads the whole array once and
+    compares its checksum; without it, only the file's length, shape and type are checked."""
     array_file, index_file, _ = files(path)
     index = _index(path)
     if index is None or not index["complete"] or not array_file.exists():
-        raise Missing(f"{path}: not there, or not finished")
+        raise Missing(f"{path}: does not exist, or is not finished")
     _compare(path, index["fingerprint"], fingerprint)
     try:
         array = np.load(array_file, mmap_mode="r", allow_pickle=False)
@@ -61,7 +64,7 @@ def open_store(path, fingerprint, verify=True):
     except (ValueError, OSError, EOFError):
         sound = False
     if not sound or verify and _checksum(array_file) != index.get("checksum"):
-        raise Damaged(f"{array_file}: damaged; delete it, the next command makes it anew")
+        raise Damaged(f"{array_file}: damaged; delete it, the next command rebuilds it")
     return array
 
 
@@ -70,21 +73,25 @@ def _index(path):
     if not index_file.exists():
         return None
     index = common.read_json(index_file)
+    keys = {"shape", "dtype", "fingerprint", "complete"}
     if (
         not isinstance(index, dict)
-        or not {"shape", "dtype", "fingerprint", "complete"} <= set(index)
-        or not (isinstance(index["fingerprint"], dict))
+        or not keys <= set(index)
+        or not isinstance(index["fingerprint"], dict)
     ):
         raise UserError(f"{index_file}: not the index of a store; delete it")
     return index
 
 
-def _plain(fingerprint):
+def _as_json(fingerprint):
     return json.loads(json.dumps(fingerprint, default=str))
 
 
 def _compare(path, old, new):
-    new = _plain(new)
+    """Stale if two fingerprints differ; another version is named before anything else."""
+    new = _as_json(new)
+    if old.get("version") != new.get("version"):
+        raise Stale(f"{path}: made by another version of this program")
     for key in sorted(set(old) | set(new)):
         if old.get(key) != new.get(key):
             raise Stale(
@@ -115,113 +122,121 @@ class Writer:
     write     store some rows; they count as done once their values are on the disk
     finish    checksum, mark complete
 
-    A half-filled array with another fingerprint, shape or dtype is started anew, which is said in
-    one line; with a complete one of the same fingerprint nothing is to do. `shared`: several
-    processes may write disjoint rows of one path at the same time. UserError where the disk is too
-    small for what is still to be written, and where another process fills it."""
+    A half-filled array with another fingerprint, shape or dtype is started anew, which one line
+    says; a complete one with the same fingerprint has nothing left to do. `shared`: several
+    processes may write disjoint rows of one path at the same time. UserError if the disk is too
+    small for what is still to be written, or another process fills the array."""
 
     def __init__(self, path, shape, dtype, fingerprint, shared=False):
-        self.path, self.shape, self.dtype = (
-            Path(path),
-            tuple(int(n) for n in shape),
-            np.dtype(dtype),
-        )
+        self.path = Path(path)
+        self.shape = tuple(int(n) for n in shape)
+        self.dtype = np.dtype(dtype)
+        self.shared = shared
         self.index = {
             "shape": list(self.shape),
             "dtype": self.dtype.str,
-            "fingerprint": _plain(fingerprint),
+            "fingerprint": _as_json(fingerprint),
             "complete": False,
         }
-        self.shared, self.done, self._file = shared, None, None
+        self.done = self._file = self._lock = None
         header = io.BytesIO()
-        np.lib.format.write_array_header_1_0(
-            header,
-            {
-                "descr": np.lib.format.dtype_to_descr(self.dtype),
-                "fortran_order": False,
-                "shape": self.shape,
-            },
-        )
+        description = {
+            "descr": np.lib.format.dtype_to_descr(self.dtype),
+            "fortran_order": False,
+            "shape": self.shape,
+        }
+        np.lib.format.write_array_header_1_0(header, description)
         self.header = header.getvalue()
         self.row_bytes = int(np.prod(self.shape[1:], dtype=object)) * self.dtype.itemsize
         self.bytes = self.shape[0] * self.row_bytes
 
     def __enter__(self):
-        array_file, index_file, done_file = files(self.path)
+        array_file, _, done_file = files(self.path)
         array_file.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(
-            self.path.with_name(self.path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o666
-        )
         try:
-            with common.exclusive(self.path.with_name(self.path.name + ".enter")):
-                alone = self._take(fcntl.LOCK_EX)
-                if not alone and not (self.shared and self._take(fcntl.LOCK_SH)):
-                    raise UserError(
-                        f"{self.path}: another process fills it; wait for it or stop it"
-                    )
-                old = _index(self.path)
-                same = old is not None and {**old, "complete": 0, "checksum": 0} == {
-                    **self.index,
-                    "complete": 0,
-                    "checksum": 0,
-                }
-                size = len(self.header) + self.bytes
-                there = array_file.exists() and array_file.stat().st_size == size
-                if same and old["complete"] and there:
+            # One process at a time looks who else writes, and begins the files.
+            with common.exclusive(self._beside(".enter")):
+                alone = self._take_lock()
+                state = self._state()
+                if state == "complete":
                     self.done = np.ones(self.shape[0], np.uint8)
+                    return self
+                if state == "other":
+                    if not alone:
+                        raise UserError(
+                            f"{self.path}: another process fills it with other settings"
+                        )
+                    self._begin()
                 else:
-                    if not (
-                        same
-                        and there
-                        and not old["complete"]
-                        and done_file.exists()
-                        and done_file.stat().st_size == self.shape[0]
-                    ):
-                        if not alone:
-                            raise UserError(
-                                f"{self.path}: another process fills it with other settings"
-                            )
-                        if old is not None and not old["complete"]:
-                            print(
-                                f"{self.path}: begun with other settings or damaged; starting anew",
-                                flush=True,
-                            )
-                        self._begin(array_file, index_file, done_file)
-                    else:
-                        self._need(array_file, size - array_file.stat().st_blocks * 512)
-                    self._file = os.open(array_file, os.O_RDWR)
-                    self.done = np.memmap(done_file, np.uint8, "r+", shape=(self.shape[0],))
-                if self.shared:
-                    self._take(fcntl.LOCK_SH)
+                    done = np.fromfile(done_file, np.uint8)
+                    self._need(int((done == 0).sum()) * self.row_bytes)
+                # Unbuffered, so that a write is with the system when it returns.
+                self._file = open(array_file, "r+b", buffering=0)
+                self.done = np.memmap(done_file, np.uint8, "r+", shape=(self.shape[0],))
         except BaseException:
             self._close()
             raise
         return self
 
-    def _take(self, kind):
-        try:
-            fcntl.flock(self._lock, kind | fcntl.LOCK_NB)
-        except OSError:
-            return False
-        return True
+    def _beside(self, end):
+        return self.path.with_name(self.path.name + end)
 
-    def _need(self, array_file, need):
-        free = shutil.disk_usage(array_file.parent).free
+    def _take_lock(self):
+        """Take this process's lock → whether it writes alone; UserError if others forbid it."""
+        busy = f"{self.path}: another process fills it; wait for it or stop it"
+        alone = common.try_lock(self._beside(".lock"))
+        if alone is None:
+            raise UserError(busy)
+        living = False
+        for file in self.path.parent.glob(f"{glob.escape(self.path.name)}.writer-*"):
+            lock = common.try_lock(file)
+            if lock is None:
+                living = True
+            else:  # of a process that was killed
+                lock.release()
+                _remove(file)
+        if not self.shared:
+            self._lock = alone
+            if living:
+                raise UserError(busy)
+            return True
+        self._lock = common.try_lock(self._beside(f".writer-{os.getpid()}-{id(self)}"))
+        alone.release()
+        return not living
+
+    def _state(self):
+        """What the files on disk are: "complete", "begun" (by a writer of the same), or "other"."""
+        array_file, _, done_file = files(self.path)
+        old = _index(self.path)
+        ours = {"complete": 0, "checksum": 0}
+        same = old is not None and {**old, **ours} == {**self.index, **ours}
+        size = len(self.header) + self.bytes
+        if not same or not array_file.exists() or array_file.stat().st_size != size:
+            return "other"
+        if old["complete"]:
+            return "complete"
+        if done_file.exists() and done_file.stat().st_size == self.shape[0]:
+            return "begun"
+        return "other"
+
+    def _need(self, need):
+        free = shutil.disk_usage(self.path.parent).free
         if need > free:
             raise UserError(
                 f"{self.path}: needs {need / 1e9:.1f} GB on the disk, {free / 1e9:.1f} GB are "
-                "free; make "
-                "room or choose another folder"
+                "free; make room or choose another folder"
             )
 
-    def _begin(self, array_file, index_file, done_file):
-        for file in (
-            index_file,
-            done_file,
-            array_file,
-        ):  # the index first: without it nothing counts
+    def _begin(self):
+        """Make the files anew, empty."""
+        array_file, index_file, done_file = files(self.path)
+        old = _index(self.path)
+        if old is not None and not old["complete"]:
+            print(f"{self.path}: begun with other settings or damaged; starting anew", flush=True)
+        # The index first: without it nothing counts.
+        for file in (index_file, done_file, array_file):
             file.unlink(missing_ok=True)
-        self._need(array_file, self.bytes)
+        self._need(self.bytes)
         with open(array_file, "wb") as file:
             file.write(self.header)
             file.truncate(len(self.header) + self.bytes)
@@ -235,44 +250,53 @@ class Writer:
     def write(self, rows, values):
         """Store values [n, …] as the rows (n indices); a single value is stored in all of them."""
         rows = np.atleast_1d(np.asarray(rows, np.int64))
-        if len(rows) and not (rows.min() >= 0 and rows.max() < self.shape[0]):
+        if not len(rows):
+            return
+        if rows.min() < 0 or rows.max() >= self.shape[0]:
             raise IndexError(f"rows {rows.min()} to {rows.max()} of {self.shape[0]}")
-        values = np.ascontiguousarray(
-            np.broadcast_to(np.asarray(values, self.dtype), (len(rows), *self.shape[1:]))
-        )
-        # Written as a file: pages of a memory map would count as this process's memory, and a full
-        # disk kill it.
+        values = np.broadcast_to(np.asarray(values, self.dtype), (len(rows), *self.shape[1:]))
+        values = np.ascontiguousarray(values)
+        # Written as a file, one call per run of neighbours: pages of a memory map would count as
+        # this process's memory, and a full disk would kill it.
         breaks = np.flatnonzero(np.diff(rows) != 1) + 1
-        for part, first in zip(np.split(values, breaks), np.r_[0, breaks] if len(rows) else ()):
-            left, at = (
-                memoryview(part.reshape(-1).view(np.uint8)),
-                len(self.header) + int(rows[first]) * self.row_bytes,
-            )
+        for part, first in zip(np.split(values, breaks), np.r_[0, breaks]):
+            self._file.seek(len(self.header) + int(rows[first]) * self.row_bytes)
+            left = memoryview(part.reshape(-1).view(np.uint8))
             while len(left):
-                n = os.pwrite(self._file, left, at)
-                left, at = left[n:], at + n
-        os.fdatasync(
-            self._file
-        )  # before the rows count as done: a kill of the machine cannot leave holes
+                left = left[self._file.write(left) :]
+        # Before the rows count as done: a crash of the machine cannot leave holes.
+        os.fsync(self._file.fileno())
         self.done[rows] = 1
         self.done.flush()
 
     def finish(self):
-        if isinstance(self.done, np.memmap):
-            left = len(self.todo)
-            if left:
-                raise ValueError(f"{left} rows are not written")
-            array_file, index_file, done_file = files(self.path)
-            common.write_json(
-                index_file, {**self.index, "complete": True, "checksum": _checksum(array_file)}
-            )
-            done_file.unlink(missing_ok=True)
+        """Mark the array complete; ValueError if rows are missing."""
+        if not isinstance(self.done, np.memmap):  # it was complete before
+            return
+        left = len(self.todo)
+        if left:
+            raise ValueError(f"{left} rows are not written")
+        array_file, index_file, done_file = files(self.path)
+        complete = {**self.index, "complete": True, "checksum": _checksum(array_file)}
+        common.write_json(index_file, complete)
+        self.done = np.ones(self.shape[0], np.uint8)  # Windows removes no file that is mapped
+        _remove(done_file)
 
     def _close(self):
         if self._file is not None:
-            os.close(self._file)
-        os.close(self._lock)
+            self._file.close()
         self.done = self._file = None
+        if self._lock is not None:
+            self._lock.release()
+            if self.shared:
+                _remove(Path(self._lock.lock_file))
+            self._lock = None
 
     def __exit__(self, *exception):
         self._close()
+
+
+def _remove(file):
+    # Windows keeps a file that another process has open; the next writer removes it.
+    with contextlib.suppress(PermissionError):
+        file.unlink(missing_ok=True)

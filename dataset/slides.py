@@ -1,26 +1,47 @@
-"""Pixels: one `read` for whole-slide images and for everything OpenSlide refuses. No torch.
+"""Pixels: one `read` for whole-slide images and for everything that OpenSlide refuses.
 
-OpenSlide reads .svs, .ndpi, .mrxs, tiled TIFF and so on at random. What it refuses (PNG, JPEG,
-stripped or multi-page TIFF) Pillow decodes whole, once per process, and the decoded image is kept
-for the reads that follow."""
+OpenSlide reads .svs, .ndpi, .mrxs, tiled TIFF and so on at random. What it refuses or reads wrongly
+(PNG, JPEG, stripped TIFF, colour in three grey planes, turned TIFF) Pillow decodes whole, once per
+process, and the decoded image is kept for the reads that follow.
+
+One rule for all kinds of file: pixels are read as they are stored. Orientation tags are ignored;
+`notes` says so. Of a file of several images the first is read, and `notes` says that, too."""
 
 import os
+import stat
 import threading
 import warnings
 from collections import OrderedDict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import openslide
 from PIL import Image
 
 from common import UserError
+from dataset import tiff
 
 OPEN_SLIDES = 8  # handles kept open per process
 DECODED_BYTES = 1 << 30  # of decoded images kept per process; the newest is kept whatever its size
-# a larger image is no region of interest but a whole slide, which OpenSlide must read
-MAX_PIXELS = 2_000_000_000
+MAX_PIXELS = 1_000_000_000  # of an image that is decoded whole, whatever the memory
+PEAK_BYTES = 10  # per pixel, while Pillow's image becomes an array
 WHITE = 255
+
+# What Pillow may open. None of these starts another program, as PostScript does.
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "PPM", "WEBP", "JPEG2000")
+
+ADVICE = "convert it, for example: vips tiffsave FILE out.tif --tile --pyramid --compression jpeg"
+
+
+class Facts(NamedTuple):
+    """What a file says of its image: size of level 0 in px, µm/px or None, notes for the user."""
+
+    width: int
+    height: int
+    mpp: float | None
+    random_access: bool
+    notes: tuple
 
 
 def corner(center, size):
@@ -28,32 +49,35 @@ def corner(center, size):
     return int(np.floor(center - size / 2 + 0.5))
 
 
+def corners(centers, size):
+    """corner, of an array of centres."""
+    return np.floor(centers - size / 2 + 0.5).astype(np.int64)
+
+
 def read(image, x, y, size, mpp=None, source_mpp=None):
     """The window of size x size px centred on (x, y), level-0 pixels, as uint8 [size, size, 3] RGB.
 
-    Outside the image it is white. With `mpp` (microns per pixel) the window covers size * mpp
-    microns and is resampled where the image has another resolution, which is read from the file or
+    It is white outside the image. With `mpp` (microns per pixel) the window covers size * mpp
+    microns and is resampled if the image has another resolution, which is read from the file or
     given as `source_mpp`. UserError: no such file, broken, not an image, resolution unknown."""
     wide = source_size(image, size, mpp, source_mpp)
     return resample(open_slide(image).window(corner(x, wide), corner(y, wide), wide), size)
 
 
 def source_size(image, size, mpp=None, source_mpp=None):
-    """Side at level 0, in px, of the window that becomes `size` px at `mpp`; UserError where nobody
-    tells.
+    """Side at level 0, in px, of the window that becomes `size` px at `mpp`; UserError if the
+    image's resolution is unknown.
     """
     if mpp is None:
         return size
     source = source_mpp or microns_per_pixel(image)
     if source is None:
-        raise UserError(
-            f"{image}: does not tell its microns per pixel; give them with --source-mpp"
-        )
+        raise UserError(f"{image}: its µm/px are unknown; give them with --source-mpp")
     return max(1, round(size * mpp / source))
 
 
 def resample(window, size):
-    """uint8 [wide, wide, 3] → [size, size, 3]; bicubic, with a wider filter where it shrinks."""
+    """uint8 [wide, wide, 3] → [size, size, 3]; bicubic, with a wider filter if it shrinks."""
     if len(window) == size:
         return window
     return np.asarray(
@@ -63,283 +87,416 @@ def resample(window, size):
 
 def dimensions(image):
     """(width, height) of level 0, in px."""
-    slide = open_slide(image)
-    return slide.width, slide.height
+    return facts(image)[:2]
 
 
 def microns_per_pixel(image):
-    """Microns per pixel of level 0, or None where the file does not tell."""
-    return open_slide(image).mpp
+    """Microns per pixel of level 0 by the file (OME-XML, ImageJ, TIFF tags, DICOM, the scanner's
+    own properties), or None if unknown.
+    """
+    return facts(image).mpp
 
 
-def random_access(image):
-    """False where the first read has to decode the whole image (PNG, JPEG, stripped TIFF)."""
-    return open_slide(image).random_access
+def bounds_offset(image):
+    """(x, y) of the scanned area's corner at level 0, which QuPath takes for the origin.
+
+    As QuPath does, only if both its width and its height differ from the slide's; else (0, 0).
+    """
+    slide = open_slide(image)
+    if not isinstance(slide, WholeSlide):
+        return 0, 0
+    bounds = [slide.handle.properties.get(f"openslide.bounds-{key}") for key in BOUNDS]
+    try:
+        x, y, width, height = (int(number) for number in bounds)
+    except (TypeError, ValueError):
+        return 0, 0
+    if width == slide.width or height == slide.height:
+        return 0, 0
+    return x, y
+
+
+BOUNDS = ("x", "y", "width", "height")
 
 
 # ---------------------------------------------------------------- open images, per process
 
-_open = OrderedDict()  # path → slide, the longest unused first
-_lock = threading.RLock()
-_inherited = []  # of the parent process: kept, so that nothing closes them here
 
-
-def _forget():
-    """In a forked child: the parent's handles must be neither used nor closed, its locks may be
-    held.
+class Opened:
+    """What a process has open. A forked child starts with nothing: its parent's handles must be
+    neither used nor closed, and its parent's lock may be held.
     """
-    global _open, _lock
-    _inherited.append(_open)
-    _open, _lock = OrderedDict(), threading.RLock()
+
+    def __init__(self):
+        self.lock = threading.RLock()
+        self.slides = OrderedDict()  # path → slide, the longest unused first
+        self.decoded = OrderedDict()  # path → array, the longest unused first
+        self.facts = {}  # path → (state of the file, Facts)
 
 
-os.register_at_fork(after_in_child=_forget)
+_opened = {}  # process → Opened
+
+
+def opened():
+    mine = _opened.get(os.getpid())
+    # setdefault: two threads of a new process get the same one.
+    return mine if mine is not None else _opened.setdefault(os.getpid(), Opened())
+
+
+def facts(image):
+    """The Facts of an image. The file is opened once per process, and again after a change."""
+    key, mine = str(image), opened()
+    state = _regular_file(key)
+    with mine.lock:
+        known = mine.facts.get(key)
+        if known is None or known[0] != state:
+            if known is not None:
+                close(key)  # the file has changed
+            slide = open_slide(key)
+            found = Facts(slide.width, slide.height, slide.mpp, slide.random_access, slide.notes)
+            known = mine.facts[key] = state, found
+        return known[1]
 
 
 def open_slide(image):
-    """The opened image, from the few that stay open in this process; one that `opened` gave, as it
-    is.
-    """
-    if hasattr(image, "window"):
-        return image
-    key = str(image)
-    with _lock:
-        slide = _open.get(key)
+    """The opened image, from the few that stay open in this process."""
+    key, mine = str(image), opened()
+    with mine.lock:
+        slide = mine.slides.get(key)
         if slide is None:
-            slide = _open[key] = _open_file(key)
-            while len(_open) > OPEN_SLIDES:
-                _open.popitem(last=False)  # closed when the last reader lets it go
-        _open.move_to_end(key)
+            slide = mine.slides[key] = _open_file(key)
+            while len(mine.slides) > OPEN_SLIDES:
+                mine.slides.popitem(last=False)  # closed when the last reader lets it go
+        mine.slides.move_to_end(key)
         return slide
-
-
-def opened(image):
-    """A slide that a program holds itself, for every function here that takes an image.
-
-    image   openslide.OpenSlide (the caller closes it) or uint8 [H, W, 3], the pixels of a whole
-            image
-    """
-    if isinstance(image, openslide.OpenSlide):
-        return WholeSlide(repr(image), image)
-    if isinstance(image, openslide.ImageSlide):  # Pillow's, which threads cannot share
-        return ArrayImage(np.asarray(_rgb(image.read_region((0, 0), 0, image.dimensions))))
-    if isinstance(image, np.ndarray):
-        return ArrayImage(image)
-    raise TypeError(
-        f"a {type(image).__name__} is no slide: give a path, an openslide.OpenSlide or an array "
-        "uint8 [H, W, 3]"
-    )
 
 
 def close(image):
     """Let go of an image and of its decoded pixels: for whoever is done with it."""
-    with _lock:
-        _open.pop(str(image), None)
-        PlainImage.decoded.pop(str(image), None)
+    key, mine = str(image), opened()
+    with mine.lock:
+        for kept in (mine.slides, mine.decoded, mine.facts):
+            kept.pop(key, None)
+
+
+def close_all():
+    """Let go of all images of this process."""
+    _opened[os.getpid()] = Opened()
+
+
+def _regular_file(path):
+    """(size, time) of a file; UserError if there is none. A pipe or device would wait forever."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such image") from None
+    except ValueError:  # a zero byte in the name
+        raise UserError(f"{path!r}: not a file name") from None
+    if stat.S_ISDIR(status.st_mode):
+        raise UserError(f"{path}: a folder, an image is needed")
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{path}: not a regular file (a pipe or device), an image is needed")
+    return status.st_size, status.st_mtime_ns
 
 
 def _open_file(path):
-    if not Path(path).exists():
-        raise UserError(f"{path}: no such image")
-    if Path(path).is_dir():
-        raise UserError(f"{path}: a folder, an image is needed")
+    _regular_file(path)
     try:
-        if openslide.OpenSlide.detect_format(path) is not None:
-            return WholeSlide(path)
+        vendor = openslide.OpenSlide.detect_format(path)
+        pages = tiff.directories(path)
+        if pages and (problem := tiff.sample_problem(pages[0])):
+            raise UserError(f"{path}: {problem}, 8 bits per channel are needed; {ADVICE}")
+        if vendor is not None and not (pages and _misread(path, pages)):
+            return WholeSlide(path, pages)
     except openslide.OpenSlideError as error:
-        raise UserError(
-            f"{path}: OpenSlide cannot read it ({str(error).splitlines()[0]}); copy or download it "
-            "again"
-        ) from None
-    return PlainImage(path)
+        # Pillow decodes some compressions that OpenSlide does not.
+        if not (pages and tiff.compression(pages[0])):
+            raise UserError(
+                f"{path}: OpenSlide cannot read it ({_first_line(error)}); copy or download it "
+                "again"
+            ) from None
+    return PlainImage(path, pages)
+
+
+def _misread(path, pages):
+    """Whether OpenSlide would read the file, but wrongly: it turns each tile of a turned TIFF in
+    itself, reads the red plane alone of colour in grey planes, and 12 bits in 16 as nearly black.
+    """
+    try:
+        planes = tiff.colour_planes(pages)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+    turned = tiff.value(pages[0], tiff.ORIENTATION, 1) in UPRIGHT
+    return planes or turned or tiff.value(pages[0], tiff.BITS, 1) == 16
+
+
+def _first_line(error):
+    lines = str(error).splitlines()
+    return lines[0] if lines else repr(error)
+
+
+def _notes(orientation, pages):
+    notes = []
+    if orientation in UPRIGHT:
+        notes.append(f"has the orientation tag {orientation}; its pixels are read as stored")
+    if pages > 1:
+        notes.append(f"holds {pages} images of the same size; only the first is read")
+    return tuple(notes)
 
 
 class WholeSlide:
+    """A slide that OpenSlide reads at random."""
+
     random_access = True
 
-    def __init__(self, path, handle=None):
-        self.path, self.handle = path, handle
-        if handle is None:
-            self.handle = openslide.OpenSlide(path)
-            # Per slide; the default grows with every slide.
-            self.handle.set_cache(openslide.OpenSlideCache(32 << 20))
+    def __init__(self, path, pages):
+        self.path = path
+        self.handle = openslide.OpenSlide(path)
+        # A cache per slide: the default one grows with every slide.
+        self.handle.set_cache(openslide.OpenSlideCache(32 << 20))
         self.width, self.height = self.handle.dimensions
-        self.mpp = _number(self.handle.properties.get(openslide.PROPERTY_NAME_MPP_X))
-        if self.mpp is None:
-            self.mpp = _tiff_mpp(
-                self.handle.properties.get("tiff.XResolution"),
-                self.handle.properties.get("tiff.ResolutionUnit"),
+        properties = self.handle.properties
+        tile = [properties.get(f"openslide.level[0].tile-{side}", "1") for side in BOUNDS[2:]]
+        if all(side.isdigit() for side in tile):
+            _check_pixels(path, int(tile[0]), int(tile[1]), "its tiles are")
+        generic = properties.get(openslide.PROPERTY_NAME_VENDOR) == "generic-tiff"
+        self.mpp = None
+        if pages and generic:
+            self.mpp = tiff.microns_per_pixel(pages[0])
+        if self.mpp is None and not generic:
+            self.mpp = tiff.square(
+                properties.get(openslide.PROPERTY_NAME_MPP_X),
+                properties.get(openslide.PROPERTY_NAME_MPP_Y),
+            ) or tiff.from_resolution(
+                properties.get("tiff.XResolution"),
+                properties.get("tiff.YResolution"),
+                properties.get("tiff.ResolutionUnit"),
             )
+        self.notes = _notes(1, tiff.full_pages(pages) if generic and pages else 1)
 
     def window(self, left, top, size):
+        """The square at (left, top) of level 0 as uint8 [size, size, 3]; white outside."""
         try:
             rgba = np.asarray(self.handle.read_region((left, top), 0, (size, size)))
         except openslide.OpenSlideError as error:
-            with _lock:
-                _open.pop(
-                    self.path, None
-                )  # OpenSlide answers nothing more on a handle that failed once
+            mine = opened()
+            with mine.lock:  # OpenSlide answers nothing more on a handle that failed once
+                mine.slides.pop(self.path, None)
             raise UserError(
-                f"{self.path}: broken at ({left}, {top}) ({str(error).splitlines()[0]})"
+                f"{self.path}: broken at ({left}, {top}) ({_first_line(error)})"
             ) from None
         window = rgba[..., :3].copy()
         alpha = rgba[..., 3:].astype(np.uint32)
-        if (
-            alpha.min() < 255
-        ):  # pixels that do not exist, or that are partly covered by a tile: on white
+        # Pixels that do not exist, or that a tile covers in part, lie on white.
+        if alpha.min() < 255:
             window = ((window * alpha + WHITE * (255 - alpha) + 127) // 255).astype(np.uint8)
+        # Some formats pad their last tiles with other colours.
         x0, y0, x1, y1 = -left, -top, self.width - left, self.height - top
-        if (
-            x0 > 0 or y0 > 0 or x1 < size or y1 < size
-        ):  # some formats pad their last tiles with other colours
+        if x0 > 0 or y0 > 0 or x1 < size or y1 < size:
             inside = np.zeros((size, size), bool)
             inside[max(y0, 0) : max(y1, 0), max(x0, 0) : max(x1, 0)] = True
             window[~inside] = WHITE
         return window
 
 
+# ---------------------------------------------------------------- images that are decoded whole
+
+# How to undo what Pillow does with a TIFF of an orientation.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+MODES = ("1", "L", "P", "LA", "PA", "La", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB")
+
+
 class PlainImage:
-    """An image that is decoded whole, at the first read; the decoded pixels are shared among the
-    open images.
-    """
+    """An image that is decoded whole, at the first read."""
 
     random_access = False
-    decoded = OrderedDict()  # path → array, the longest unused first
 
-    def __init__(self, path):
-        self.path = path
+    def __init__(self, path, pages=()):
+        self.path, self.pages = path, pages
         self.busy = threading.Lock()
         with self._file() as image:
             self.width, self.height = image.size
-            self.mpp = _pillow_mpp(image)
+            if pages:
+                self.width, self.height = tiff.size(pages[0])  # Pillow's may be turned
+                self.mpp = tiff.microns_per_pixel(pages[0])
+                orientation = tiff.value(pages[0], tiff.ORIENTATION, 1)
+            else:
+                dpi = image.info.get("dpi")
+                self.mpp = None
+                if isinstance(dpi, tuple) and len(dpi) == 2:
+                    self.mpp = tiff.from_resolution(*dpi, "inch")
+                orientation = _exif_orientation(image)
+        try:
+            self.planes = bool(pages) and tiff.colour_planes(pages)
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from None
+        number = tiff.full_pages(pages) if pages else 1
+        self.notes = _notes(orientation, number // 3 if self.planes else number)
 
     def _file(self):
+        """The file as Pillow opens it, not yet decoded."""
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore"
-                )  # of odd tags, and of many pixels: MAX_PIXELS is the limit here
-                with _lock:
+                warnings.simplefilter("ignore")  # of odd tags
+                with opened().lock:  # the limit here is another one; Pillow's must be put back
                     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
                     try:
-                        image = Image.open(self.path)
+                        image = Image.open(self.path, formats=FORMATS)
                     finally:
                         Image.MAX_IMAGE_PIXELS = limit
-        except (OSError, ValueError, SyntaxError) as error:
-            if isinstance(error, PermissionError):
-                raise
+        except PermissionError:
+            raise
+        except (OSError, ValueError, SyntaxError, TypeError, KeyError):
+            self._refuse_compression()
             raise UserError(
                 f"{self.path}: not an image that OpenSlide or Pillow reads, or cut off"
             ) from None
-        if image.width * image.height > MAX_PIXELS:
+        _check_pixels(self.path, image.width, image.height, "it is")
+        if image.mode not in MODES:
             raise UserError(
-                f"{self.path}: {image.width} x {image.height} px cannot be decoded whole; convert "
-                "it to a "
-                "tiled TIFF (vips tiffsave --tile --pyramid)"
+                f"{self.path}: {image.mode} pixels, 8 bits per channel are needed; {ADVICE}"
             )
         return image
 
+    def _refuse_compression(self):
+        """UserError if a file that cannot be decoded is compressed in an unusual way."""
+        name = tiff.compression(self.pages[0]) if self.pages else None
+        if name:
+            raise UserError(
+                f"{self.path}: compressed with {name}, which neither OpenSlide nor Pillow decodes "
+                f"here; {ADVICE}"
+            )
+
     def pixels(self):
+        """The whole image as uint8 [height, width, 3]."""
+        mine = opened()
         with self.busy:  # several threads wait for one decoding
-            with _lock:
-                array = self.decoded.get(self.path)
+            with mine.lock:
+                array = mine.decoded.get(self.path)
                 if array is not None:
-                    self.decoded.move_to_end(self.path)
+                    mine.decoded.move_to_end(self.path)
                     return array
-            try:
-                with self._file() as image:
-                    array = np.asarray(_rgb(image))
-            except UserError:
-                raise
-            except Exception as error:  # Pillow's decoders raise almost anything on broken files
-                raise UserError(
-                    f"{self.path}: broken image "
-                    f"({str(error).splitlines()[0] if str(error) else error!r}); "
-                    "copy or download it again"
-                ) from None
-            with _lock:
-                self.decoded[self.path] = array
+            array = self._decode()
+            with mine.lock:
+                mine.decoded[self.path] = array
                 while (
-                    len(self.decoded) > 1
-                    and sum(a.nbytes for a in self.decoded.values()) > DECODED_BYTES
+                    len(mine.decoded) > 1
+                    and sum(kept.nbytes for kept in mine.decoded.values()) > DECODED_BYTES
                 ):
-                    self.decoded.popitem(last=False)
+                    mine.decoded.popitem(last=False)
             return array
 
-    def window(self, left, top, size):
-        return cut(self.pixels(), left, top, size)
-
-
-class ArrayImage:
-    """The pixels of a whole image that a program has in memory: uint8 [H, W, 3]."""
-
-    random_access = True
-    mpp = None
-
-    def __init__(self, pixels):
-        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-            raise ValueError(
-                f"an image of {pixels.dtype} {list(pixels.shape)}: uint8 [H, W, 3] is needed, RGB"
+    def _decode(self):
+        try:
+            with self._file() as image:
+                deep = any(";16" in str(tile[3]) for tile in image.tile)
+                if self.planes:
+                    array = np.stack([self._plane(image, number) for number in range(3)], axis=2)
+                else:
+                    array = np.asarray(_rgb(_as_stored(image)))
+        except UserError:
+            raise
+        except MemoryError:
+            gigabytes = self.width * self.height * PEAK_BYTES / 1e9
+            raise UserError(
+                f"{self.path}: out of memory; {self.width:,} x {self.height:,} px need about "
+                f"{gigabytes:.1f} GB while they are decoded; {ADVICE}"
+            ) from None
+        except Exception as error:  # Pillow's decoders raise almost anything on broken files
+            self._refuse_compression()
+            raise UserError(
+                f"{self.path}: broken image ({_first_line(error)}); copy or download it again"
+            ) from None
+        # Pillow keeps the upper 8 bits of 16: of 12 or 14 bits that leaves next to nothing.
+        if deep and array.max(initial=0) < 64:
+            raise UserError(
+                f"{self.path}: 16 bits per channel, the upper 2 unused (12-bit data?); "
+                "it would look nearly black: rescale it to 8 bits per channel"
             )
-        self.array = pixels
-        self.height, self.width = pixels.shape[:2]
-        self.path = f"array of {self.width} x {self.height} px"
+        return array
 
-    def pixels(self):
-        return self.array
+    def _plane(self, image, number):
+        image.seek(number)
+        if image.mode != "L":
+            raise UserError(f"{self.path}: {image.mode} planes, 8 bits per channel are needed")
+        return np.asarray(_as_stored(image))
 
     def window(self, left, top, size):
-        return cut(self.array, left, top, size)
+        """The square at (left, top) as uint8 [size, size, 3]; white outside the image."""
+        pixels = self.pixels()
+        window = np.full((size, size, 3), WHITE, np.uint8)
+        x0, y0 = max(left, 0), max(top, 0)
+        x1, y1 = min(left + size, self.width), min(top + size, self.height)
+        if x0 < x1 and y0 < y1:
+            window[y0 - top : y1 - top, x0 - left : x1 - left] = pixels[y0:y1, x0:x1]
+        return window
 
 
-def cut(pixels, left, top, size):
-    """uint8 [size, size, 3] out of the pixels of a whole image; white outside of it."""
-    height, width = pixels.shape[:2]
-    window = np.full((size, size, 3), WHITE, np.uint8)
-    x0, y0 = max(left, 0), max(top, 0)
-    x1, y1 = min(left + size, width), min(top + size, height)
-    if x0 < x1 and y0 < y1:
-        window[y0 - top : y1 - top, x0 - left : x1 - left] = pixels[y0:y1, x0:x1]
-    return window
+def _check_pixels(path, width, height, what):
+    """UserError if so many pixels cannot be decoded at once."""
+    most = min(MAX_PIXELS, memory() // 4 // PEAK_BYTES)
+    if width * height > most:
+        raise UserError(
+            f"{path}: {what} {width:,} x {height:,} px, and decoding takes about "
+            f"{width * height * PEAK_BYTES / 1e9:.1f} GB at once; here the limit is "
+            f"{most * PEAK_BYTES / 1e9:.1f} GB (a quarter of the memory, 10 GB at most). A tiled "
+            f"TIFF is read in parts: {ADVICE}"
+        )
+
+
+def memory():
+    """Bytes of memory that this process may have: the machine's, its container's, or its limit.
+
+    8 GB if the system does not say.
+    """
+    limits = []
+    try:
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):  # Windows
+        pass
+    try:
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # "max"
+        pass
+    try:
+        import resource
+
+        limits.append(resource.getrlimit(resource.RLIMIT_AS)[0])
+    except ImportError:  # Windows
+        pass
+    return min((limit for limit in limits if limit > 0), default=8_000_000_000)
+
+
+def _exif_orientation(image):
+    try:
+        return image.getexif().get(tiff.ORIENTATION, 1)
+    except Exception:  # broken EXIF data: there is no orientation to report
+        return 1
+
+
+def _as_stored(image):
+    """The decoded image without the turn that Pillow gives a TIFF of another orientation."""
+    if image.format != "TIFF":
+        return image
+    orientation = image.tag_v2.get(tiff.ORIENTATION, 1)
+    image.load()
+    # Pillow removes the tag when it turns the pixels.
+    if orientation in UPRIGHT and tiff.ORIENTATION not in image.tag_v2:
+        return image.transpose(UPRIGHT[orientation])
+    return image
 
 
 def _rgb(image):
     """Any mode as RGB; transparent pixels become white."""
-    if image.mode in ("I;16", "I;16L", "I;16B", "I", "F"):
-        raise ValueError(f"{image.mode} pixels, 8 bits per channel are needed")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (WHITE,) * 4)
         return Image.alpha_composite(white, image).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _number(text):
-    try:
-        value = float(text)
-    except (TypeError, ValueError):
-        return None
-    return value if 0.01 <= value <= 100 else None  # otherwise a placeholder, like 72 dpi
-
-
-def _tiff_mpp(resolution, unit):
-    """Microns per pixel of TIFF's pixels per unit (tags 282, 296: 2 inch, 3 centimetre)."""
-    try:
-        resolution, unit = (
-            float(resolution),
-            {"2": "inch", "3": "centimeter"}.get(str(unit), str(unit)),
-        )
-        mpp = {"inch": 25400.0, "centimeter": 10000.0}[unit] / resolution
-    except (TypeError, ValueError, KeyError, ZeroDivisionError):
-        return None
-    return (
-        mpp if 0.01 <= mpp <= 20 else None
-    )  # coarser is a screen's or a printer's resolution, not a microscope's
-
-
-def _pillow_mpp(image):
-    tags = getattr(image, "tag_v2", None)
-    if tags is not None:
-        return _tiff_mpp(tags.get(282), tags.get(296, 2))
-    dpi = image.info.get("dpi")
-    return _tiff_mpp(dpi[0], 2) if isinstance(dpi, tuple) and dpi else None

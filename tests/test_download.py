@@ -125,7 +125,7 @@ def test_several_files_at_once(server, tmp_path, capsys):
     assert {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} == server.content
     count = len(server.requests)
     get(server, tmp_path)
-    assert len(server.requests) == count and "12 of 12 files are there" in capsys.readouterr().out
+    assert len(server.requests) == count and "12 of 12 files exist" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_a_server_that_never_delivers_ends_in_one_line_and_spares_the_others(
 def test_a_missing_file_is_named(server, tmp_path):
     server.content = {"001.png": png()}
     files = server.files() | {"009.png": server.files()["001.png"].replace("001", "009")}
-    with pytest.raises(UserError, match="009.png: it is not there any more"):
+    with pytest.raises(UserError, match="009.png: it no longer exists"):
         download.fetch("test", tmp_path, files=files, pause=0.001)
     assert (tmp_path / "001.png").exists()
 

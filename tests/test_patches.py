@@ -79,8 +79,7 @@ def made(folder, suffix=".png", n=5, each=30, seed=0, shape=(HEIGHT, WIDTH)):
 @pytest.fixture(autouse=True)
 def clean(monkeypatch):
     monkeypatch.delenv("MITOSIS_CACHE", raising=False)
-    slides._open.clear()
-    slides.PlainImage.decoded.clear()
+    slides.close_all()
 
 
 @pytest.fixture(scope="module")
@@ -146,13 +145,6 @@ def test_resampled_patches(tmp_path):
     a.mpp = None
     with pytest.raises(UserError, match="--source-mpp"):
         patches_module.Patches(a, mpp=0.5).read([0])
-
-
-def test_margin_is_what_augmentation_asks_for():
-    augment = pytest.importorskip("augment")
-    assert [patches_module.margin(size) for size in (224, 96, 512)] == [
-        augment.margin(size) for size in (224, 96, 512)
-    ]
 
 
 def test_tissue(tmp_path):
@@ -302,17 +294,17 @@ def test_each_image_is_decoded_once(tmp_path, monkeypatch, capsys, workers):
     log_decoding(monkeypatch, tmp_path / "log")
     patches_module.build_store(patches_module.Patches(a), workers)
     assert sorted((tmp_path / "log").read_text().split()) == [f"{i:03d}.png" for i in range(5)]
-    assert not slides.PlainImage.decoded  # nothing is kept
+    assert not slides.opened().decoded  # nothing is kept
     rows = 25 + 5 * 51
     out = capsys.readouterr().out
     assert (
-        f"25 annotated and 255 random ones of 320 px out of 5 images; {rows * 307200 / 1e9:.1f} "
+        f"25 annotated and 255 random ones of 320 px from 5 images; {rows * 307200 / 1e9:.1f} "
         "GB in" in out
     )
     assert (tmp_path / "d/.crops/made-320.npy").exists()  # the default place
     # A second time there is nothing to do.
     patches_module.build_store(patches_module.Patches(a), workers)
-    assert "there, fresh and whole" in capsys.readouterr().out
+    assert "already built, fresh and complete" in capsys.readouterr().out
     assert len((tmp_path / "log").read_text().split()) == 5
     no_images(monkeypatch)
     patches_module.Patches(a).read(range(len(a)))
@@ -379,7 +371,7 @@ def test_a_killed_build_continues(tmp_path, monkeypatch, capsys, workers, writes
         lambda self, rows, values: written.extend(rows) or write(self, rows, values),
     )
     patches_module.build_store(patches_module.Patches(a), 1)
-    assert f"continuing: {280 - left} of 280 crops are there" in capsys.readouterr().out
+    assert f"continuing: {280 - left} of 280 crops exist" in capsys.readouterr().out
     assert sorted(written) == sorted(set(range(280)) - set(done.tolist()))  # nothing is repeated
     assert not finished & {int(name[:3]) for name in (tmp_path / "log").read_text().split()}
     sample = sampler(a).epoch(0)
@@ -399,7 +391,7 @@ def test_a_stale_store_is_said_and_not_used(tmp_path, capsys):
     patches.read(range(3))
     out = capsys.readouterr().out
     assert (
-        out.count("\n") == 1 and "made from other images" in out and "--cache builds it anew" in out
+        out.count("\n") == 1 and "made from other images" in out and "--cache rebuilds it" in out
     )
     patches_module.build_store(a, 1)
     assert "made from other images" in capsys.readouterr().out
@@ -434,7 +426,7 @@ def test_it_is_built_by_training_where_random_reads_are_too_slow(tmp_path, monke
     patches_module.Patches(a).read_sample(sample)  # all fit in memory, decoded
     assert not (a.root / ".crops").exists()
     monkeypatch.setattr(slides, "DECODED_BYTES", 3 * HEIGHT * WIDTH * 3 - 1)
-    slides.PlainImage.decoded.clear()
+    slides.close_all()
     patches_module.Patches(a).read(range(30))
     assert not (a.root / ".crops").exists()  # no need to, one after the other
     capsys.readouterr()
@@ -457,7 +449,7 @@ def test_a_stale_store_is_built_anew_by_training_where_it_is_needed(tmp_path, mo
     capsys.readouterr()
     assert np.array_equal(patches_module.Patches(a).read_sample(sample), wanted)
     assert (
-        "made from other images" in (out := capsys.readouterr().out) and "building it anew" in out
+        "made from other images" in (out := capsys.readouterr().out) and "rebuilding it" in out
     )
     patches_module.Patches(a).read_sample(sample)
     assert capsys.readouterr().out == ""
@@ -496,7 +488,7 @@ def test_a_full_disk_in_a_process_is_said_as_such(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device", "rows")
 
     a = made(tmp_path)
-    monkeypatch.setattr(os, "pwrite", full)  # the processes are forked
+    monkeypatch.setattr(memmap.Writer, "write", full)  # the processes are forked
     with pytest.raises(OSError) as error:
         patches_module.build_store(a, 2)
     assert error.value.errno == errno.ENOSPC
@@ -562,7 +554,7 @@ def test_too_small_a_disk_is_said_before_anything_is_decoded(tmp_path, monkeypat
     )
     with pytest.raises(UserError, match="needs 0.0 GB on the disk, 0.0 GB are free"):
         patches_module.build_store(a, 1)
-    assert not (tmp_path / "log").exists() and "0.0 GB are free" in capsys.readouterr().out
+    assert not (tmp_path / "log").exists() and "has 0.0 GB free" in capsys.readouterr().out
 
 
 def test_the_command(points, tmp_path):
@@ -582,7 +574,7 @@ def test_the_command(points, tmp_path):
         "--workers",
         "2",
     ]
-    for says in ("random ones of 320 px", "there, fresh and whole"):
+    for says in ("random ones of 320 px", "already built, fresh and complete"):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0 and says in done.stdout, done
         assert "MITOSIS_CACHE=" in done.stdout and done.stderr == ""
@@ -701,9 +693,9 @@ sys.path.insert(0, "tests")
 import numpy as np
 import data
 from dataset import patches as patches_module
-from dataset import sampler
+from dataset import images
 from test_patches import Path
-folder, n, shape, sampler.POOL = Path(sys.argv[1]), int(sys.argv[2]), (int(sys.argv[3]), int(sys.argv[4])), 3540
+folder, n, shape, images.POOL = Path(sys.argv[1]), int(sys.argv[2]), (int(sys.argv[3]), int(sys.argv[4])), 3540
 rng = np.random.default_rng(0)
 names = sorted(path.name for path in folder.glob("*.png"))
 image = np.repeat(names, 20)
@@ -742,7 +734,7 @@ for i in range(100_000):
     slides.read(paths[which], x, y, 224)
     if i % 1000 == 0:
         peak.append(here.memory_info().rss)
-        assert here.num_fds() < 100 and len(slides._open) <= slides.OPEN_SLIDES
+        assert here.num_fds() < 100 and len(slides.opened().slides) <= slides.OPEN_SLIDES
 print("grown", (max(peak[50:]) - max(peak[:50])) / 1e6)
 """
 

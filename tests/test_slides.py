@@ -31,8 +31,7 @@ HEIGHT, WIDTH = 700, 900
 @pytest.fixture(autouse=True)
 def nothing_open():
     """Every test starts with no image open."""
-    slides._open.clear()
-    slides.PlainImage.decoded.clear()
+    slides.close_all()
 
 
 def picture(height=HEIGHT, width=WIDTH, seed=0):
@@ -114,7 +113,7 @@ def test_every_format_gives_the_pixels_that_were_written(tmp_path, name):
     path = WRITERS[name](tmp_path / name, picture())
     pixels = picture() if name != "a.jpg" else np.asarray(Image.open(path).convert("RGB"))
     assert slides.dimensions(path) == (WIDTH, HEIGHT)
-    assert slides.random_access(path) == (name == "tiled.tif")
+    assert slides.facts(path).random_access == (name == "tiled.tif")
     for size in (64, 63):
         for x, y in PLACES:
             window = slides.read(path, x, y, size)
@@ -253,9 +252,7 @@ def test_resampling(tmp_path):
     stripes[:, ::2] = 255
     small = slides.read(png(tmp_path / "b.png", stripes), 200, 200, 60, mpp=1.0, source_mpp=0.25)
     assert np.abs(small[4:-4, 4:-4].astype(int) - 127).max() < 12
-    with pytest.raises(
-        UserError, match="does not tell its microns per pixel; give them with --source-mpp"
-    ):
+    with pytest.raises(UserError, match="its µm/px are unknown; give them with --source-mpp"):
         slides.read(tmp_path / "b.png", 200, 200, 60, mpp=0.25)
 
 
@@ -350,11 +347,11 @@ def test_few_handles_stay_open(tmp_path):
         assert np.array_equal(
             slides.read(paths[i], 150, 150, 8), picture(300, 300, i)[146:154, 146:154]
         )
-        assert len(slides._open) <= slides.OPEN_SLIDES
+        assert len(slides.opened().slides) <= slides.OPEN_SLIDES
     assert open_files(tmp_path) <= 2 * slides.OPEN_SLIDES and alive() == slides.OPEN_SLIDES
     for path in paths:
         slides.close(path)
-    assert not slides._open and open_files(tmp_path) == alive() == 0
+    assert not slides.opened().slides and open_files(tmp_path) == alive() == 0
 
 
 def test_decoded_images_are_bounded(tmp_path, monkeypatch):
@@ -362,11 +359,11 @@ def test_decoded_images_are_bounded(tmp_path, monkeypatch):
     paths = [png(tmp_path / f"{i}.png", picture(200, 200, i)) for i in range(6)]
     for path in paths:
         slides.read(path, 9, 9, 9)
-        assert len(slides.PlainImage.decoded) <= 3
-    assert list(slides.PlainImage.decoded) == [str(path) for path in paths[3:]]  # the newest
+        assert len(slides.opened().decoded) <= 3
+    assert list(slides.opened().decoded) == [str(path) for path in paths[3:]]  # the newest
     monkeypatch.setattr(slides, "DECODED_BYTES", 1)
     assert np.array_equal(slides.read(paths[0], 100, 100, 200), picture(200, 200, 0))
-    assert len(slides.PlainImage.decoded) == 1
+    assert len(slides.opened().decoded) == 1
 
 
 def _sum(task):
@@ -396,7 +393,7 @@ def test_other_processes_read_what_this_one_has_open(tmp_path, method):
 
 
 def _read_into(queue, path):
-    queue.put((len(slides._open), slides.read(path, 100, 100, 8).tolist()))
+    queue.put((len(slides.opened().slides), slides.read(path, 100, 100, 8).tolist()))
 
 
 def test_a_fork_takes_neither_handles_nor_a_held_lock_along(tmp_path):
@@ -405,7 +402,7 @@ def test_a_fork_takes_neither_handles_nor_a_held_lock_along(tmp_path):
     held, let_go, queue = threading.Event(), threading.Event(), context.SimpleQueue()
 
     def hold():
-        with slides._lock:
+        with slides.opened().lock:
             held.set()
             let_go.wait(60)
 
@@ -436,7 +433,7 @@ def test_threads_with_fewer_handles_than_images(tmp_path, monkeypatch):
 
 
 def test_no_torch():
-    code = "import sys, slides, store; assert 'torch' not in sys.modules"
+    code = "import sys; from dataset import memmap, slides; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
@@ -448,7 +445,10 @@ def test_real_slide_equals_openslide():
     path = REAL / "CMU-1-Small-Region.svs"
     handle = openslide.OpenSlide(path)
     width, height = handle.dimensions
-    assert slides.dimensions(path) == (width, height) == (2220, 2967) and slides.random_access(path)
+    assert (
+        slides.dimensions(path) == (width, height) == (2220, 2967)
+        and slides.facts(path).random_access
+    )
     assert slides.microns_per_pixel(path) == pytest.approx(0.499)
     for x, y in np.random.default_rng(0).uniform(200, 1900, (20, 2)).round(1):
         corner = int(np.floor(x - 112 + 0.5)), int(np.floor(y - 112 + 0.5))

@@ -327,7 +327,7 @@ def test_a_leak_in_a_split_file_is_refused(tmp_path):
     )
     refused("stands twice", lambda c: c["ids"]["test"].append(ids["test"][0]))
     refused("no annotation 'zz'", lambda c: c["ids"]["test"].append("zz"))
-    refused("it was changed", lambda c: c["cases"]["val"].pop())
+    refused("the file was changed", lambda c: c["cases"]["val"].pop())
     refused("not a whole", lambda c: c["ids"].pop("val"))
     refused("not a whole", lambda c: c["ids"].update(val=[3]))
     refused("not a whole", lambda c: c.update(others=[]))
