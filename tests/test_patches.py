@@ -390,9 +390,7 @@ def test_a_stale_store_is_said_and_not_used(tmp_path, capsys):
     assert np.array_equal(patches.read(range(15)), wanted.read(range(15)))
     patches.read(range(3))
     out = capsys.readouterr().out
-    assert (
-        out.count("\n") == 1 and "made from other images" in out and "--cache rebuilds it" in out
-    )
+    assert out.count("\n") == 1 and "made from other images" in out and "--cache rebuilds it" in out
     patches_module.build_store(a, 1)
     assert "made from other images" in capsys.readouterr().out
     assert patches_module.Patches(a).read(range(15)).tobytes() == wanted.read(range(15)).tobytes()
@@ -448,9 +446,7 @@ def test_a_stale_store_is_built_anew_by_training_where_it_is_needed(tmp_path, mo
     wanted = patches_module.Patches(a, cache=False).read_sample(sample)
     capsys.readouterr()
     assert np.array_equal(patches_module.Patches(a).read_sample(sample), wanted)
-    assert (
-        "made from other images" in (out := capsys.readouterr().out) and "rebuilding it" in out
-    )
+    assert "made from other images" in (out := capsys.readouterr().out) and "rebuilding it" in out
     patches_module.Patches(a).read_sample(sample)
     assert capsys.readouterr().out == ""
 
@@ -695,15 +691,18 @@ import data
 from dataset import patches as patches_module
 from dataset import images
 from test_patches import Path
-folder, n, shape, images.POOL = Path(sys.argv[1]), int(sys.argv[2]), (int(sys.argv[3]), int(sys.argv[4])), 3540
+folder, n, shape = Path(sys.argv[1]), int(sys.argv[2]), (int(sys.argv[3]), int(sys.argv[4]))
+images.POOL = 3540
 rng = np.random.default_rng(0)
 names = sorted(path.name for path in folder.glob("*.png"))
 image = np.repeat(names, 20)
 text = np.arange(len(image)).astype(str)
-a = data.Annotations(text, image, image, image, rng.uniform(0, shape[1], len(image)),
-                     rng.uniform(0, shape[0], len(image)), np.arange(len(image)) % 2, "made", folder)
+x, y = rng.uniform(0, shape[1], len(image)), rng.uniform(0, shape[0], len(image))
+label = np.arange(len(image)) % 2
+a = data.Annotations(text, image, image, image, x, y, label, "made", folder)
 patches_module.build_store(a, 2)
-print("same", np.array_equal(patches_module.Patches(a).read([0, 20, -1]), patches_module.Patches(a, cache=False).read([0, 20, -1])))
+stored, direct = patches_module.Patches(a), patches_module.Patches(a, cache=False)
+print("same", np.array_equal(stored.read([0, 20, -1]), direct.read([0, 20, -1])))
 """
 
 
