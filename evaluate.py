@@ -1,18 +1,17 @@
-"""What finished runs are worth: tables, figures, intervals, paired tests, an error gallery. No
-torch.
+"""What finished runs are worth: tables, figures, intervals, paired tests, a gallery of errors.
 
-    python evaluate.py runs/                             a table here, everything else into report/
-    python evaluate.py runs/midog2022 --paper            with the values the paper published beside
-    ours
-    python evaluate.py runs/ --grid "sweeps/scaling.sh midog2022 uni virchow2"      done, failed,
-    missing, time left
-    python evaluate.py --detection scored.json --data midog2022 --threshold 0.4     F1 of detection
-    before and after
+    python evaluate.py runs/                             a table here, everything else in report/
+    python evaluate.py runs/midog2022 --paper            the paper's values beside ours
+    python evaluate.py runs/ --grid "sweeps/scaling.sh midog2022 uni virchow2"
+                                                         done, failed, missing, time left
+    python evaluate.py --detection scored.json --data midog2022 --threshold 0.4
+                                                         F1 of detection before and after
 
-A run counts only when all of it is there and agrees with itself; what does not is named, and never
+A run counts only if all of it is there and agrees with itself; the others are named and never
 averaged."""
 
 import argparse
+import math
 import textwrap
 from collections import defaultdict
 from pathlib import Path
@@ -23,8 +22,8 @@ import common
 import flags
 from common import UserError
 from dataset import splits
-from reporting import grid, results
-from reporting.metrics import (  # noqa: F401  what other scripts use by the name evaluate.…
+from reporting import detection, figures, folder, grid, page, results, tables
+from reporting.metrics import (  # noqa: F401  other programs use them as evaluate.…
     auroc,
     average_precision,
     balanced_accuracy,
@@ -40,70 +39,68 @@ from reporting.metrics import (  # noqa: F401  what other scripts use by the nam
     weighted_f1,
 )
 
+DETECTION_FILES = ("detection.csv", "detection_curve.csv", "detection.png", "detection.svg")
 
-def overview(found):
-    """The compact table of the terminal (at most 100 columns wide) as text, one per dataset and
-    seed.
-    """
-    groups = defaultdict(lambda: ([], set()))
-    for run in found:
-        for name, values in run.sets.items():
-            if name == "val":
-                continue
-            # One line in the domain of training and one out of it; the report has each pair of
-            # domains.
-            side = (
-                "in domain"
-                if name == "test"
-                else "elsewhere"
-                if name in run.split["others"]
-                else name
-            )
+
+def overview(finished):
+    """The table of the terminal (at most 100 columns wide) as text, one per dataset and seed."""
+    values, repeats = defaultdict(list), defaultdict(set)
+    for run in finished:
+        for name in run.tests():
+            side = name
+            if run.domain and name == "test":
+                side = "in domain"
+            elif run.domain and name in run.split["others"]:
+                side = "elsewhere"  # the report has each pair of domains
             key = (
                 run.data,
-                run.flags.get("seed") or 0,
+                run.seed,
                 run.by != "case",
                 run.model,
                 run.label.removeprefix(run.model + "-"),
                 run.by,
                 run.domain is not None,
                 run.frac,
-                side if run.domain else name,
+                side,
             )
-            groups[key][0].append(values)
-            groups[key][1].add((run.domain, run.fold))
+            values[key].append(run.sets[name])
+            repeats[key].add((run.domain, run.fold))
 
-    def cell(values, key):
-        known = [v[key] for v in values if v[key] is not None]
-        return (
-            "-"
-            if not known
-            else f"{np.mean(known):.3f}"
-            + (f"±{np.std(known, ddof=1):.3f}" if len(known) > 1 else "")
-        )
-
-    rows = defaultdict(list)
-    for (data, seed, _, model, method, by, _, frac, name), (values, repeats) in sorted(
-        groups.items()
-    ):
-        said = {"case": "", "annotation": ", leaking"}.get(by, f", {by}")
-        rows[data + f", seed {seed}" * bool(seed)].append(
+    tables_of = defaultdict(list)
+    for key in sorted(values):
+        data, seed, _, model, method, by, _, frac, side = key
+        remark = {"case": "", "annotation": ", leaking"}.get(by, f", {by}")
+        title = f"{data}, seed {seed}" if seed else data
+        tables_of[title].append(
             (
                 model[:13],
-                method[: 20 - len(said)] + said,
+                method[: 20 - len(remark)] + remark,
                 f"{frac:g}",
-                name[:10],
-                len(repeats),
-                *(cell(values, k) for k in ("balanced_accuracy", "weighted_f1", "auroc")),
+                side[:10],
+                len(repeats[key]),
+                *(_mean_sd(values[key], name) for name in tables.METRICS),
             )
         )
-    leaks = "; leaking: split by annotation" * any(run.by == "annotation" for run in found)
+    leaks = ""
+    if any(run.by == "annotation" for run in finished):
+        leaks = "; leaking: split by annotation"
     header = ("model", "method", "frac", "test", "runs", "bal. acc.", "w. F1", "AUROC")
-    return "\n\n".join(
-        f"{data}: mean ± standard deviation over the "
-        f"runs{leaks}\n{common.table(own, header, range(4, 8))}"
-        for data, own in rows.items()
-    )
+    texts = []
+    for title, rows in tables_of.items():
+        heading = f"{title}: mean ± standard deviation over the runs{leaks}"
+        texts.append(f"{common.printable(heading)}\n{common.table(rows, header, range(4, 8))}")
+    return "\n\n".join(texts)
+
+
+def _mean_sd(summaries, key):
+    """Mean±deviation of a metric, as narrow as a terminal needs it."""
+    known = [summary[key] for summary in summaries if summary[key] is not None]
+    if not known:
+        return "-"
+    text = f"{np.mean(known):.3f}"
+    if len(known) > 1:
+        text += f"±{np.std(known, ddof=1):.3f}"
+    return text
 
 
 # ---------------------------------------------------------------- the command
@@ -123,13 +120,13 @@ def arguments():
         "--out", default="report", metavar="DIR", help="folder of the report (default: report)"
     )
     parser.add_argument(
-        "--paper", action="store_true", help="the paper's published values beside ours"
+        "--paper", action="store_true", help="add the paper's published values to the tables"
     )
     parser.add_argument(
         "--grid",
         metavar="'SWEEP ARGS'",
-        help="say which runs of a sweep are done, failed and "
-        "missing in its folder of runs, or in RUNS too; nothing is run and no report is written",
+        help="list which runs of a sweep are done, failed and missing, in its folder of runs and "
+        "in RUNS; runs nothing and writes no report",
     )
     parser.add_argument(
         "--replicates",
@@ -141,90 +138,102 @@ def arguments():
     parser.add_argument(
         "--no-gallery", action="store_true", help="no gallery of errors (it reads the images)"
     )
+    parser.add_argument(
+        "--figure",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="PNG or JPEG pictures to put at the top of the page, such as classify.py --overlay "
+        "draws",
+    )
     group = parser.add_argument_group("detection (instead of a report on runs)")
     group.add_argument(
         "--detection",
         metavar="SCORED",
-        help="candidates that classify.py scored (MIDOG JSON, the "
-        "challenge's JSON, CSV), to be compared with the annotations of --data",
+        help="compare candidates that classify.py scored (MIDOG JSON, the challenge's JSON, CSV) "
+        "with the annotations of --data",
     )
     group.add_argument(
         "--threshold",
         type=float,
         metavar="P",
-        help="of the second stage, as its model chose it on validation (default: 0.5)",
+        help="decision threshold of the second stage, from 0 to 1 (default: 0.5)",
     )
     group.add_argument(
-        "--only", metavar="RUN", help="score the test images of this run's split alone"
+        "--only", metavar="RUN", help="compare only on the test images of this run's split"
     )
     group.add_argument(
         "--data",
         metavar="D",
-        help="dataset with the annotations (and of the gallery, where it is not found by its name)",
+        help="dataset of the annotations (for the gallery: if its name does not find it)",
     )
     group.add_argument("--images", metavar="DIR", help="folder of its images")
     group.add_argument(
-        "--source-mpp", type=float, metavar="MPP", help="µm/px, where the images do not say it"
+        "--source-mpp", type=float, metavar="MPP", help="µm/px, if the images do not say it"
     )
     flags.add_reading_arguments(group)
     return parser.parse_args()
 
 
 def detect(args):
-    from reporting import detection
-
+    """F1 of detection before and after the second stage: table, CSV files and a figure."""
     if not args.data:
-        raise UserError(
-            "--detection needs --data: the dataset whose annotations tell where mitotic figures are"
-        )
+        raise UserError("--detection needs --data: the dataset with the annotated mitotic figures")
+    threshold = 0.5 if args.threshold is None else args.threshold
+    if not 0 <= threshold <= 1:
+        raise UserError(f"--threshold {threshold:g}: a probability from 0 to 1 is needed")
+    mpp = args.source_mpp
+    if mpp is not None and not (math.isfinite(mpp) and 0.01 <= mpp <= 100):
+        raise UserError(f"--source-mpp {mpp:g}: µm/px between 0.01 and 100 are needed")
+    folder.check(args.out, DETECTION_FILES, [args.detection, args.data])
     annotations, _ = flags.from_source(vars(args))
     ids = None
     if args.only:
         ids = splits.load_split(Path(args.only) / "split.json", annotations).test
-    threshold = 0.5 if args.threshold is None else args.threshold
-    rows = detection.report(args.detection, annotations, threshold, ids, args.source_mpp)
+    rows = detection.report(args.detection, annotations, ids, mpp)
+
     print(
         f"detection within {detection.RADIUS} µm, one to one; after: candidates with p >= "
-        f"{threshold:g}; best F1: "
-        "over all thresholds, chosen on these very images"
+        f"{threshold:g}; best F1: over all thresholds, chosen on these very images"
     )
-    from reporting import figures, tables
-
     domains = [domain for domain, *_ in rows]
     short = figures.short_names(domains)
-    print(detection.table([(short[domain], *rest) for domain, *rest in rows], threshold)[0])
-    said = tables.legend(annotations.name, domains).strip()
-    print(textwrap.fill(said, 100) + "\n" * bool(said), end="")
-    detection.write(args.out, rows, threshold)
-    figures.detection(Path(args.out), rows, threshold)
+    print(detection.table([(short[domain], *rest) for domain, *rest in rows], threshold))
+    legend = tables.legend(annotations.name, domains).strip()
+    if legend:
+        print(textwrap.fill(legend, 100))
+    pictures = figures.images(figures.detection(rows, threshold))
+    files = {f"detection.{kind}": content for kind, content in pictures.items()}
+    folder.write(args.out, "detection", detection.files(rows, threshold) | files)
     print(f"{args.out}/detection.csv, detection_curve.csv, detection.png")
 
 
 def main():
     args = arguments()
     if args.replicates < 100:
-        raise UserError(f"--replicates {args.replicates}: at least 100")
-    if Path(args.out).exists() and not Path(args.out).is_dir():
-        raise UserError(f"--out {args.out}: this is a file, a folder is needed")
-    if args.detection:
-        return detect(args)
-    if args.grid:
+        raise UserError(f"--replicates {args.replicates}: at least 100 are needed")
+    if args.grid is not None:
         print(grid.grid(args.grid, args.runs))
         return
+    if args.detection is not None:
+        detect(args)
+        return
+    folder.check(args.out, ("results.csv", "index.html"), args.figure)
+    for path in args.figure:
+        page.embedded(path)  # its mistakes before the work
     roots = args.runs or ["runs"]
-    found, problems = results.collect(roots)
+    finished, problems = results.collect(roots)
     for path, what in problems:
-        print(f"not counted: {path}: {what}")
-    if not found:
+        print(f"not counted: {common.printable(path)}: {common.printable(what)}")
+    if not finished:
         raise UserError(
-            f"{', '.join(roots)}: no finished run that can be used; see above, or run "
-            "train.py or probe.py first"
+            f"{', '.join(roots)}: no usable finished run; see above, or run train.py or probe.py "
+            "first"
         )
-    print(overview(found))
-    from reporting import tables
-
-    index = tables.write(found, problems, results.results(found), args)
-    print(f"report: {index}")
+    print(overview(finished))
+    for note in results.notes(finished):
+        print(common.printable(note))
+    print(f"report: {page.write(finished, problems, args)}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """A detector's candidates against the annotations: F1 of detection before and after the second
-stage. No torch.
+stage.
 
 A candidate finds a mitotic figure within 7.5 µm of it (the radius of the MIDOG challenges); one
-candidate finds at most one figure and the other way round. The number found is that of a maximum
-matching, so it does not depend on the order of the file. This is not the challenges' own script,
-which may pair greedily."""
+candidate finds at most one figure, and at most one candidate finds a figure. The number of finds is
+that of a maximum matching, so it does not depend on the order of the file. The challenges' own
+script may pair greedily and differ."""
 
-import csv
 from pathlib import Path
 
 import numpy as np
@@ -15,85 +14,115 @@ import common
 from common import UserError
 from dataset import candidates as formats
 from dataset import slides
-from dataset.annotations import by_image, near_pairs
+from dataset.annotations import by_image
+from reporting import folder
 
 RADIUS = 7.5  # µm
+CURVE_COLUMNS = ("domain", "threshold", "tp", "fp", "fn")
 
 
 def matched(x, y, score, figures_x, figures_y, radius):
     """For candidates in the order of falling score: how many figures the first k of them find at
-    most, k = 1 … n.
+    most, k = 1 … n → (order [n], adds [n] bool); cumulate `adds` for the sizes.
 
-    A maximum matching grown one candidate at a time: a candidate adds one to it exactly where an
-    augmenting path starts at it, and one that adds nothing never will. → (order [n], found [n]
-    bool); cumulate `found` for the sizes."""
+    A maximum matching grown one candidate at a time: a candidate adds one to it exactly if an
+    augmenting path starts at it, and one that adds nothing never will. Memory is linear, also where
+    many points coincide."""
     order = np.argsort(-np.asarray(score, np.float64), kind="stable")
-    first, second = near_pairs(
-        np.asarray(x, np.float64),
-        np.asarray(y, np.float64),
-        np.asarray(figures_x, np.float64),
-        np.asarray(figures_y, np.float64),
-        radius,
-    )
-    near = [[] for _ in order]
-    for i, j in zip(first.tolist(), second.tolist()):
-        near[i].append(j)
-    owner, found = {}, np.zeros(len(order), bool)
+    matching = Matching(x, y, figures_x, figures_y, radius)
+    adds = np.zeros(len(order), bool)
     for k, i in enumerate(order.tolist()):
-        found[k] = _augment(i, near, owner)
-    return order, found
+        adds[k] = matching.augment(i)
+    return order, adds
 
 
-def _augment(start, near, owner):
-    """Give candidate `start` a figure, moving others along; breadth first, so that depth of
-    recursion is no limit.
-    """
-    reached, queue = {}, [start]
-    for i in queue:
-        for j in near[i]:
-            if j in reached:
-                continue
-            reached[j] = i
-            if j in owner:
-                queue.append(owner[j])
-                continue
-            while True:  # back along the path, each candidate takes the figure it was reached by
-                i = reached[j]
-                previous = next((figure for figure in near[i] if owner.get(figure) == i), None)
-                owner[j] = i
-                if i == start:
-                    return True
-                j = previous
-    return False
+class Matching:
+    """A matching of candidates (x, y) [n] and figures [m] at most `radius` apart."""
+
+    def __init__(self, x, y, figures_x, figures_y, radius):
+        figures_x, figures_y = (np.asarray(v, np.float64) for v in (figures_x, figures_y))
+        by_x = np.argsort(figures_x, kind="stable")
+        self.x, self.y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        self.figures_x, self.figures_y, self.radius = figures_x[by_x], figures_y[by_x], radius
+        # The figures of candidate i lie among low[i]:high[i].
+        self.low = np.searchsorted(self.figures_x, self.x - radius, "left").tolist()
+        self.high = np.searchsorted(self.figures_x, self.x + radius, "right").tolist()
+        self.candidate_of = np.full(len(by_x), -1)  # by figure
+        self.figure_of = {}  # by candidate
+        self.closed = np.zeros(len(by_x), bool)  # figures from which no path leads to a free one
+        self.reached_from = np.full(len(by_x), -1)  # by figure, during a search
+
+    def near(self, i):
+        """Figures that candidate i could find, without closed ones."""
+        figures = np.arange(self.low[i], self.high[i])
+        dx = np.abs(self.x[i] - self.figures_x[figures])
+        dy = np.abs(self.y[i] - self.figures_y[figures])
+        return figures[(np.hypot(dx, dy) <= self.radius) & ~self.closed[figures]]
+
+    def augment(self, start):
+        """Give candidate `start` a figure, moving others along → whether that is possible. Breadth
+        first, so that depth of recursion is no limit."""
+        if self.low[start] == self.high[start]:
+            return False
+        queue, reached, augmented = [start], [], False
+        for i in queue:
+            figures = self.near(i)
+            free = figures[self.candidate_of[figures] < 0]
+            if len(free):
+                self._take(start, i, free[0])
+                augmented = True
+                break
+            new = figures[self.reached_from[figures] < 0]
+            self.reached_from[new] = i
+            reached.append(new)
+            queue += self.candidate_of[new].tolist()
+        for figures in reached:
+            self.reached_from[figures] = -1
+            # No later path can leave these figures either: searches need not enter them again.
+            if not augmented:
+                self.closed[figures] = True
+        return augmented
+
+    def _take(self, start, i, figure):
+        """Back along the path: each candidate takes the figure that it reached, up to `start`."""
+        while True:
+            previous = self.figure_of.get(i)
+            self.candidate_of[figure] = i
+            self.figure_of[i] = figure
+            if i == start:
+                return
+            figure, i = previous, int(self.reached_from[previous])
 
 
 def score_images(images, radius=RADIUS):
-    """Detection over images → dict. images: list of dicts with x, y, probability (candidates, px),
-    figures_x, figures_y (px), mpp (µm/px), domain.
+    """The curve of detection over images, as a dict: thresholds [T] from the highest probability,
+    tp, fp, fn [T] of the candidates with p >= threshold, and the numbers of figures and candidates.
 
-    before: all candidates; curve: thresholds from the highest probability with tp, fp, fn,
-    precision, recall, f1."""
-    parts, figures = [], 0
+    images: list of dicts with x, y, probability (candidates, px), figures_x, figures_y (px), mpp
+    (µm/px), domain; radius: µm."""
+    probability, adds, figures = [np.zeros(0)], [np.zeros(0, bool)], 0
     for image in images:
-        order, found = matched(
+        p = np.asarray(image["probability"], np.float64)
+        order, adds_one = matched(
             image["x"],
             image["y"],
-            image["probability"],
+            p,
             image["figures_x"],
             image["figures_y"],
             radius / image["mpp"],
         )
-        parts.append((np.asarray(image["probability"], np.float64)[order], found))
+        probability.append(p[order])
+        adds.append(adds_one)
         figures += len(image["figures_x"])
-    p = np.concatenate([part[0] for part in parts]) if parts else np.zeros(0)
-    found = np.concatenate([part[1] for part in parts]) if parts else np.zeros(0, bool)
-    if np.isnan(p).any():
-        raise UserError("the candidates' probabilities hold NaN")
-    order = np.argsort(
-        -p, kind="stable"
-    )  # keeps each image's own order, so its prefixes stay prefixes
-    p, tp = p[order], np.cumsum(found[order])
-    last = np.flatnonzero(np.r_[p[1:] != p[:-1], True]) if len(p) else np.zeros(0, int)
+    p, adds = np.concatenate(probability), np.concatenate(adds)
+    if not ((p >= 0) & (p <= 1)).all():
+        raise UserError("the candidates' probabilities hold NaN or numbers outside 0 … 1")
+    # A stable sort keeps the order within each image, so that its prefixes stay prefixes.
+    order = np.argsort(-p, kind="stable")
+    p, tp = p[order], np.cumsum(adds[order])
+    last = np.zeros(0, int)
+    if len(p):
+        last = np.flatnonzero(np.r_[p[1:] != p[:-1], True])
     return {
         "figures": figures,
         "candidates": len(p),
@@ -106,16 +135,12 @@ def score_images(images, radius=RADIUS):
 
 def at(curve, threshold=None):
     """tp, fp, fn, precision, recall and f1 of the candidates with p >= threshold (None: of all)."""
-    kept = (
-        len(curve["thresholds"])
-        if threshold is None
-        else int((curve["thresholds"] >= threshold).sum())
-    )
-    tp, fp, fn = (
-        (int(curve[name][kept - 1]) for name in ("tp", "fp", "fn"))
-        if kept
-        else (0, 0, curve["figures"])
-    )
+    steps = len(curve["thresholds"])
+    if threshold is not None:
+        steps = int((curve["thresholds"] >= threshold).sum())
+    tp, fp, fn = 0, 0, curve["figures"]
+    if steps:
+        tp, fp, fn = (int(curve[name][steps - 1]) for name in ("tp", "fp", "fn"))
     return {
         "threshold": threshold,
         "tp": tp,
@@ -128,8 +153,8 @@ def at(curve, threshold=None):
 
 
 def best(curve):
-    """The threshold with the highest F1 (of several the highest); it is chosen on the very data it
-    is scored on.
+    """at() the threshold with the highest F1 (of several the highest), chosen on the very data that
+    it is scored on.
     """
     if not len(curve["thresholds"]):
         return at(curve, 1.0)
@@ -142,93 +167,109 @@ def best(curve):
 ADVICE = "score them with classify.py first (MIDOG JSON, the challenge's JSON or CSV)"
 
 
-def probabilities(found):
-    """The probability that classify.py wrote beside each candidate, -1 where it wrote none;
-    UserError: none at all.
-    """
+def written_probabilities(candidates):
+    """What classify.py wrote beside each candidate, as the file has it; UserError if it has no
+    place for a probability."""
     try:
-        if found.kind == "csv":
-            table = found.content[0]
+        if candidates.kind == "csv":
+            table = candidates.content[0]
             column = [name.strip().lower() for name in table[0]].index("probability")
-            values = [table[place][column] for place in found.places]
-        else:
-            records = found.content[{"midog": "annotations", "challenge": "points"}[found.kind]]
-            values = [records[place].get("probability") for place in found.places]
-        values = np.array([-1.0 if value in (None, "") else float(value) for value in values])
-    except (KeyError, TypeError, ValueError):
-        values = None
-    if values is None or len(values) and (values == -1).all():
-        raise UserError(f"{found.path}: the candidates have no probability; {ADVICE}")
-    if np.isnan(values).any():
-        raise UserError(f"{found.path}: the candidates' probabilities hold NaN")
+            return [table[place][column] for place in candidates.places]
+        records = candidates.content[
+            {"midog": "annotations", "challenge": "points"}[candidates.kind]
+        ]
+        return [records[place].get("probability") for place in candidates.places]
+    except (KeyError, IndexError, ValueError):
+        raise UserError(
+            f"{candidates.path}: the candidates have no probability; {ADVICE}"
+        ) from None
+
+
+def probabilities(candidates):
+    """The probability of each candidate [n], NaN for those that are not scored; UserError: none is
+    scored, or one is no probability."""
+    values = np.full(len(candidates), np.nan)
+    for i, value in enumerate(written_probabilities(candidates)):
+        if value in (None, ""):
+            continue
+        try:
+            p = float("nan") if isinstance(value, bool) else float(value)
+        except (OverflowError, TypeError, ValueError):
+            p = float("nan")
+        if not 0 <= p <= 1:
+            raise UserError(
+                f"{candidates.path}: the probability of candidate {candidates.ids[i]} is {value}, "
+                "not a number from 0 to 1"
+            )
+        values[i] = p
+    if len(values) and np.isnan(values).all():
+        raise UserError(f"{candidates.path}: the candidates have no probability; {ADVICE}")
     return values
 
 
-def images_of(found, probability, annotations, ids=None, mpp=None):
-    """Candidates and figures by image. ids: of the annotations of a test set, whose images alone
-    are scored.
-    """
+def stem(name):
+    """How candidates name an image: file name without folder, ending and case."""
+    return Path(str(name)).name.rsplit(".", 1)[0].lower()
 
-    def stem(name):
-        return Path(str(name)).name.rsplit(".", 1)[0].lower()
 
-    table, twice = {}, set()
+def annotated_images(annotations):
+    """({stem: (image, its rows)}, stems of several images)."""
+    images, ambiguous = {}, set()
     for image, rows in by_image(annotations).items():
-        if stem(image) in table:
-            twice.add(stem(image))
-        table[stem(image)] = image, rows
-    names = np.array([stem(name) if name else "" for name in found.images], dtype=object)
-    wanted = set(names.tolist())
-    if found.kind == "midog":  # its list of images also names those without a candidate
-        wanted |= {
-            stem(image.get("file_name", ""))
-            for image in found.content.get("images", ())
-            if isinstance(image, dict)
-        }
-    if wanted <= {""}:  # also of a detector that found nothing on its one image
-        if len(table) != 1:
-            raise UserError(f"{found.path}: does not say which image its candidates are on")
-        names[:], wanted = next(iter(table)), {next(iter(table))}
-    if wanted & twice:
+        if stem(image) in images:
+            ambiguous.add(stem(image))
+        images[stem(image)] = image, rows
+    return images, ambiguous
+
+
+def images_of(candidates, probability, annotations, ids=None, mpp=None):
+    """Candidates and figures by image, as score_images() wants them.
+
+    probability: [n], NaN: not scored; ids: of the annotations of a test set, whose images alone are
+    compared; mpp: µm/px of all images, else as they say."""
+    images, ambiguous = annotated_images(annotations)
+    names = np.array([stem(name) if name else "" for name in candidates.images], dtype=object)
+    named = set(names.tolist()) | images_without_candidates(candidates)
+    if named <= {""}:  # also of a detector that found nothing on its one image
+        if len(images) != 1:
+            raise UserError(f"{candidates.path}: does not say which image its candidates are on")
+        (only,) = images
+        names[:] = only
+        named = {only}
+    if named & ambiguous:
         raise UserError(
-            f"{annotations.name}: two images are called {min(wanted & twice)}; candidates name an "
-            "image by "
-            "its file name alone"
+            f"{annotations.name}: two images are called {min(named & ambiguous)}; candidates name "
+            "an image by its file name alone"
         )
     if ids is not None:
-        wanted &= {stem(annotations.image[row]) for row in annotations.rows(ids)}
-    unknown = wanted - set(table)
-    if unknown - {""}:
-        print(
-            f"{found.path}: {len(unknown)} images are not in {annotations.name} and are left out "
-            f"({', '.join(sorted(unknown)[:3])})"
-        )
-    images, unscored = [], []
-    for name in sorted(wanted & set(table)):
-        (image, rows), own = table[name], names == name
-        if (probability[own] == -1).any():  # classify.py scores one slide at a time
-            if (probability[own] != -1).any():
+        named &= {stem(annotations.image[row]) for row in annotations.rows(ids)}
+    unknown = named - images.keys() - {""}
+    if unknown:
+        tell_left_out(candidates, unknown, f"not in {annotations.name}")
+
+    scored, unscored = [], []
+    for name in sorted(named & images.keys()):
+        image, rows = images[name]
+        on_image = names == name
+        lacking = int(np.isnan(probability[on_image]).sum())
+        if lacking:  # classify.py scores one slide at a time
+            if lacking < on_image.sum():
                 raise UserError(
-                    f"{found.path}: {(probability[own] == -1).sum()} of {own.sum()} candidates on "
-                    f"{image} "
-                    f"have no probability; {ADVICE}"
+                    f"{candidates.path}: {lacking} of {on_image.sum()} candidates on {image} have "
+                    f"no probability; {ADVICE}"
                 )
             unscored.append(name)
             continue
-        scale = mpp or (annotations.mpp or {}).get(image)
-        if scale is None and annotations.image_path(image).exists():
-            scale = slides.microns_per_pixel(annotations.image_path(image))
-        if scale is None:
-            raise UserError(f"{image}: its µm/px is not known, so 7.5 µm is not; give --source-mpp")
+        scale = mpp or microns_per_pixel(annotations, image)
         figures = rows[annotations.label[rows] == 1]
-        x, y = found.x[own], found.y[own]
-        if found.kind == "challenge":  # millimetres
-            x, y = x * 1000 / scale, y * 1000 / scale
-        images.append(
+        unit = 1.0
+        if candidates.kind == "challenge":  # millimetres
+            unit = 1000 / scale
+        scored.append(
             {
-                "x": x,
-                "y": y,
-                "probability": probability[own],
+                "x": candidates.x[on_image] * unit,
+                "y": candidates.y[on_image] * unit,
+                "probability": probability[on_image],
                 "figures_x": annotations.x[figures],
                 "figures_y": annotations.y[figures],
                 "mpp": scale,
@@ -236,90 +277,86 @@ def images_of(found, probability, annotations, ids=None, mpp=None):
             }
         )
     if unscored:
-        print(
-            f"{found.path}: {len(unscored)} images have candidates that are not scored yet, and "
-            "are left out "
-            f"({', '.join(unscored[:3])})"
-        )
-    if not images:
+        tell_left_out(candidates, unscored, "with unscored candidates")
+    if not scored:
+        images = "scored images" if unscored else "images"
+        raise UserError(f"{candidates.path}: none of its {images} is in {annotations.name}")
+    return scored
+
+
+def images_without_candidates(candidates):
+    """Stems of all images that the file lists, with candidates or not: only MIDOG JSON does."""
+    if candidates.kind != "midog":
+        return set()
+    listed = candidates.content.get("images", ())
+    return {stem(image.get("file_name", "")) for image in listed if isinstance(image, dict)}
+
+
+def tell_left_out(candidates, names, why):
+    first = common.printable(", ".join(sorted(names)[:3]))
+    count = "1 image" if len(names) == 1 else f"{len(names)} images"
+    print(f"{candidates.path}: left out {count} {why} ({first})")
+
+
+def microns_per_pixel(annotations, image):
+    """µm/px of an image, from the annotations or the image itself; UserError if unknown."""
+    scale = (annotations.mpp or {}).get(image)
+    if scale is None and annotations.image_path(image).exists():
+        scale = slides.microns_per_pixel(annotations.image_path(image))
+    if scale is None:
         raise UserError(
-            f"{found.path}: none of its {'scored ' * bool(unscored)}images is in {annotations.name}"
+            f"{image}: its µm/px is unknown, which {RADIUS} µm need; give it with --source-mpp"
         )
-    return images
+    return scale
 
 
-def report(path, annotations, threshold, ids=None, mpp=None):
-    """Scores of a file of candidates: list of rows (domain, images, curve), all first."""
-    found = formats.read(path)
-    images = images_of(found, probabilities(found), annotations, ids, mpp)
-    domains = sorted({image["domain"] for image in images})
+def report(path, annotations, ids=None, mpp=None):
+    """Detection by a file of scored candidates: rows (domain, number of images, curve), "all"
+    first.
+
+    ids, mpp: see images_of()."""
+    candidates = formats.read(path)
+    images = images_of(candidates, probabilities(candidates), annotations, ids, mpp)
     rows = [("all", len(images), score_images(images))]
+    domains = sorted({image["domain"] for image in images})
     if len(domains) > 1:
         for domain in domains:
-            own = [image for image in images if image["domain"] == domain]
-            rows.append((domain, len(own), score_images(own)))
+            of_domain = [image for image in images if image["domain"] == domain]
+            rows.append((domain, len(of_domain), score_images(of_domain)))
     return rows
 
 
 def table(rows, threshold):
-    """The rows of report() as text and as a list of dicts."""
-    text, records = [], []
+    """The rows of report() as the text of a table."""
+    lines = []
     for domain, images, curve in rows:
+        line = [domain, images, curve["figures"], curve["candidates"]]
+        for stage in (at(curve), at(curve, threshold)):
+            line += [f"{stage[key]:.3f}" for key in ("precision", "recall", "f1")]
+        highest = best(curve)
+        lines.append([*line, f"{highest['f1']:.3f} @ {highest['threshold']:.2f}"])
+    header = ["domain", "images", "figures", "cand.", "P before", "R", "F1", "P after", "R", "F1"]
+    return common.table(lines, [*header, "best F1"], right=range(1, 11))
+
+
+def files(rows, threshold):
+    """{"detection.csv": by domain, "detection_curve.csv": at all thresholds} as text."""
+    records, steps = [], []
+    for domain, images, curve in rows:
+        record = {
+            "domain": domain,
+            "images": images,
+            "figures": curve["figures"],
+            "candidates": curve["candidates"],
+        }
         stages = {"before": at(curve), "after": at(curve, threshold), "best": best(curve)}
-        records.append(
-            {
-                "domain": domain,
-                "images": images,
-                "figures": curve["figures"],
-                "candidates": curve["candidates"],
-            }
-            | {
-                f"{stage}_{key}": value
-                for stage, values in stages.items()
-                for key, value in values.items()
-            }
-        )
-        text.append(
-            [domain, images, curve["figures"], curve["candidates"]]
-            + [
-                f"{stages[stage][key]:.3f}"
-                for stage in ("before", "after")
-                for key in ("precision", "recall", "f1")
-            ]
-            + [f"{stages['best']['f1']:.3f} @ {stages['best']['threshold']:.2f}"]
-        )
-    header = (
-        "domain",
-        "images",
-        "figures",
-        "cand.",
-        "P before",
-        "R",
-        "F1",
-        "P after",
-        "R",
-        "F1",
-        "best F1",
-    )
-    return common.table(text, header, right=range(1, 11)), records
-
-
-def write(out, rows, threshold):
-    """detection.csv (by domain) and detection_curve.csv (all thresholds) into the folder `out`."""
-    _, records = table(rows, threshold)
-    with (
-        common.atomic(Path(out) / "detection.csv") as temporary,
-        open(temporary, "w", newline="") as file,
-    ):
-        writer = csv.DictWriter(file, records[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(records)
-    with (
-        common.atomic(Path(out) / "detection_curve.csv") as temporary,
-        open(temporary, "w", newline="") as file,
-    ):
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("domain", "threshold", "tp", "fp", "fn"))
-        for domain, _, curve in rows:
-            for row in zip(*(curve[name].tolist() for name in ("thresholds", "tp", "fp", "fn"))):
-                writer.writerow((domain, *row))
+        for stage, values in stages.items():
+            record |= {f"{stage}_{key}": value for key, value in values.items()}
+        records.append(record)
+        columns = [curve[name].tolist() for name in ("thresholds", "tp", "fp", "fn")]
+        for step in zip(*columns):
+            steps.append(dict(zip(CURVE_COLUMNS, (domain, *step))))
+    return {
+        "detection.csv": folder.csv_text(records),
+        "detection_curve.csv": folder.csv_text(steps, CURVE_COLUMNS),
+    }

@@ -1,5 +1,6 @@
-"""How far a sweep has come: what of its grid is done, running, failed and missing. No torch."""
+"""Progress of a sweep: which runs of its grid are done, running, failed or missing."""
 
+import argparse
 import os
 import shlex
 import subprocess
@@ -9,13 +10,14 @@ from pathlib import Path
 import numpy as np
 
 import common
+import flags
 from common import UserError
 from reporting import results
 
+ROOT = Path(__file__).resolve().parent.parent  # where the sweeps run
 GRID_MARK = "# grid: --list prints the commands and runs none of them"
-# Flags that go into a run's name: a command that gives none of them means the run without such an
-# addition.
-NAMED = {
+# Flags whose choices go into a run's name: without any of them the run has no such addition.
+NAMED = (
     "rank",
     "alpha",
     "dropout",
@@ -30,29 +32,35 @@ NAMED = {
     "standardize",
     "k",
     "shots",
-}
+)
+# Flags that must agree with the run's if a command gives them.
+COMPARED = ("val_frac", "epochs", "epoch_size", "rank", "pool", "layer")
+STATES = ("done", "running", "failed", "missing")
+
+
+# ---------------------------------------------------------------- what a sweep consists of
 
 
 def grid_commands(text):
-    """The commands of a sweep, as lists of words. The sweep is asked to list them, and can start
-    none of them.
+    """The commands of a sweep, as lists of words. The sweep is asked to list them and cannot start
+    any.
     """
     try:
         words = shlex.split(text)
     except ValueError as error:
-        raise UserError(f"--grid {text}: not a command of a shell ({error})") from None
+        raise UserError(f"--grid {text}: not a shell command ({error})") from None
     script = Path(words[0]) if words else Path()
     if not script.is_file():
-        raise UserError(f"--grid {text}: there is no such script")
-    # A script that does not know --list might train: only those that say so are run, and python is
-    # not python there.
+        raise UserError(f"--grid {text}: no such script")
+    # A script that does not know --list might train: only those that say so are run, and with a
+    # python that does nothing.
     if GRID_MARK not in script.read_text(encoding="utf-8", errors="replace").splitlines():
         raise UserError(
             f"--grid {script}: not a sweep that can list its commands (it lacks the line "
             f"'{GRID_MARK}')"
         )
     try:
-        listed = subprocess.run(
+        listing = subprocess.run(
             ["bash", str(script), "--list", *words[1:]],
             capture_output=True,
             text=True,
@@ -62,160 +70,203 @@ def grid_commands(text):
         )
     except subprocess.TimeoutExpired:
         raise UserError(f"--grid {script}: did not list its commands within a minute") from None
-    if listed.returncode:
-        raise UserError(
-            f"--grid {script}: {(listed.stderr.strip().splitlines() or ['failed'])[-1]}"
-        )
+    if listing.returncode:
+        lines = listing.stderr.strip().splitlines() or ["failed"]
+        raise UserError(f"--grid {script}: {lines[-1]}")
     return [
         shlex.split(line)
-        for line in listed.stdout.splitlines()
+        for line in listing.stdout.splitlines()
         if " train.py " in line or " probe.py " in line
     ]
 
 
+class _Parser(argparse.ArgumentParser):
+    """Flags are read as train.py and probe.py read them; mistakes are those of the sweep."""
+
+    def error(self, message):
+        raise UserError(f"--grid: the sweep lists a command with a mistake: {message}")
+
+
+def _parser():
+    """Parser of the flags of train.py and probe.py that say which runs a command makes. The flags
+    of data and split are the shared ones; a test compares the others with both commands."""
+    parser = _Parser(allow_abbrev=False, add_help=False)
+    flags.add_arguments(parser)
+    flags.add_split_arguments(parser)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--probe", nargs="+", default=["uni"])
+    parser.add_argument("--runs", default="runs")
+    return parser
+
+
 def cells(command):
-    """The runs one command makes: dicts of the flags that it names, one per fraction, fold and
-    domain.
+    """The runs that one command makes, as dicts: what must agree with the flags of a run ("data",
+    "model", "method", "by", "seed", "frac", "fold", "domain", and of COMPARED what the command
+    gives), "runs": their folder, "probe", "label": the name of their folder if it has no additions.
     """
-    script = next(Path(word).name for word in command if word.endswith(".py"))
-    given, flag = {}, None
-    for word in command[command.index(next(w for w in command if w.endswith(".py"))) + 1 :]:
-        if word.startswith("--"):
-            flag = word[2:].replace("-", "_")
-            given[flag] = []
-        elif flag:
-            given[flag].append(word)
-    method = "probe" if script == "probe.py" else "lora" if "lora" in given else "full"
-    folder = str(
-        Path(__file__).resolve().parent / (given.get("runs") or ["runs"])[-1]
-    )  # where the sweeps run
+    position = next(i for i, word in enumerate(command) if word.endswith(".py"))
+    words = command[position + 1 :]
+    args, others = _parser().parse_known_args(words)
+    given = _given(words)
+    if Path(command[position]).name == "probe.py":
+        method, probes = "probe", args.probe
+    else:
+        method, probes = ("lora" if args.lora else "full"), [None]
+
     fixed = {
-        "data": (given.get("data") or ["demo"])[-1],
-        "model": (given.get("model") or ["demo"])[-1],
+        "runs": str(ROOT / args.runs),
+        "data": args.data or "demo",
+        "model": args.model,
         "method": method,
-        "by": (given.get("split") or ["case"])[-1],
+        "by": args.split,
+        "seed": args.seed,
     }
-    for key in ("seed", "val_frac", "epochs", "epoch_size", "rank", "pool", "layer"):
-        if given.get(key):
-            fixed[key] = given[key][-1]
-    fixed.setdefault("seed", "0")
-    if not NAMED & given.keys():
-        fixed["label"] = f"{fixed['model']}-{method}"
-    return [
-        fixed
-        | {"runs": folder, "frac": frac, "fold": fold, "domain": domain}
-        | ({"probe": probe} if probe else {})
-        for probe in (given.get("probe") or ["uni" if method == "probe" else None])
-        for domain in (given.get("domain") or [None])
-        for frac in map(float, given.get("frac") or ["1"])
-        for fold in map(int, given.get("fold") or ["0"])
-    ]
+    fixed |= {name: given[name] for name in COMPARED if name in given}
+    if not given.keys() & set(NAMED):
+        fixed["label"] = f"{args.model}-{method}"
+    runs = []
+    for probe in probes:
+        for domain in args.domain or [None]:
+            for frac in args.frac:
+                for fold in args.fold:
+                    cell = fixed | {"frac": frac, "fold": fold, "domain": domain}
+                    if probe:
+                        cell["probe"] = probe
+                    runs.append(cell)
+    return runs
 
 
-def _same(wanted, flags, label, source):
-    """Whether a run of these flags, in a folder of this name, on the data of this place, is the
-    wanted one.
+def _given(words):
+    """{flag without dashes: its last value, None without one} of a command's words."""
+    given, name = {}, None
+    for word in words:
+        if word.startswith("--"):
+            name = word[2:].replace("-", "_")
+            given[name] = None
+        elif name:
+            given[name] = word
+    return given
+
+
+# ---------------------------------------------------------------- what of it exists
+
+
+def _is_cell(cell, run_flags, label, source):
+    """Whether a run is the one of a cell. run_flags, source: of its config.json; label: name of its
+    model's folder.
     """
-    for key, value in wanted.items():
+    for key, value in cell.items():
+        current = run_flags.get(key)
         if key == "runs":
             continue
-        have = flags.get(key)
-        if key == "label":
-            have = label.replace(f"-by{wanted['by']}", "")
-            value += f"-{wanted['probe']}" if wanted.get("probe", "uni") != "uni" else ""
         if key == "data":
-            # A name, or a path that is seen from the sweeps' folder: the run keeps both.
-            path = Path(__file__).resolve().parent / value
-            value = (
-                have if str(source.get("data")) in (value, os.path.realpath(path)) else path.name
-            )
-        if str(have) != str(value) and not (
-            _number(have) is not None and _number(have) == _number(value)
-        ):
+            if not _same_data(value, current, str(source.get("data"))):
+                return False
+            continue
+        if key == "label":
+            current = label.replace(f"-by{cell['by']}", "")
+            if cell.get("probe", "uni") != "uni":
+                value = f"{value}-{cell['probe']}"
+        if str(current) != str(value) and not _same_number(current, value):
             return False
     return True
 
 
-def _number(value):
+def _same_data(value, name, source):
+    """Whether --data `value` means the dataset that a run calls `name` and read from `source`: by
+    name, or by a path seen from the sweeps' folder.
+    """
+    path = ROOT / value
+    return source in (value, os.path.realpath(path)) or name == path.name
+
+
+def _same_number(a, b):
     try:
-        return float(value)
+        return float(a) == float(b)
     except (TypeError, ValueError):
-        return None
+        return False
 
 
-def grid(text, roots):
-    """Text that says of each cell of a sweep whether it is done, running, failed or missing, and
-    the time left.
-
-    roots: folders of runs beside those that the sweep writes to. A run that does not count for
-    being damaged has failed, too."""
-    wanted = [cell for command in grid_commands(text) for cell in cells(command)]
-    roots = [*roots, *sorted({cell["runs"] for cell in wanted})]
-    found, problems = results.collect([root for root in roots if Path(root).is_dir()])
+def _unfinished(problems):
+    """(path, flags, source) of the runs that do not count, if their config.json can be read."""
     unfinished = []
     for path, _ in problems:
         try:
             config = common.read_json(path / "config.json")
             unfinished.append((path, dict(config["flags"]), results.source_of(config)))
-        except (UserError, KeyError, TypeError, ValueError):
+        except (UserError, OSError, AttributeError, KeyError, TypeError, ValueError):
             continue
-    state, left, took = Counter(), defaultdict(lambda: defaultdict(list)), defaultdict(list)
-    lines, seconds, unknown = [], 0.0, 0
-    for run in found:
+    return unfinished
+
+
+def _state(cell, finished, unfinished):
+    """One of STATES."""
+    if any(_is_cell(cell, run.flags, run.label, run.source) for run in finished):
+        return "done"
+    for path, run_flags, source in unfinished:
+        if _is_cell(cell, run_flags, path.parent.name, source):
+            return "running" if results.is_locked(path) else "failed"
+    return "missing"
+
+
+def grid(text, roots):
+    """Text that tells of each run of a sweep whether it is done, running, failed or missing, and
+    the time left.
+
+    roots: folders of runs beside those that the sweep writes to. A damaged run counts as failed."""
+    grid_cells = [cell for command in grid_commands(text) for cell in cells(command)]
+    roots = [*roots, *sorted({cell["runs"] for cell in grid_cells})]
+    finished, problems = results.collect([root for root in roots if Path(root).is_dir()])
+    unfinished = _unfinished(problems)
+    took = defaultdict(list)  # seconds of finished runs, by (model or None, method)
+    for run in finished:
         took[run.model, run.method].append(run.seconds)
         took[None, run.method].append(run.seconds)
-    for cell in wanted:
-        key = (cell["data"], cell["model"], cell["method"])
-        begun = next(
-            (
-                path
-                for path, have, source in unfinished
-                if _same(cell, have, path.parent.name, source)
-            ),
-            None,
-        )
-        if any(_same(cell, run.flags, run.label, run.source) for run in found):
-            what = "done"
-        elif begun is not None:
-            what = "running" if results.is_locked(begun) else "failed"
+
+    counts, left = Counter(), defaultdict(lambda: defaultdict(list))
+    seconds, untimed = 0.0, 0
+    for cell in grid_cells:
+        data, model, method = key = cell["data"], cell["model"], cell["method"]
+        state = _state(cell, finished, unfinished)
+        counts[key, state] += 1
+        if state == "done":
+            continue
+        known = took.get((model, method)) or took.get((None, method))
+        if known:
+            seconds += float(np.median(known))
         else:
-            what = "missing"
-        state[key, what] += 1
-        if what != "done":
-            known = took.get((cell["model"], cell["method"])) or took.get((None, cell["method"]))
-            seconds += float(np.median(known)) if known else 0.0
-            unknown += not known
-            place = f"domain {cell['domain']}" if cell["domain"] else f"frac {cell['frac']:g}"
-            left[what][f"{'-'.join(key[1:])} on {key[0]}, {place}"].append(str(cell["fold"]))
-    keys = sorted({key for key, _ in state})
-    rows = [
-        [*key, *(state[key, what] for what in ("done", "running", "failed", "missing"))]
-        for key in keys
-    ]
-    header = ("data", "model", "method", "done", "running", "failed", "missing")
-    lines.append(common.table(rows, header, right=range(3, 7)))
-    for what in ("failed", "running", "missing"):
-        lines += [f"{what}: {place}, fold {' '.join(folds)}" for place, folds in left[what].items()]
-    total = sum(len(folds) for places in left.values() for folds in places.values())
-    if total:
-        hours = (
-            f"about {seconds / 3600:.1f} h"
-            if seconds >= 5400
-            else f"about {max(1, round(seconds / 60))} min"
-        )
-        lines.append(
-            f"{total} of {len(wanted)} runs are left: "
-            + (
-                f"{hours} one after the other, by the time that finished runs took"
-                if unknown < total
-                else "no finished run tells how long they take"
-            )
-            + (
-                f"; {unknown} of them not counted (no such run finished yet)"
-                if 0 < unknown < total
-                else ""
-            )
-        )
-    else:
-        lines.append(f"all {len(wanted)} runs are done")
+            untimed += 1
+        place = f"domain {cell['domain']}" if cell["domain"] else f"frac {cell['frac']:g}"
+        left[state][f"{model}-{method} on {data}, {place}"].append(str(cell["fold"]))
+
+    keys = sorted({key for key, _ in counts})
+    rows = [[*key, *(counts[key, state] for state in STATES)] for key in keys]
+    lines = [common.table(rows, ("data", "model", "method", *STATES), right=range(3, 7))]
+    for state in ("failed", "running", "missing"):
+        for place, folds in left[state].items():
+            lines.append(common.printable(f"{state}: {place}, fold {' '.join(folds)}"))
+    lines.append(_time_left(counts, seconds, untimed))
     return "\n".join(lines)
+
+
+def _time_left(counts, seconds, untimed):
+    """The last line: how many runs are left and how long they take. untimed: those of which no such
+    run has finished yet.
+    """
+    total = sum(counts.values())
+    left = total - sum(count for (_, state), count in counts.items() if state == "done")
+    if not left:
+        return f"all {total} runs are done"
+    if untimed == left:
+        return f"{left} of {total} runs are left: no finished run tells how long they take"
+    hours = f"about {max(1, round(seconds / 60))} min"
+    if seconds >= 5400:
+        hours = f"about {seconds / 3600:.1f} h"
+    line = (
+        f"{left} of {total} runs are left: {hours} one after the other, by the time that finished "
+        "runs took"
+    )
+    if untimed:
+        line += f"; {untimed} of them not counted (no such run finished yet)"
+    return line

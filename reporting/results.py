@@ -1,5 +1,6 @@
-"""Finished runs, read back and checked against themselves. No torch."""
+"""Finished runs, read back and checked against themselves."""
 
+import csv
 import hashlib
 import os
 from collections import Counter, defaultdict
@@ -13,6 +14,7 @@ import runs
 from common import UserError
 from reporting import metrics
 
+FILES = ("config.json", "split.json", "predictions.csv", "metrics.json")
 SUMMARY = (
     "n",
     "positives",
@@ -23,9 +25,10 @@ SUMMARY = (
     "brier",
     "ece",
 )
-# Flags in which the repeats of a model may differ: what tables keep apart themselves, and what
-# changes no method.
-ELSEWHERE = {"frac", "fold", "domain", "weights", "dtype"}
+# Flags in which repeats of one model may differ: the tables group by them, or they do not change
+# the method.
+GROUPED = {"frac", "fold", "domain", "weights", "dtype"}
+LOG_COLUMNS = ("epoch", "train_loss", "val_loss", "val_auroc")
 
 
 @dataclass
@@ -38,24 +41,24 @@ class Finished:
     data: str  # name of the dataset it was trained on
     fingerprint: str
     label: str  # model and method with the choices that are not the default, as the folder is named
-    split: dict  # ids by set, counts, settings
+    split: dict  # "ids": ids by set; "others": ids of the other domains
     columns: dict  # predictions
     threshold: float
     sets: dict  # name → summary
-    seconds: float = None
-    source: dict = field(
-        default_factory=dict
-    )  # the flags that its data was read with, "data" among them
+    seconds: float | None = None
+    classes: tuple = metrics.CLASSES  # names of the labels 0 and 1
+    source: dict = field(default_factory=dict)  # the flags that its data was read with
     hashes: dict = field(default_factory=dict)  # of the split and of the test sets
     settings: dict = field(default_factory=dict)  # what repeats must have in common
+    unfinished: list = field(default_factory=list)  # test sets that an interrupted --test left
 
     @property
     def model(self):
-        return str(self.flags.get("model"))
+        return self.flags["model"]
 
     @property
     def method(self):
-        return str(self.flags.get("method"))
+        return self.flags["method"]
 
     @property
     def domain(self):
@@ -67,22 +70,23 @@ class Finished:
 
     @property
     def fold(self):
-        return int(self.flags.get("fold", 0))
+        return self.flags.get("fold", 0)
+
+    @property
+    def seed(self):
+        return self.flags.get("seed") or 0
 
     @property
     def by(self):
-        return str(self.flags.get("by", "case"))
+        return self.flags.get("by", "case")
 
     def group(self):
-        """What repeats are averaged over: everything but the fold."""
-        return (
-            self.data,
-            self.label,
-            self.by,
-            self.flags.get("seed", 0),
-            self.domain or "",
-            self.frac,
-        )
+        """What the repeats that are averaged have in common: everything but the fold."""
+        return self.data, self.label, self.by, self.seed, self.domain or "", self.frac
+
+    def tests(self):
+        """Names of the test sets: "test", other domains, other datasets."""
+        return [name for name in self.sets if name != "val"]
 
     def rows(self, name):
         """(ids, labels, probabilities, cases, domains) of a set, in the order of the ids."""
@@ -93,158 +97,319 @@ class Finished:
         )
 
 
+# ---------------------------------------------------------------- finding runs
+
+
 def find(roots):
-    """Run folders below the given folders, sorted; UserError where one is not there or cannot be
-    read.
-    """
+    """Run folders below the folders `roots`, sorted; UserError if one is missing or unreadable."""
 
     def refuse(error):
         raise UserError(f"{error.filename}: cannot be searched for runs ({error.strerror})")
 
-    found = {}
+    folders = {}
     for root in roots:
+        if not Path(root).exists():
+            raise UserError(f"{root}: no such folder of runs")
         if not Path(root).is_dir():
-            raise UserError(
-                f"{root}: {'this is a file, a' if Path(root).exists() else 'no such'} folder of "
-                "runs" + (" is needed" if Path(root).exists() else "")
-            )
+            raise UserError(f"{root}: this is a file; name a folder of runs")
         for folder, subfolders, files in os.walk(root, onerror=refuse):
             subfolders[:] = sorted(
                 name for name in subfolders if not name.startswith(".") and name != "embeddings"
             )
-            if {"config.json", "metrics.json", "predictions.csv", "split.json"} & set(files):
-                found[os.path.realpath(folder)] = Path(folder)
-    return [found[key] for key in sorted(found)]
+            if set(FILES) & {*files, *subfolders}:
+                folders[os.path.realpath(folder)] = Path(folder)
+                subfolders[:] = [name for name in subfolders if name not in FILES]
+    return [folders[key] for key in sorted(folders)]
 
 
 def is_locked(path):
-    """Whether a live process works on the run."""
-    if not (path / "lock").exists():
+    """Whether a live process works on the run. Holds the run's lock for an instant; a run that
+    starts just then waits for it (runs.open_run)."""
+    if not (path / "lock").is_file():
         return False
-    lock = common.try_lock(path / "lock")
-    if lock is not None:
-        lock.release()
-    return lock is None
+    try:
+        lock = common.try_lock(path / "lock")
+    except OSError:  # read-only, or another user's: no lock of ours says anything
+        return False
+    if lock is None:
+        return True
+    lock.release()
+    return False
+
+
+# ---------------------------------------------------------------- reading one run
+
+
+def _is_text(value):
+    """Non-empty text that can be written as UTF-8."""
+    if not isinstance(value, str) or not value:
+        return False
+    return not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def _is_number(value):
+    """A finite number of ordinary size."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**63
+
+
+def _is_whole(value):
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _expect(fits, place, value, what):
+    """UserError unless the entry at `place` of a run's file is what belongs there."""
+    if not fits:
+        shown = repr(value)
+        if len(shown) > 40:
+            shown = shown[:37] + "…"
+        raise UserError(f"{place} is {shown}, but must be {what}; the file is damaged")
+
+
+def _object(content, key, place):
+    """content[key], which must be a JSON object."""
+    value = content.get(key)
+    _expect(isinstance(value, dict), f"{place}: {key}", value, "an object")
+    return value
+
+
+def _id_list(content, key, place):
+    """content[key] as a sorted array of texts; must be a list of texts or whole numbers."""
+    values = content.get(key)
+    fits = isinstance(values, list) and all(_is_text(v) or _is_whole(v) for v in values)
+    _expect(fits, f"{place}.{key}", values, "a list of ids")
+    return np.array(sorted(map(str, values)), dtype=str)
+
+
+def _checked_flags(flags):
+    """The flags of a config.json; UserError if one that the report uses is of another kind."""
+    place = "config.json: flags."
+    for key in ("model", "method"):
+        _expect(_is_text(flags.get(key)), place + key, flags.get(key), "a name")
+    for key, fits, what in (
+        ("by", _is_text, "a way of splitting"),
+        ("frac", lambda v: _is_number(v) and 0 < v <= 1, "a number above 0, up to 1"),
+        ("fold", _is_whole, "a whole number from 0"),
+    ):
+        if key in flags:
+            _expect(fits(flags[key]), place + key, flags[key], what)
+    for key, fits, what in (
+        ("seed", _is_whole, "a whole number from 0"),
+        ("domain", _is_text, "a name or null"),
+        ("val_frac", lambda v: _is_number(v) and 0 < v <= 1, "a number above 0, up to 1"),
+        ("fit", lambda v: v in ("resize", "pad"), "resize or pad"),
+        ("mpp", lambda v: _is_number(v) and v > 0, "a number above 0 or null"),
+    ):
+        if flags.get(key) is not None:
+            _expect(fits(flags[key]), place + key, flags[key], what)
+    return flags
+
+
+def source_of(config):
+    """The flags that the run's data was read with, as flags.source() keeps them; {} if the run does
+    not tell. UserError if one is of the wrong kind."""
+    source = config.get("source")
+    if source is None:
+        return {}
+    _expect(isinstance(source, dict), "config.json: source", source, "an object")
+    for key, value in source.items():
+        if value is None:
+            continue
+        place = f"config.json: source.{key}"
+        if key in ("mpp", "source_mpp"):
+            _expect(_is_number(value) and value > 0, place, value, "a number above 0 or null")
+        else:
+            _expect(_is_text(value), place, value, "text or null")
+    return source
+
+
+def _class_names(data):
+    """Names of the labels 0 and 1 in a config.json's "data"; the usual ones if it has none."""
+    names = data.get("classes")
+    if names is None:
+        return metrics.CLASSES
+    fits = isinstance(names, list) and len(names) == 2 and all(map(_is_text, names))
+    _expect(fits, "config.json: data.classes", names, "two names")
+    return tuple(names)
+
+
+def _read_split(split, by):
+    """(ids by set, ids of other domains, fingerprint) of a split.json; UserError: sets overlap."""
+    lists = _object(split, "ids", "split.json")
+    ids = {name: _id_list(lists, name, "split.json: ids") for name in ("train", "val", "test")}
+    others = _object(split, "others", "split.json")
+    others = {name: _id_list(others, name, "split.json: others") for name in others}
+    disjoint = [ids]
+    if by == "case" and split.get("cases"):
+        cases = _object(split, "cases", "split.json")
+        disjoint.append({name: _id_list(cases, name, "split.json: cases") for name in cases})
+    for sets in disjoint:
+        for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
+            shared = set(sets.get(one, ())) & set(sets.get(other, ()))
+            if shared:
+                raise UserError(f"split.json leaks: {min(shared)} is in {one} and in {other}")
+    return ids, others, str(_object(split, "dataset", "split.json").get("fingerprint"))
+
+
+def _stored_metrics(stored):
+    """{set: {metric: number or None}} of a metrics.json."""
+    sets = _object(stored, "sets", "metrics.json")
+    values = {}
+    for name in sets:
+        summary = _object(sets, name, "metrics.json: sets")
+        for key in SUMMARY:
+            place = f"metrics.json: sets.{name}.{key}"
+            _expect(key in summary, place, "missing", "a number or null")
+            value = summary[key]
+            _expect(value is None or _is_number(value), place, value, "a number or null")
+        values[name] = {key: summary[key] for key in SUMMARY}
+    return values
+
+
+def _check_predictions(columns):
+    """UserError unless there are predictions, with labels 0 and 1; metrics checks the rest."""
+    if not len(columns["set"]):
+        raise UserError("predictions.csv is empty")
+    if not np.isin(columns["label"], (0, 1)).all():
+        raise UserError("predictions.csv has labels other than 0 and 1")
+
+
+def _without_unfinished(columns, complete):
+    """(columns, names of sets) without the sets that metrics.json does not have yet: --test writes
+    their predictions first, and was interrupted. complete: names of all other sets."""
+    unfinished = sorted(set(columns["set"].tolist()) - complete)
+    if unfinished and complete & set(columns["set"].tolist()):
+        rows = ~np.isin(columns["set"], unfinished)
+        columns = {key: values[rows] for key, values in columns.items()}
+        return columns, unfinished
+    return columns, []
+
+
+def _compare(summaries, before):
+    """UserError if the predictions give other metrics than metrics.json holds."""
+    for name in sorted(before.keys() | summaries.keys()):
+        now = summaries.get(name, {})
+        for key in SUMMARY:
+            then, value = before.get(name, {}).get(key), now.get(key)
+            if key == "weighted_f1" and now.get("auroc") is None and name in before and now:
+                continue  # earlier versions gave one for sets of one class
+            same = then == value
+            if then is not None and value is not None:
+                same = abs(then - value) < 1e-9
+            if not same or name not in before or not now:
+                raise UserError(
+                    f"predictions.csv and metrics.json do not agree on the set {name}; one of them "
+                    "is of another run, or cut off"
+                )
+
+
+def _read_json(path):
+    """A JSON object of a run; UserError names the file without its folder."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path.name}: this is not a file")
+    content = common.read_json(path)
+    _expect(isinstance(content, dict), path.name, content, "a JSON object")
+    return content
 
 
 def read_run(path):
-    """A Finished run; UserError says what is damaged. None where it is not finished (yet)."""
-    config = common.read_json(path / "config.json")
-    if not isinstance(config, dict) or not {"flags", "data"} <= config.keys():
-        raise UserError(f"{path}: not a run's folder: its config.json is that of another program")
+    """The Finished run in the folder `path`; None if it is not finished (yet). UserError names what
+    is damaged."""
+    try:
+        return _read_run(Path(path))
+    except UserError as error:
+        message = str(error).removeprefix(f"{path}: ").removeprefix(f"{path}{os.sep}")
+        raise UserError(f"{path}: {message}") from None
+    except RecursionError:
+        raise UserError(f"{path}: one of its JSON files is nested too deeply") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _read_run(path):
+    config = _read_json(path / "config.json")
+    if not {"flags", "data"} <= config.keys():
+        raise UserError("not a run's folder: its config.json is that of another program")
     if not (path / "metrics.json").exists():
         return None
-    stored = common.read_json(path / "metrics.json")
-    split = common.read_json(path / "split.json")
+    stored = _read_json(path / "metrics.json")
+    if (path / "predictions.csv").exists() and not (path / "predictions.csv").is_file():
+        raise UserError("predictions.csv: this is not a file")
     columns = runs.read_predictions(path / "predictions.csv")
-    try:
-        flags, data = dict(config["flags"]), dict(config["data"])
-        name, fingerprint = str(data["name"]), str(data.get("fingerprint"))
-        ids = {
-            part: np.array(sorted(map(str, split["ids"][part])))
-            for part in ("train", "val", "test")
-        }
-        others = {
-            str(key): np.array(sorted(map(str, values))) for key, values in split["others"].items()
-        }
-        split_of, of_cases = str(split["dataset"].get("fingerprint")), dict(split.get("cases", {}))
-        before = {key: [stored["sets"][key][name] for name in SUMMARY] for key in stored["sets"]}
-        (
-            float(flags.get("frac", 1)),
-            int(flags.get("fold", 0)),
-            str(flags["model"]),
-            str(flags["method"]),
-        )
-        encoder = config.get("encoder", {}).get("weights_hash")
-        twice = [
-            (a, b, same)
-            for what in (ids, of_cases if flags.get("by", "case") == "case" else {})
-            for a, b in (("train", "val"), ("train", "test"), ("val", "test"))
-            for same in [set(what.get(a, ())) & set(what.get(b, ()))]
-            if same
-        ]
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise UserError(
-            f"{path}: config.json, split.json or metrics.json lacks what belongs there"
-        ) from None
-    if split_of != fingerprint:
-        raise UserError(f"{path}: split.json is of another dataset than config.json")
-    for a, b, same in twice:
-        raise UserError(f"{path}: split.json leaks: {min(same)} is in {a} and in {b}")
-    if not len(columns["set"]):
-        raise UserError(f"{path}: predictions.csv is empty")
-    if not np.isin(columns["label"], (0, 1)).all():
-        raise UserError(f"{path}: predictions.csv has labels other than 0 and 1")
-    try:
-        found = metrics.of_predictions(columns)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    for key in sorted(before.keys() | found["sets"].keys()):
-        now = [found["sets"].get(key, {}).get(name) for name in SUMMARY]
-        if key not in before or not all(map(_equal, now, before[key])):
+
+    flags = _checked_flags(_object(config, "flags", "config.json"))
+    data = _object(config, "data", "config.json")
+    _expect(_is_text(data.get("name")), "config.json: data.name", data.get("name"), "a name")
+    by = flags.get("by", "case")
+    ids, others, fingerprint = _read_split(_read_json(path / "split.json"), by)
+    if fingerprint != str(data.get("fingerprint")):
+        raise UserError("split.json is of another dataset than config.json")
+
+    before = _stored_metrics(stored)
+    columns, unfinished = _without_unfinished(columns, before.keys() | ids.keys() | others.keys())
+    _check_predictions(columns)
+    result = metrics.of_predictions(columns)
+    _compare(result["sets"], before)
+    for name, listed in (ids | others).items():
+        predicted = np.sort(columns["id"][columns["set"] == name])
+        optional = name == "train" or (name == "val" and not len(predicted))
+        if not optional and not np.array_equal(predicted, listed):
             raise UserError(
-                f"{path}: predictions.csv and metrics.json do not agree on the set {key}; one of "
-                "them is "
-                "of another run, or cut off"
+                f"the predictions of {name} are not those of the annotations that split.json lists"
             )
-    for key, wanted in (ids | others).items():
-        if key == "train":
-            continue
-        own = np.sort(columns["id"][columns["set"] == key])
-        if (key != "val" or len(own)) and not np.array_equal(own, wanted):
-            raise UserError(
-                f"{path}: the predictions of {key} are not those of the annotations that "
-                "split.json lists"
-            )
-    label = (
-        path.parent.name
-        if path.parent.name.startswith(f"{flags['model']}-")
-        else f"{flags['model']}-{flags['method']}"
-    )
-    if flags.get("by", "case") != "case":
-        label = label.replace(f"-by{flags['by']}", "")
-    seconds = stored.get("seconds")
-    if not isinstance(seconds, (int, float)):
-        seconds = max(
-            0.0, (path / "metrics.json").stat().st_mtime - (path / "config.json").stat().st_mtime
-        )
+
     run = Finished(
-        path,
-        path.parent.parent,
-        flags,
-        name,
-        fingerprint,
-        label,
-        {"ids": ids, "others": others, "pool": split.get("pool")},
-        columns,
-        found["threshold"],
-        found["sets"],
-        seconds,
-        source_of(config),
+        path=path,
+        root=path.parent.parent,
+        flags=flags,
+        data=data["name"],
+        fingerprint=fingerprint,
+        label=_label(path, flags, by),
+        split={"ids": ids, "others": others},
+        columns=columns,
+        threshold=result["threshold"],
+        sets=result["sets"],
+        seconds=_seconds(path, stored),
+        classes=_class_names(data),
+        source=source_of(config),
+        unfinished=unfinished,
     )
     run.hashes = {
         "split": _hash(*ids.values(), *others.values()),
         "test": _hash(ids["test"], *others.values()),
     }
-    run.hashes |= {
-        key: _hash(run.rows(key)[0]) for key in found["sets"] if key not in {"val", "test", *others}
-    }
-    # Everything that makes another model of the same name; where it was computed and in what
-    # precision does not.
-    run.settings = {key: value for key, value in flags.items() if key not in ELSEWHERE} | {
-        "weights_hash": encoder
-    }
+    for name in run.sets:
+        if name not in {"val", "test", *others}:
+            run.hashes[name] = _hash(run.rows(name)[0])
+    # Whatever makes another model of the same name; machine and precision do not.
+    run.settings = {key: value for key, value in flags.items() if key not in GROUPED}
+    encoder = config.get("encoder")
+    _expect(
+        encoder is None or isinstance(encoder, dict), "config.json: encoder", encoder, "an object"
+    )
+    run.settings["weights_hash"] = (encoder or {}).get("weights_hash")
     return run
 
 
-def source_of(config):
-    """The flags that said which data, as flags.source() keeps them; {} where the run does not tell."""
-    source = config.get("source")
-    return source if isinstance(source, dict) else {}
+def _label(path, flags, by):
+    """Model, method and choices that are not the default, from the name of the run's folder."""
+    label = f"{flags['model']}-{flags['method']}"
+    if path.parent.name.startswith(f"{flags['model']}-"):
+        label = path.parent.name
+    if by != "case":
+        label = label.replace(f"-by{by}", "")
+    return label
 
 
-def _equal(a, b):
-    return a == b if a is None or b is None else abs(a - b) < 1e-9
+def _seconds(path, stored):
+    """How long the run took; by the times of its files if it does not say."""
+    seconds = stored.get("seconds")
+    if seconds is None:
+        start, end = (path / name for name in ("config.json", "metrics.json"))
+        return max(0.0, end.stat().st_mtime - start.stat().st_mtime)
+    _expect(
+        _is_number(seconds) and seconds >= 0, "metrics.json: seconds", seconds, "a number from 0"
+    )
+    return float(seconds)
 
 
 def _hash(*arrays):
@@ -254,70 +419,70 @@ def _hash(*arrays):
     return digest.hexdigest()[:16]
 
 
-def collect(roots):
-    """(runs that count, problems): problems are (path, what) of everything below the roots that is
-    left out.
+def read_log(path):
+    """log.csv of a run as {column: float64 [epochs]}, LOG_COLUMNS; None without one (probes).
+    UserError: damaged.
     """
-    found, problems = [], []
+    path = Path(path) / "log.csv"
+    if not path.is_file():
+        return None
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        log = {key: np.array([float(row[key]) for row in rows]) for key in LOG_COLUMNS}
+    except (KeyError, TypeError, ValueError, csv.Error, OSError):
+        raise UserError(f"{path}: not a log of training; the file is damaged") from None
+    if not rows:
+        return None
+    return log
+
+
+# ---------------------------------------------------------------- runs that belong together
+
+
+def collect(roots):
+    """(runs that count, problems); problems: (path, what) of all that is left out below `roots`."""
+    finished, problems = [], []
     for path in find(roots):
         try:
             run = read_run(path)
         except UserError as error:
-            problems.append((path, str(error).removeprefix(f"{path}: ").removeprefix(f"{path}/")))
+            problems.append((path, str(error).removeprefix(f"{path}: ")))
             continue
-        except OSError as error:
-            problems.append((path, f"cannot be read ({error.strerror})"))
-            continue
-        if run is None:
-            problems.append(
-                (
-                    path,
-                    "a process works on it"
-                    if is_locked(path)
-                    else "not finished; the same command with --resume continues it",
-                )
-            )
+        if run is not None:
+            finished.append(run)
+            for name in run.unfinished:
+                what = f"its test set {name} is not finished; the same command continues --test"
+                problems.append((path, what))
+        elif is_locked(path):
+            problems.append((path, "a process works on it"))
         else:
-            found.append(run)
-    # runs/<data>/…: a run that is not of its folder's dataset was copied there by mistake.
-    homes = {
-        run.root.resolve() for run in found if run.root.resolve().name == common.file_name(run.data)
-    }
-    for run in found:
-        if run.root.resolve() in homes and run.root.resolve().name != common.file_name(run.data):
-            problems.append(
-                (
-                    run.path,
-                    f"a run of the dataset {run.data} in the folder of {run.root.name}: left out",
-                )
-            )
-    found = [
-        run
-        for run in found
-        if run.root.resolve() not in homes or run.root.resolve().name == common.file_name(run.data)
-    ]
-    found = _agreeing(
-        found,
+            problems.append((path, "not finished; the same command with --resume continues it"))
+
+    finished = _at_home(finished, problems)
+    # What the runs of one table must share. Each time the majority counts.
+    finished = _agreeing(
+        finished,
         problems,
         "annotations of its dataset",
         lambda run: run.data,
         lambda run: run.fingerprint,
     )
-    found = _agreeing(
-        found,
+    finished = _agreeing(
+        finished,
         problems,
         "test set",
-        lambda run: (run.data, run.by, run.flags.get("seed"), run.domain),
+        lambda run: (run.data, run.by, run.seed, run.domain),
         lambda run: run.hashes["test"],
     )
-    found = _agreeing(
-        found,
+    finished = _agreeing(
+        finished,
         problems,
         "split",
         lambda run: (
             run.data,
             run.by,
-            run.flags.get("seed"),
+            run.seed,
             run.domain,
             run.frac,
             run.fold,
@@ -325,106 +490,135 @@ def collect(roots):
         ),
         lambda run: run.hashes["split"],
     )
-    found = _agreeing(
-        found,
+    finished = _agreeing(
+        finished,
         problems,
         "choice of settings",
         lambda run: (*run.group()[:4], bool(run.domain), run.frac),
         lambda run: tuple(sorted((key, str(value)) for key, value in run.settings.items())),
         _differing,
     )
-    for name in sorted({key for run in found for key in run.hashes} - {"split", "test"}):
-        found = _agreeing(
-            found,
+    for name in sorted({key for run in finished for key in run.hashes} - {"split", "test"}):
+        finished = _agreeing(
+            finished,
             problems,
             f"test set {name}",
-            lambda run: name in run.hashes,
-            lambda run: run.hashes.get(name),
+            lambda run, name=name: name in run.hashes,
+            lambda run, name=name: run.hashes.get(name),
         )
-    names, counted = defaultdict(list), []
-    for run in found:
-        names[run.group() + (run.fold,)].append(run)
-    for same in names.values():
-        if len(same) == 1:
-            counted += same
-        elif len({_hash(run.columns["id"], run.columns["logit"].astype(str)) for run in same}) == 1:
-            counted.append(same[0])
-            problems += [(run.path, f"a copy of {same[0].path}") for run in same[1:]]
-        else:
-            problems += [
-                (
-                    run.path,
-                    "the same name and repeat as "
-                    + ", ".join(str(other.path) for other in same if other is not run)
-                    + ", with other predictions: none of them "
-                    "counts",
-                )
-                for run in same
-            ]
-    return sorted(counted, key=lambda run: str(run.path)), sorted(
+    finished = _without_copies(finished, problems)
+    return sorted(finished, key=lambda run: str(run.path)), sorted(
         problems, key=lambda problem: str(problem[0])
     )
 
 
+def _at_home(finished, problems):
+    """Without the runs of another dataset in a folder runs/<data>: copied there by mistake."""
+    homes = {run.root.resolve() for run in finished if _is_home(run)}
+    at_home = []
+    for run in finished:
+        if run.root.resolve() in homes and not _is_home(run):
+            what = f"a run of the dataset {run.data} in the folder of {run.root.name}: left out"
+            problems.append((run.path, what))
+        else:
+            at_home.append(run)
+    return at_home
+
+
+def _is_home(run):
+    return run.root.resolve().name == common.file_name(run.data)
+
+
+def _without_copies(finished, problems):
+    """One run per name and repeat: the first of equal copies, none of those that contradict each
+    other."""
+    repeats = defaultdict(list)
+    for run in finished:
+        repeats[*run.group(), run.fold].append(run)
+    single = []
+    for same in repeats.values():
+        contents = {_hash(run.columns["id"], run.columns["logit"].astype(str)) for run in same}
+        if len(contents) == 1:
+            single.append(same[0])
+            problems += [(run.path, f"a copy of {same[0].path}") for run in same[1:]]
+            continue
+        for run in same:
+            others = ", ".join(str(other.path) for other in same if other is not run)
+            what = f"the same name and repeat as {others}, with other predictions: none counts"
+            problems.append((run.path, what))
+    return single
+
+
 def _differing(run, other):
-    """ " (--epochs 2, there 100)": the settings in which two runs differ."""
-    keys = sorted(
-        key
-        for key in run.settings.keys() | other.settings.keys()
-        if str(run.settings.get(key)) != str(other.settings.get(key))
-    )
-    return (
-        " ("
-        + ", ".join(
-            f"--{key.replace('_', '-')} {run.settings.get(key)}, there {other.settings.get(key)}"
-            if key != "weights_hash"
-            else "other weights"
-            for key in keys
-        )
-        + ")"
-    )
+    """The settings in which two runs differ, as " (--epochs 2, there 100)"."""
+    parts = []
+    for key in sorted(run.settings.keys() | other.settings.keys()):
+        value, others = run.settings.get(key), other.settings.get(key)
+        if str(value) == str(others):
+            continue
+        if key == "weights_hash":
+            parts.append("other weights")
+        else:
+            parts.append(f"--{key.replace('_', '-')} {value}, there {others}")
+    return f" ({', '.join(parts)})"
 
 
-def _agreeing(found, problems, what, key, value, say=lambda run, other: ""):
-    """Runs that have the value most runs of their key have; the others go to the problems. On a tie
-    none counts.
-    """
+def _agreeing(finished, problems, what, key, value, difference=lambda run, other: ""):
+    """The runs that agree with most runs of their key; the others go to the problems. On a tie none
+    counts.
+
+    key(run): which runs must agree; value(run): in what; difference(run, other): text on how they
+    differ."""
     votes = defaultdict(Counter)
-    for run in found:
+    for run in finished:
         votes[key(run)][value(run)] += 1
-    kept = []
-    for run in found:
+    agreeing = []
+    for run in finished:
         ranked = votes[key(run)].most_common(2)
-        if len(ranked) == 1 or (ranked[0][1] > ranked[1][1] and value(run) == ranked[0][0]):
-            kept.append(run)
-        elif ranked[0][1] > ranked[1][1]:
-            other = next(r for r in found if key(r) == key(run) and value(r) == ranked[0][0])
-            problems.append(
-                (
-                    run.path,
-                    f"another {what} than {ranked[0][1]} other runs have ({other.path})"
-                    f"{say(run, other)}: left out",
-                )
+        majority, count = ranked[0]
+        tie = len(ranked) == 2 and ranked[1][1] == count
+        if not tie and value(run) == majority:
+            agreeing.append(run)
+            continue
+        if tie:
+            other = next(r for r in finished if key(r) == key(run) and value(r) != value(run))
+            text = (
+                f"another {what} than {other.path}{difference(run, other)}, and no telling which "
+                "is right: neither counts"
             )
         else:
-            other = next(r for r in found if key(r) == key(run) and value(r) != value(run))
-            problems.append(
-                (
-                    run.path,
-                    f"another {what} than {other.path}{say(run, other)}, and no telling which is "
-                    "right: neither counts",
-                )
+            other = next(r for r in finished if key(r) == key(run) and value(r) == majority)
+            text = (
+                f"another {what} than {count} other runs have ({other.path})"
+                f"{difference(run, other)}: left out"
             )
-    return kept
+        problems.append((run.path, text))
+    return agreeing
 
 
-def results(found):
+def notes(finished):
+    """Sentences on what the reader of a table must know: validation and test sets of one class."""
+    sentences = defaultdict(set)
+    for run in finished:
+        for name, summary in run.sets.items():
+            shown = name
+            if name == "test" and run.domain:
+                shown = run.domain
+            note = metrics.one_class_note(shown, summary, run.classes)
+            if note:
+                sentences[f"{run.data}: {note}"].add(run.path)
+    return [
+        f"{sentence} ({len(paths)} {'run' if len(paths) == 1 else 'runs'})"
+        for sentence, paths in sorted(sentences.items())
+    ]
+
+
+def results(finished):
     """Rows (dicts) of results.csv: one per run and test set."""
     rows = []
-    for run in found:
-        for name, values in run.sets.items():
-            if name == "val":
-                continue
+    for run in finished:
+        for name in run.tests():
+            values = run.sets[name]
             row = {
                 "run": str(run.path),
                 "data": run.data,
@@ -439,26 +633,14 @@ def results(found):
                 "set": name,
                 "train": len(run.split["ids"]["train"]),
                 "val": len(run.split["ids"]["val"]),
+                "n": values["n"],
+                "positives": values["positives"],
+                "cases": values["cases"],
             }
-            row |= {
-                key: values[key]
-                for key in (
-                    "n",
-                    "positives",
-                    "cases",
-                    "balanced_accuracy",
-                    "weighted_f1",
-                    "auroc",
-                    "average_precision",
-                    "brier",
-                    "ece",
-                )
-            }
+            row |= {key: values[key] for key in SUMMARY[2:]}
             for part in ("at_0.5", "at_threshold"):
-                row |= {
-                    f"{key}_{part}": values[part][key]
-                    for key in ("sensitivity", "specificity", "precision", "f1")
-                }
+                for key in ("sensitivity", "specificity", "precision", "f1"):
+                    row[f"{key}_{part}"] = values[part][key]
             row["threshold"] = values["at_threshold"]["threshold"]
             rows.append(row)
     return rows

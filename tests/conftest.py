@@ -66,3 +66,18 @@ def signal_stack():
     libc.sigaltstack(None, ctypes.byref(stack))
     yield
     libc.sigaltstack(ctypes.byref(stack), None)
+
+
+@pytest.fixture(scope="session")
+def study(tmp_path_factory):
+    """(folder of runs, folder of their report): run_folders.report_study()."""
+    from run_folders import report_study
+    from small import call
+
+    import evaluate
+
+    folder = tmp_path_factory.mktemp("study")
+    report_study(folder / "runs")
+    flags = ("--out", folder / "report", "--paper", "--replicates", 200)
+    assert call(evaluate, folder / "runs", *flags) == 0
+    return folder / "runs", folder / "report"

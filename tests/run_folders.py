@@ -2,6 +2,7 @@
 a distribution.
 """
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +22,10 @@ def annotations(name="tissue", domains=("A", "B", "C"), cases=8, size=16, seed=0
         for c in range(cases)
         for k in range(size)
     ]
-    id, image, case, domain = (np.array(column) for column in zip(*rows))
+    ids, image, case, domain = (np.array(column) for column in zip(*rows))
     x, y = rng.uniform(200, 4000, (2, len(rows)))
     return data.Annotations(
-        id,
+        ids,
         image,
         case,
         domain,
@@ -147,3 +148,35 @@ def study(root, table, models=("uni", "virchow2"), folds=2, fractions=(0.1, 1.0)
                 make(
                     root, table, model, method, 1.0, fold, by="annotation", strength=strength + 0.3
                 )
+
+
+# What the tests of the report look at: two models, two methods.
+STRENGTH = {
+    ("uni", "probe"): 0.5,
+    ("uni", "lora"): 1.2,
+    ("virchow2", "probe"): 0.8,
+    ("virchow2", "lora"): 1.0,
+}
+DOMAINS = "ABC"
+
+
+def report_study(root):
+    """Two models, two methods, three repeats: two fractions, three domains, by annotation, a
+    further dataset.
+    """
+    tissue, extra = (
+        annotations("midog2022", cases=8, size=12),
+        annotations("ccmct", domains="T", cases=6, seed=4),
+    )
+    for (model, method), strength in STRENGTH.items():
+        for fold in range(3):
+            make(root, tissue, model, method, 0.1, fold, strength=0.6 * strength)
+            make(root, tissue, model, method, 1.0, fold, strength=strength, tests=[extra])
+            make(root, tissue, model, method, 1.0, fold, by="annotation", strength=strength + 0.5)
+            for domain in DOMAINS:
+                make(root, tissue, model, method, 1.0, fold, domain, strength=strength)
+    make(
+        root, tissue, "uni", "lora", 1.0, 0, strength=1.1, suffixes=["r8"], rank=8
+    )  # one repeat of three
+    shutil.rmtree(root / "midog2022/uni-lora/frac0.1-fold2")
+    shutil.rmtree(root / "midog2022/virchow2-probe/domainB-fold1")

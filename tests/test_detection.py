@@ -5,6 +5,7 @@ errors.
 import csv
 import itertools
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -75,7 +76,7 @@ def test_matching_of_crowds_equals_scipys_maximum_matching():
 
 
 def test_a_long_chain_is_no_limit_of_recursion():
-    """Each candidate takes a figure from the one before it: the last one moves all of them along."""
+    """Each candidate takes a figure from the one before it: the last one moves them all along."""
     n = 4000
     score = np.r_[np.linspace(0.9, 0.5, n), 0.1]
     figures = np.arange(n + 1) * 10.0
@@ -316,7 +317,7 @@ def counted(rows, threshold):
 
 def test_before_and_after_the_second_stage_by_domain(dataset, tmp_path):
     annotations = data.load_dataset(dataset)
-    rows = detection.report(midog(tmp_path / "scored.json"), annotations, 0.5)
+    rows = detection.report(midog(tmp_path / "scored.json"), annotations)
     # "three" is in the file's list of images: its figure is missed.
     assert counted(rows, 0.5) == {
         "all": (3, 3, 2, 1, 2, 2, 2),
@@ -327,13 +328,13 @@ def test_before_and_after_the_second_stage_by_domain(dataset, tmp_path):
 
 def test_a_csv_names_only_images_with_candidates(dataset, tmp_path):
     annotations = data.load_dataset(dataset)
-    rows = detection.report(table(tmp_path / "scored.csv"), annotations, 0.5)
+    rows = detection.report(table(tmp_path / "scored.csv"), annotations)
     assert counted(rows, 0.5) == {"all": (2, 3, 2, 0, 2, 2, 1)}
     # The header says where the probability is, however it is written, and case and folder of a name
     # are nothing.
     other = [(f"X/{name.upper()}", x, y, "note", p) for name, x, y, p in SCORED]
     rows = detection.report(
-        table(tmp_path / "other.csv", other, "filename,x,y,remark, Probability "), annotations, 0.5
+        table(tmp_path / "other.csv", other, "filename,x,y,remark, Probability "), annotations
     )
     assert counted(rows, 0.5) == {"all": (2, 3, 2, 0, 2, 2, 1)}
 
@@ -349,13 +350,13 @@ def test_the_challenges_millimetres_are_those_of_the_image(dataset, tmp_path):
         [r[1] for r in own], [r[2] for r in own], [r[3] for r in own], 0.5, 0.25
     )
     (tmp_path / "points.json").write_text(json.dumps(content))
-    rows = detection.report(tmp_path / "points.json", one_image(dataset), 0.5)
+    rows = detection.report(tmp_path / "points.json", one_image(dataset))
     assert counted(rows, 0.5) == {"all": (1, 2, 1, 0, 2, 1, 0)}
-    rows = detection.report(tmp_path / "points.json", one_image(dataset), 0.7)
+    rows = detection.report(tmp_path / "points.json", one_image(dataset))
     assert counted(rows, 0.7) == {"all": (1, 2, 1, 0, 1, 1, 1)}
     # Said to be coarser, the same millimetres are other px.
     assert (
-        counted(detection.report(tmp_path / "points.json", one_image(dataset), 0.5, mpp=0.5), 0.5)[
+        counted(detection.report(tmp_path / "points.json", one_image(dataset), mpp=0.5), 0.5)[
             "all"
         ][1]
         == 0
@@ -365,28 +366,28 @@ def test_the_challenges_millimetres_are_those_of_the_image(dataset, tmp_path):
 def test_a_file_that_names_no_image_belongs_to_the_only_one(dataset, tmp_path):
     own = [row[1:] for row in SCORED if row[0] == "one.tiff"]
     rows = detection.report(
-        table(tmp_path / "points.csv", own, "x,y,probability"), one_image(dataset), 0.5
+        table(tmp_path / "points.csv", own, "x,y,probability"), one_image(dataset)
     )
     assert counted(rows, 0.5) == {"all": (1, 2, 1, 0, 2, 1, 0)}
     with pytest.raises(UserError, match="does not say which image"):
-        detection.report(tmp_path / "points.csv", data.load_dataset(dataset), 0.5)
+        detection.report(tmp_path / "points.csv", data.load_dataset(dataset))
 
 
 def test_a_detector_that_found_nothing_misses_everything(dataset, tmp_path):
     (tmp_path / "points.json").write_text(json.dumps(formats.challenge([], [], [], 0.5, 0.25)))
-    assert counted(detection.report(tmp_path / "points.json", one_image(dataset), 0.5), 0.5) == {
+    assert counted(detection.report(tmp_path / "points.json", one_image(dataset)), 0.5) == {
         "all": (1, 0, 0, 2, 0, 0, 2)
     }
-    found = detection.report(midog(tmp_path / "none.json", []), data.load_dataset(dataset), 0.5)
+    found = detection.report(midog(tmp_path / "none.json", []), data.load_dataset(dataset))
     assert counted(found, 0.5)["all"] == (3, 0, 0, 4, 0, 0, 4)
-    detection.write(tmp_path, found, 0.5)  # and can be written
-    assert "0.000" in detection.table(found, 0.5)[0]
+    assert "all,3,4,0" in detection.files(found, 0.5)["detection.csv"]  # and can be written
+    assert "0.000" in detection.table(found, 0.5)
 
 
 def test_only_the_images_of_a_test_set_are_scored(dataset, tmp_path):
     annotations = data.load_dataset(dataset)
     ids = annotations.id[annotations.image == "two.tiff"]
-    rows = detection.report(midog(tmp_path / "scored.json"), annotations, 0.5, ids)
+    rows = detection.report(midog(tmp_path / "scored.json"), annotations, ids)
     assert counted(rows, 0.5) == {"all": (1, 1, 1, 0, 0, 1, 1)}
 
 
@@ -395,13 +396,12 @@ def test_images_that_are_not_annotated_are_named_and_left_out(dataset, tmp_path,
     rows = detection.report(
         midog(tmp_path / "s.json", more, ("one.tiff", "two.tiff", "three.tiff", "nine.tiff")),
         data.load_dataset(dataset),
-        0.5,
     )
     assert counted(rows, 0.5)["all"] == (3, 3, 2, 1, 2, 2, 2)
-    assert "1 images are not in annotations and are left out (nine)" in capsys.readouterr().out
+    assert "left out 1 image not in annotations (nine)" in capsys.readouterr().out
     with pytest.raises(UserError, match="none of its images is in annotations"):
         detection.report(
-            table(tmp_path / "s.csv", [("nine.tiff", 5, 5, 0.9)]), data.load_dataset(dataset), 0.5
+            table(tmp_path / "s.csv", [("nine.tiff", 5, 5, 0.9)]), data.load_dataset(dataset)
         )
 
 
@@ -415,7 +415,7 @@ def test_two_images_of_one_name_are_not_taken_for_each_other(dataset, tmp_path):
     )
     dataset.write_text(json.dumps(content))
     with pytest.raises(UserError, match="two images are called one"):
-        detection.report(midog(tmp_path / "scored.json"), data.load_dataset(dataset), 0.5)
+        detection.report(midog(tmp_path / "scored.json"), data.load_dataset(dataset))
 
 
 @pytest.mark.parametrize(
@@ -423,7 +423,6 @@ def test_two_images_of_one_name_are_not_taken_for_each_other(dataset, tmp_path):
     [
         "filename,x,y\none.tiff,5,5\n",
         "filename,x,y,probability\none.tiff,5,5,\n",
-        "filename,x,y,probability\none.tiff,5,5,high\n",
         json.dumps(
             {
                 "images": [{"id": 0, "file_name": "one.tiff"}],
@@ -443,7 +442,7 @@ def test_two_images_of_one_name_are_not_taken_for_each_other(dataset, tmp_path):
             }
         ),
     ],
-    ids=["no column", "empty", "text", "json", "geojson"],
+    ids=["no column", "empty", "json", "geojson"],
 )
 def test_candidates_without_a_probability_are_refused(dataset, tmp_path, content):
     path = tmp_path / ("scored.csv" if content.startswith("filename") else "scored.json")
@@ -451,7 +450,52 @@ def test_candidates_without_a_probability_are_refused(dataset, tmp_path, content
     with pytest.raises(
         UserError, match="the candidates have no probability; score them with classify.py first"
     ):
-        detection.report(path, data.load_dataset(dataset), 0.5)
+        detection.report(path, data.load_dataset(dataset))
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "7.5", "-0.5", "-1", "1e999", "high"])
+def test_probabilities_that_are_none_are_refused(dataset, tmp_path, value, capsys):
+    """-1 too, which once stood for candidates that are not scored."""
+    rows = [("one.tiff", 5, 5, 0.5), ("one.tiff", 9, 9, value)]
+    path = table(tmp_path / "scored.csv", rows)
+    said = f"the probability of candidate row 2 is {value}, not a number from 0 to 1"
+    with pytest.raises(UserError, match=said):
+        detection.report(path, data.load_dataset(dataset))
+    assert said in failure(
+        capsys, "--detection", path, "--data", dataset, "--out", tmp_path / "report"
+    )
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize("value", [True, "0.5x", [0.5], {"p": 1}, 10**400])
+def test_json_probabilities_that_are_none_are_refused(dataset, tmp_path, value):
+    path = midog(tmp_path / "scored.json", [("one.tiff", 5, 5, 0.5), ("one.tiff", 9, 9, value)])
+    with pytest.raises(UserError, match="the probability of candidate 1 is .* not a number"):
+        detection.report(path, data.load_dataset(dataset))
+
+
+@pytest.mark.parametrize("value", ["nan", "40", "inf", "-1", "1.01"])
+def test_thresholds_that_are_none_are_refused(dataset, tmp_path, value, capsys):
+    scored = midog(tmp_path / "scored.json")
+    flags = ("--detection", scored, "--data", dataset, "--out", tmp_path / "report")
+    assert "a probability from 0 to 1 is needed" in failure(capsys, *flags, f"--threshold={value}")
+    for end in (0, 1):  # the ends themselves are thresholds
+        assert call(evaluate, *flags, "--threshold", end) == 0
+
+
+def test_matching_of_coincident_points_needs_memory_in_line_with_their_number():
+    """20,000 candidates on the place of 2,000 figures: 40 million pairs, none of which is kept."""
+    n, m = 20_000, 2_000
+    rng = np.random.default_rng(0)
+    tracemalloc.start()
+    try:
+        _, adds = detection.matched(
+            np.full(n, 5.0), np.full(n, 5.0), rng.random(n), np.full(m, 5.0), np.full(m, 5.0), 1
+        )
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
+    assert adds[:m].all() and not adds[m:].any()
 
 
 def test_images_that_are_not_scored_yet_are_named_and_left_out(dataset, tmp_path, capsys):
@@ -462,7 +506,7 @@ def test_images_that_are_not_scored_yet_are_named_and_left_out(dataset, tmp_path
         if content["images"][candidate["image_id"]]["file_name"].endswith("two.tiff"):
             del candidate["probability"]
     path.write_text(json.dumps(content))
-    rows = detection.report(path, data.load_dataset(dataset), 0.5)
+    rows = detection.report(path, data.load_dataset(dataset))
     assert counted(rows, 0.5)["all"] == (
         2,
         2,
@@ -472,29 +516,25 @@ def test_images_that_are_not_scored_yet_are_named_and_left_out(dataset, tmp_path
         1,
         1,
     )  # "three", where nothing was found, is still missed
-    assert (
-        "1 images have candidates that are not scored yet, and are left out (two)"
-        in capsys.readouterr().out
-    )
+    assert "left out 1 image with unscored candidates (two)" in capsys.readouterr().out
     del content["annotations"][0]["probability"]  # half of an image is a mistake
     path.write_text(json.dumps(content))
     with pytest.raises(
         UserError, match="1 of 3 candidates on one.tiff have no probability; score them"
     ):
-        detection.report(path, data.load_dataset(dataset), 0.5)
+        detection.report(path, data.load_dataset(dataset))
     ids = data.load_dataset(dataset).id[data.load_dataset(dataset).image == "two.tiff"]
     with pytest.raises(UserError, match="none of its scored images is in annotations"):
-        detection.report(path, data.load_dataset(dataset), 0.5, ids)
+        detection.report(path, data.load_dataset(dataset), ids)
     empty = [(*row[:3], "") if row[0] == "two.tiff" else row for row in SCORED]
     assert counted(
-        detection.report(table(tmp_path / "scored.csv", empty), data.load_dataset(dataset), 0.5),
+        detection.report(table(tmp_path / "scored.csv", empty), data.load_dataset(dataset)),
         0.5,
     )["all"] == (1, 2, 1, 0, 2, 1, 0)
-    with pytest.raises(UserError, match="hold NaN"):
+    with pytest.raises(UserError, match="the probability of candidate row 1 is nan, not a number"):
         detection.report(
             table(tmp_path / "nan.csv", [("one.tiff", 5, 5, "nan")]),
             data.load_dataset(dataset),
-            0.5,
         )
 
 
@@ -626,7 +666,7 @@ def test_mistakes_end_with_one_line(dataset, tmp_path, capsys):
     assert "not a readable JSON" in failure(
         capsys, "--detection", tmp_path / "half.json", "--data", dataset
     )
-    for k, name in enumerate(FIGURES):  # without a resolution
+    for name in FIGURES:  # without a resolution
         Image.new("RGB", (400, 400)).save(dataset.parent / name)
     assert "--source-mpp" in failure(capsys, "--detection", scored, "--data", dataset)
     assert (

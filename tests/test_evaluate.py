@@ -151,7 +151,7 @@ DAMAGES = {
     ),
     "json of another kind": (
         lambda path: (path / "metrics.json").write_text("[1, 2]"),
-        "lacks what belongs there",
+        "the file is damaged",
     ),
     "config of another program": (
         lambda path: common.write_json(path / "config.json", {"hidden_size": 768}),
@@ -159,11 +159,11 @@ DAMAGES = {
     ),
     "no such flags": (
         rewrite("config.json", lambda c: c["flags"].pop("model")),
-        "lacks what belongs there",
+        "the file is damaged",
     ),
     "a fraction that is none": (
         rewrite("config.json", lambda c: c["flags"].update(frac="all")),
-        "lacks what belongs",
+        "the file is damaged",
     ),
     "last row lost": (lines(lambda rows: rows[:-1]), "do not agree on the set test"),
     "a row lost and half of one": (
@@ -349,7 +349,7 @@ def test_a_copy_counts_once_and_a_repeat_with_other_predictions_not_at_all(
     make(tmp_path / "again", tissue, "uni", "lora", 1.0, 1, strength=0.3)
     found, problems = results.collect([copied, tmp_path / "again"])
     assert sorted(run.fold for run in found) == [0, 2] and len(problems) == 2
-    assert all("none of them counts" in what for _, what in problems)
+    assert all("none counts" in what for _, what in problems)
 
 
 def test_a_root_given_twice_or_inside_another_is_read_once(copied, monkeypatch):
@@ -550,15 +550,11 @@ def test_mistakes_end_with_one_line_and_write_nothing(three_folds, tmp_path, cap
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("text")
     assert "runs: no such folder of runs" in failure(capsys)
-    assert "empty: no finished run that can be used" in failure(capsys, "empty")
+    assert "empty: no usable finished run" in failure(capsys, "empty")
     assert "file: this is a file" in failure(capsys, "file")
     assert "at least 100" in failure(capsys, three_folds, "--replicates", 5)
-    assert "file: this is a file, a folder is needed" in failure(
-        capsys, three_folds, "--out", "file"
-    )
-    assert "this is a file, a folder is needed" in failure(
-        capsys, three_folds, "--out", "file/report"
-    )
+    assert "file: this is a file; name a folder" in failure(capsys, three_folds, "--out", "file")
+    assert "this is a file; name a folder" in failure(capsys, three_folds, "--out", "file/report")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]
 
 

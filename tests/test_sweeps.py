@@ -1,9 +1,6 @@
-"""The sweeps: what they list, what a failure and a stop leave; Slurm; --grid; a sweep killed and
-restarted.
-"""
+"""The sweeps: what they list, what a failure and a stop leave; Slurm; a sweep killed and restarted."""
 
 import csv
-import fcntl
 import os
 import shlex
 import shutil
@@ -15,15 +12,12 @@ from collections import Counter
 
 import pytest
 import small
-from run_folders import annotations, make
 from small import HERE, call
 
 import common
 import data
 import evaluate
 import models
-from common import UserError
-from reporting import grid
 
 SWEEPS = HERE.parent / "sweeps"
 PAPER = [
@@ -427,172 +421,6 @@ def test_slurm_without_a_sweep_or_with_an_empty_one_submits_nothing(sbatch, tmp_
     done = slurm(SWEEPS / "scaling.sh", "midog2022", "uni", PATH=sbatch, METHODS=" ")
     assert done.returncode == 2 and "lists no commands" in done.stderr
     assert not (tmp_path / "submitted").exists()
-
-
-# ---------------------------------------------------------------- --grid
-
-
-@pytest.fixture
-def begun(tmp_path, monkeypatch):
-    """A sweep of 2 fractions × 3 folds × probe and LoRA on the way: 7 done, one at work, one
-    failed, three missing.
-    """
-    for name in CHOICES:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("FRACS", "0.1 1")
-    monkeypatch.setenv("FOLDS", "0 1 2")
-    monkeypatch.setenv("RUNS", str(tmp_path / "runs"))
-    tissue = annotations()
-    for frac in (0.1, 1.0):
-        for fold in range(3):
-            make("runs", tissue, "uni", "probe", frac, fold, seconds=6)
-    make("runs", tissue, "uni", "lora", 0.1, 0, seconds=1200)
-    for fold in (1, 2):
-        path = make("runs", tissue, "uni", "lora", 0.1, fold)
-        (path / "metrics.json").unlink()
-    return tmp_path / "runs"
-
-
-def counts(text):
-    """{(data, model, method): (done, running, failed, missing)} of what --grid prints."""
-    return {
-        tuple(words[:3]): tuple(map(int, words[3:]))
-        for words in map(str.split, text.splitlines()[2:])
-        if len(words) == 7 and words[2] in ("probe", "lora", "full")
-    }
-
-
-SWEEP = f"{SWEEPS / 'scaling.sh'} tissue uni"
-
-
-def test_grid_says_what_is_done_running_failed_and_missing_and_the_time_left(begun, capsys):
-    with open(begun / "tissue/uni-lora/frac0.1-fold1/lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert call(evaluate, begun, "--grid", SWEEP) == 0
-    said = capsys.readouterr().out
-    assert counts(said) == {
-        ("tissue", "uni", "probe"): (6, 0, 0, 0),
-        ("tissue", "uni", "lora"): (1, 1, 1, 3),
-    }
-    lines = said.splitlines()
-    assert "failed: uni-lora on tissue, frac 0.1, fold 2" in lines
-    assert "running: uni-lora on tissue, frac 0.1, fold 1" in lines
-    assert "missing: uni-lora on tissue, frac 1, fold 0 1 2" in lines
-    # Five LoRA runs of 1,200 s are left; the probes' 6 s say nothing about those.
-    assert (
-        lines[-1]
-        == "5 of 12 runs are left: about 1.7 h one after the other, by the time that finished "
-        "runs took"
-    )
-    assert not (begun.parent / "report").exists()
-
-
-def test_grid_looks_where_the_sweep_writes(begun, capsys, monkeypatch):
-    """Without a folder, from a place where nothing is; and what lies in another folder counts where
-    that is named.
-    """
-    (begun.parent / "empty").mkdir()
-    monkeypatch.chdir(begun.parent / "empty")
-    assert call(evaluate, "--grid", SWEEP) == 0
-    assert counts(capsys.readouterr().out) == {
-        ("tissue", "uni", "probe"): (6, 0, 0, 0),
-        ("tissue", "uni", "lora"): (1, 0, 2, 3),
-    }
-    for fold in range(3):
-        make(begun.parent / "more", annotations(), "uni", "lora", 1.0, fold)
-    assert call(evaluate, begun.parent / "more", "--grid", SWEEP) == 0
-    assert counts(capsys.readouterr().out)["tissue", "uni", "lora"] == (4, 0, 2, 0)
-
-
-def test_grid_of_a_finished_sweep_and_of_none(begun, capsys, monkeypatch):
-    monkeypatch.setenv("METHODS", "probe")
-    assert call(evaluate, begun, "--grid", SWEEP) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "all 6 runs are done"
-    monkeypatch.setenv("METHODS", "full")
-    monkeypatch.setenv("RUNS", str(begun / "nowhere"))
-    assert call(evaluate, begun / "nowhere", "--grid", SWEEP) == 0
-    said = capsys.readouterr().out
-    assert counts(said) == {("tissue", "uni", "full"): (0, 0, 0, 6)}
-    assert said.splitlines()[-1] == "6 of 6 runs are left: no finished run tells how long they take"
-
-
-def test_grid_counts_damaged_runs_as_failed_and_other_choices_not_at_all(
-    begun, capsys, monkeypatch
-):
-    path = begun / "tissue/uni-probe/frac1-fold2/predictions.csv"
-    path.write_text(path.read_text()[:500])
-    tissue = annotations()
-    for fold in range(3):  # neither of these is what the sweep wants
-        make(begun, tissue, "uni", "lora", 1.0, fold, suffixes=["r8"], rank=8)
-        make(begun, tissue, "uni", "lora", 1.0, fold, by="annotation")
-        make(begun, tissue, "uni", "lora", 1.0, fold, "A")
-    assert call(evaluate, begun, "--grid", SWEEP) == 0
-    assert counts(capsys.readouterr().out) == {
-        ("tissue", "uni", "probe"): (5, 0, 1, 0),
-        ("tissue", "uni", "lora"): (1, 0, 2, 3),
-    }
-    monkeypatch.setenv("FLAGS", "--rank 8")  # and now it is
-    assert call(evaluate, begun, "--grid", SWEEP) == 0
-    assert counts(capsys.readouterr().out)["tissue", "uni", "lora"] == (3, 0, 0, 3)
-
-
-def test_grid_knows_data_by_its_name_and_by_its_place(begun, capsys, monkeypatch):
-    place = begun.parent / "my data" / "points.csv"
-    place.parent.mkdir()
-    place.touch()
-    for path in begun.glob("tissue/uni-probe/*/config.json"):
-        common.write_json(path, common.read_json(path) | {"source": {"data": str(place)}})
-    monkeypatch.setenv("METHODS", "probe")
-    for name, done in (
-        (place, 6),
-        (os.path.relpath(place, SWEEPS.parent), 6),
-        ("somewhere/tissue", 6),
-        (begun.parent / "other.csv", 0),
-    ):
-        assert call(evaluate, begun, "--grid", f"{SWEEPS / 'scaling.sh'} '{name}' uni") == 0
-        said = capsys.readouterr().out.splitlines()
-        assert said[-1].startswith("all 6 runs are done" if done else "6 of 6 runs are left"), name
-
-
-def test_grid_knows_domains_and_probes(begun, capsys, monkeypatch):
-    make(begun, annotations(), "uni", "probe", 1.0, 0, "B")
-    monkeypatch.setenv("DOMAINS", "A B")
-    monkeypatch.setenv("FOLDS", "0")
-    monkeypatch.setenv("METHODS", "probe")
-    assert call(evaluate, begun, "--grid", f"{SWEEPS / 'cross_domain.sh'} tissue uni") == 0
-    said = capsys.readouterr().out
-    assert counts(said) == {("tissue", "uni", "probe"): (1, 0, 0, 1)} and "domain A, fold 0" in said
-    wanted = grid.cells(
-        "python probe.py --data d --model uni --probe uni l2 --frac 0.1 1 --fold 0 1".split()
-    )
-    assert [(c["probe"], c["frac"], c["fold"]) for c in wanted] == [
-        (probe, frac, fold) for probe in ("uni", "l2") for frac in (0.1, 1.0) for fold in (0, 1)
-    ]
-
-
-def test_grid_runs_nothing_but_a_sweep_that_can_list(tmp_path, capsys):
-    script = tmp_path / "train_everything.sh"
-    script.write_text(f"touch {tmp_path}/ran\n")
-    for text, said in (
-        (str(script), "not a sweep that can list its commands"),
-        ("no.sh d", "there is no such script"),
-        ("", "there is no such script"),
-        (f"{SWEEPS / 'scaling.sh'} 'x", "No closing quotation"),
-        (f"{SWEEPS / 'scaling.sh'}", "usage: sweeps/scaling.sh"),
-    ):
-        with pytest.raises(UserError, match=said):
-            grid.grid_commands(text)
-    assert not (tmp_path / "ran").exists()
-    listing = tmp_path / "mine.sh"  # and python is not python there
-    listing.write_text(
-        f'{grid.GRID_MARK}\n${{PYTHON:-python}} -c \'open("{tmp_path}/ran", "w")\'\n'
-        "echo python train.py --data d --model uni --fold 0\n"
-    )
-    assert grid.grid_commands(str(listing)) == [
-        "python train.py --data d --model uni --fold 0".split()
-    ]
-    assert not (tmp_path / "ran").exists()
 
 
 # ---------------------------------------------------------------- real runs, killed and restarted
