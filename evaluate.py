@@ -22,7 +22,7 @@ import common
 import flags
 from common import UserError
 from dataset import splits
-from reporting import detection, figures, folder, grid, page, results, tables
+from reporting import detection, figures, folder, grid, metrics, page, results, tables
 from reporting.metrics import (  # noqa: F401  other programs use them as evaluate.…
     auroc,
     average_precision,
@@ -155,9 +155,9 @@ def arguments():
     )
     group.add_argument(
         "--threshold",
-        type=float,
+        default="0.5",
         metavar="P",
-        help="decision threshold of the second stage, from 0 to 1 (default: 0.5)",
+        help="decision threshold of the second stage, between 0 and 1 (default: 0.5)",
     )
     group.add_argument(
         "--only", metavar="RUN", help="compare only on the test images of this run's split"
@@ -179,9 +179,7 @@ def detect(args):
     """F1 of detection before and after the second stage: table, CSV files and a figure."""
     if not args.data:
         raise UserError("--detection needs --data: the dataset with the annotated mitotic figures")
-    threshold = 0.5 if args.threshold is None else args.threshold
-    if not 0 <= threshold <= 1:
-        raise UserError(f"--threshold {threshold:g}: a probability from 0 to 1 is needed")
+    threshold = metrics.parse_threshold(args.threshold)
     mpp = args.source_mpp
     if mpp is not None and not (math.isfinite(mpp) and 0.01 <= mpp <= 100):
         raise UserError(f"--source-mpp {mpp:g}: µm/px between 0.01 and 100 are needed")
