@@ -1,0 +1,208 @@
+"""README.md and CONTRIBUTING.md: their commands and flags exist, their examples run, their tables
+are true.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import onnx_models
+import pytest
+from PIL import Image
+
+import models
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = {}
+for page in ("README.md", "CONTRIBUTING.md", "examples/README.md"):
+    PAGES[page] = (ROOT / page).read_text(encoding="utf-8")
+# Commands in shell blocks that are not run: a part of them → why.
+NOT_RUN = {
+    "venv": "makes an environment",
+    "pip install": "installs packages",
+    "make ": "minutes; .ci/run and tests/test_sweeps.py run these",
+    "h-optimus-0": "gated weights",
+    "--download": "gigabytes",
+    "midog2022": "needs MIDOG 2022",
+    "amibr": "needs AMi-Br",
+    "$D": "needs AMi-Br",
+    "evaluate.py runs/": "needs the runs above it",
+    "--fold 0 1 2": "an hour on the demo",
+}
+# Files that the commands write, or that the reader has.
+OTHERS_FILES = {
+    "config.json",
+    "split.json",
+    "log.csv",
+    "predictions.csv",
+    "metrics.json",
+    "scored.json",
+    "my.csv",
+    "demo-out/",
+    "MODEL.parity.json",
+    "amibr_train_split.csv",
+}
+CHECKED = (".py", ".sh", ".json", ".csv", ".cff", ".md", ".txt")
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGES[page], re.DOTALL | re.MULTILINE)
+
+
+def shell_commands():
+    """The commands in the shell blocks of README.md, loops and continued lines as one."""
+    lines = []
+    for block in blocks("README.md", "bash"):
+        text = block.replace("\\\n", " ")
+        text = re.sub(r"^for .*?^done$", lambda m: m[0].replace("\n", " "), text, flags=re.M | re.S)
+        lines += [line for line in text.splitlines() if line.strip()]
+    return lines
+
+
+@cache
+def help_of(script):
+    module = script.removesuffix(".py").replace("/", ".")
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_flag_of_every_command_exists(page):
+    """In blocks and in the text: `python train.py --lora`, `train.py --adapter DIR`."""
+    text = PAGES[page].replace("\\\n", " ")
+    for script, arguments in re.findall(r"([\w/]+\.py)((?: [^\s#`|]+)+)", text):
+        if not (ROOT / script).is_file() or script.startswith("tests/"):
+            continue
+        for flag in re.findall(r" (--[a-z][a-z-]*)", arguments):
+            assert re.search(rf"{flag}(?![\w-])", help_of(script)), f"{script} has no {flag}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_that_is_named_exists(page):
+    for name in re.findall(r"`([\w./-]+)`", PAGES[page]):
+        if name.endswith(CHECKED + ("/",)) and name not in OTHERS_FILES | {"runs/", "runs-quick/"}:
+            ignored = ("data/", "report/", "slides/", "patches/")
+            assert name in ignored or (ROOT / name).exists(), f"{page} names {name}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
+        if target.startswith("http"):
+            continue
+        name, _, anchor = target.partition("#")
+        linked = (ROOT / page).parent / name if name else ROOT / page
+        assert linked.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert anchor in anchors, target
+
+
+def test_the_table_of_encoders_is_the_codes():
+    section = PAGES["README.md"].split("\n## Encoders\n")[1].split("\n## ")[0]
+    rows = {}
+    for name, cells in re.findall(r"^\| `([\w.+-]+)` \| (.*) \|$", section, re.MULTILINE):
+        rows[name] = [cell.strip() for cell in cells.split("|")]
+    # Tests register encoders of their own, without a licence of anybody's.
+    ours = {n: s for n, s in models.ENCODERS.items() if s.repo or n == "demo"}
+    assert list(rows) == list(ours)
+    for name, spec in ours.items():
+        if spec.repo and not spec.repo.startswith("torchvision/"):
+            assert f"](https://huggingface.co/{spec.repo})" in " ".join(rows[name])
+        assert f"{spec.params / 1e6:,.0f} M" in rows[name], name
+        assert spec.licence in rows[name], name
+        assert ("gated" in rows[name]) == spec.gated, name
+
+
+def test_the_examples_in_contributing_are_the_code():
+    code = ""
+    for place in ("encoders/table.py", "models.py", "dataset/annotations.py"):
+        if (ROOT / place).exists():
+            code += (ROOT / place).read_text(encoding="utf-8")
+    examples = blocks("CONTRIBUTING.md", "python")
+    assert len(examples) == 2
+    for example in examples:
+        assert example in code
+
+
+# ---------------------------------------------------------------- what is run
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy of the project with small files of the names that the examples use."""
+    folder = tmp_path_factory.mktemp("checkout") / "mitfig"
+    ignored = (".git", ".venv", ".*_cache", "__pycache__", "data", "runs*", "demo-out", "report")
+    shutil.copytree(
+        ROOT,
+        folder,
+        ignore=lambda path, names: (
+            shutil.ignore_patterns(*ignored)(path, names) - {"runs.py"}
+            if Path(path) == ROOT
+            else {"__pycache__"}
+        ),
+    )
+    rng = np.random.default_rng(0)
+    noise = rng.integers(100, 250, (900, 1200, 3), np.uint8)
+    (folder / "slides").mkdir()
+    rows = ["filename,x,y,label,case"]
+    for case in range(10):
+        Image.fromarray(np.roll(noise, 40 * case, 0)).save(folder / f"slides/{case}.png")
+        for k in range(6):
+            rows.append(f"{case}.png,{200 + 150 * k},{200 + 90 * k},{k % 2},patient{case}")
+    (folder / "my.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    onnx_models.write_model(folder / "model.onnx", onnx_models.classifier("gelu"))
+    for name in ("slide.svs", "CMU-1-Small-Region.svs"):
+        Image.fromarray(np.tile(noise, (10, 10, 1))).save(folder / name, "TIFF")
+    (folder / "points.csv").write_text("x,y\n0,0\n700,650\n2219,2966\n", encoding="utf-8")
+    (folder / "candidates.geojson").write_text(GEOJSON, encoding="utf-8")
+    return folder
+
+
+GEOJSON = """{"type": "FeatureCollection", "features": [
+ {"type": "Feature", "geometry": {"type": "Point", "coordinates": [700, 650]}, "properties": {}},
+ {"type": "Feature", "geometry": {"type": "Point", "coordinates": [1500, 800]}, "properties": {}}
+]}"""
+
+
+def shell(command, folder):
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", "-c", command],
+        cwd=folder,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_shell_commands_run(checkout):
+    ran = 0
+    for command in shell_commands():
+        if not any(part in command for part in NOT_RUN):
+            done = shell(command, checkout)
+            assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+            ran += 1
+    assert ran >= 3
+    for part in NOT_RUN:
+        assert any(part in command for command in shell_commands()), f"{part} is in no command"
+
+
+def test_the_python_runs(checkout):
+    (snippet,) = blocks("README.md", "python")
+    assert 'device="cuda"' in snippet
+    code = snippet.replace('device="cuda"', 'device="cpu"') + "\nprint(probability.shape, mitotic)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("(2,)")
