@@ -457,10 +457,7 @@ def write_graph(model, folder, name, args, metadata, peaks):
 
 
 def say_float32(peaks):
-    blocks = set()
-    for (block, part), peak in peaks.items():
-        if part in ("attn", "mlp") and peak * graph.HEADROOM >= graph.HALF_MAX:
-            blocks.add(block)
+    blocks = graph.float32_blocks(peaks)
     if blocks:
         print(
             f"activations near the end of float16: parts of the blocks {sorted(blocks)} stay in "

@@ -22,7 +22,7 @@ from torch import nn
 
 import common
 from common import UserError
-from models import Linear, linear
+from encoders.layers import Linear, linear
 
 TARGETS = ("qkv", "proj", "fc1", "fc2")
 MIX1, MIX2, WEYL = (

@@ -1,10 +1,8 @@
-"""Published weights: where they lie, in which format, under which names, and how they get into the
-network.
+"""Published weights: where they are, in which container, and how they get into the network.
 
 Accepted: model.safetensors, sharded safetensors with their index, pytorch_model.bin and .pth (read
-with weights_only=True, memory-mapped); names of timm, of transformers (4 and 5: ViTModel,
-Dinov2Model, Dinov2WithRegistersModel) and of torchvision; fp16, bf16 and fp32. Nothing of a file is
-ever executed."""
+with weights_only=True, memory-mapped); every naming that encoders/names.py knows; fp16, bf16 and
+fp32. Nothing in a file is ever executed."""
 
 import contextlib
 import ctypes
@@ -28,116 +26,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
 from common import UserError
+from encoders.names import rename
 
-# ---------------------------------------------------------------- names
-
-# transformers writes other names since version 5; files hold either.
-TRANSFORMERS_BLOCK = {  # name in a block → (ours, place among the parts that are put together)
-    "attention.attention.query": ("attn.qkv", 0),
-    "attention.q_proj": ("attn.qkv", 0),
-    "attention.attention.key": ("attn.qkv", 1),
-    "attention.k_proj": ("attn.qkv", 1),
-    "attention.attention.value": ("attn.qkv", 2),
-    "attention.v_proj": ("attn.qkv", 2),
-    "attention.output.dense": ("attn.proj", 0),
-    "attention.o_proj": ("attn.proj", 0),
-    "layernorm_before": ("norm1", 0),
-    "norm1": ("norm1", 0),
-    "layernorm_after": ("norm2", 0),
-    "norm2": ("norm2", 0),
-    "intermediate.dense": ("mlp.fc1", 0),
-    "mlp.weights_in": ("mlp.fc1", 0),
-    "mlp.fc1": ("mlp.fc1", 0),
-    "mlp.gate_proj": ("mlp.fc1", 0),
-    "mlp.up_proj": ("mlp.fc1", 1),
-    "output.dense": ("mlp.fc2", 0),
-    "mlp.weights_out": ("mlp.fc2", 0),
-    "mlp.fc2": ("mlp.fc2", 0),
-    "mlp.down_proj": ("mlp.fc2", 0),
-    "layer_scale1": ("ls1", 0),
-    "layer_scale2": ("ls2", 0),
-}
-TRANSFORMERS = {
-    "embeddings.cls_token": "cls_token",
-    "embeddings.register_tokens": "reg_token",
-    "embeddings.position_embeddings": "pos_embed",
-    "embeddings.patch_embeddings.projection.weight": "patch_embed.proj.weight",
-    "embeddings.patch_embeddings.projection.bias": "patch_embed.proj.bias",
-    "layernorm.weight": "norm.weight",
-    "layernorm.bias": "norm.bias",
-}
-TORCHVISION_BLOCK = {
-    "ln_1.": "norm1.",
-    "ln_2.": "norm2.",
-    "self_attention.in_proj_": "attn.qkv.",
-    "self_attention.out_proj.": "attn.proj.",
-    "mlp.0.": "mlp.fc1.",
-    "mlp.3.": "mlp.fc2.",
-    "mlp.linear_1.": "mlp.fc1.",
-    "mlp.linear_2.": "mlp.fc2.",  # before torchvision 0.13, and still in its files
-}
-TORCHVISION = {
-    "class_token": "cls_token",
-    "encoder.pos_embedding": "pos_embed",
-    "conv_proj.weight": "patch_embed.proj.weight",
-    "conv_proj.bias": "patch_embed.proj.bias",
-    "encoder.ln.weight": "norm.weight",
-    "encoder.ln.bias": "norm.bias",
-}
-
-
-def rename(names):
-    """Names in a file → ({ours: [names, in the order in which they are joined along the first
-    axis]}, format).
-
-    What no embedding needs is left out: mask tokens, transformers' pooler, torchvision's
-    classifier. Names that no rule knows are kept as they are, so that the strict comparison with
-    the network reports them."""
-    names = list(names)
-    if any("patch_embeddings.projection." in name for name in names):
-        kind, rule = "transformers", _transformers
-    elif any(name.startswith("conv_proj.") for name in names):
-        kind, rule = "torchvision", _torchvision
-    elif any(name.startswith("layer1.0.") for name in names):
-        kind, rule = "resnet", lambda name: None if name.startswith("fc.") else (name, 0)
-    else:
-        kind, rule = "timm", lambda name: None if name == "mask_token" else (name, 0)
-    parts = {}
-    for name in names:
-        found = rule(name)
-        if found is not None:
-            ours, place = found
-            parts.setdefault(ours, []).append((place, name))
-    return {ours: [name for _, name in sorted(found)] for ours, found in parts.items()}, kind
-
-
-def _transformers(name):
-    bare = re.sub(
-        r"^(vit|dinov2|dinov2_with_registers)\.", "", name
-    )  # saved from a model with a head
-    if bare == "embeddings.mask_token" or bare.startswith("pooler."):
-        return None
-    block = re.fullmatch(
-        r"(?:encoder\.layer|encoder\.layers|layers)\.(\d+)\.(.+)\.(weight|bias|lambda1)", bare
-    )
-    if block:
-        number, inner, leaf = block.groups()
-        if inner in TRANSFORMERS_BLOCK:
-            ours, place = TRANSFORMERS_BLOCK[inner]
-            return f"blocks.{number}.{ours}.{'gamma' if leaf == 'lambda1' else leaf}", place
-    return TRANSFORMERS.get(bare, name), 0
-
-
-def _torchvision(name):
-    if name.startswith("heads."):
-        return None
-    block = re.fullmatch(r"encoder\.layers\.encoder_layer_(\d+)\.(.+)", name)
-    if block:
-        number, inner = block.groups()
-        for theirs, ours in TORCHVISION_BLOCK.items():
-            if inner.startswith(theirs):
-                return f"blocks.{number}.{ours}{inner[len(theirs) :]}", 0
-    return TORCHVISION.get(name, name), 0
+ROOT = Path(__file__).resolve().parent  # the demo's encoder lies in a folder of the project
 
 
 def first_line(error):
@@ -147,91 +38,111 @@ def first_line(error):
 
 def listing(missing=(), unexpected=(), shapes=()):
     """What differs, in one line that stays readable: the first four of each kind and the count."""
-    found = []
+    parts = []
     for label, names in (
         ("missing", missing),
         ("unexpected", unexpected),
         ("of another shape or type", shapes),
     ):
         if names:
-            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-            found.append(f"{len(names)} {label} ({', '.join(sorted(names)[:4])}{more})")
-    return "; ".join(found)
+            parts.append(f"{len(names)} {label} ({some(names)})")
+    return "; ".join(parts)
+
+
+def some(names):
+    """The first four, and how many more."""
+    text = ", ".join(sorted(names)[:4])
+    if len(names) > 4:
+        text += f" and {len(names) - 4} more"
+    return text
 
 
 # ---------------------------------------------------------------- files
 
 
+# What torch raises for damaged pickles and archives.
+DAMAGED = (
+    SafetensorError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    AssertionError,
+    struct.error,
+    OSError,
+)
+# Text is no weights file of any kind: those have zeros or a pickle's 0x80 among their first bytes.
+TEXT = re.compile(rb"\s*(version https://git-lfs|[<{\[])")
+
+
 def read_tensors(file):
     """Tensors of a weights file by name, memory-mapped: nothing is read before it is used."""
     try:
-        with open(
-            file, "rb"
-        ) as handle:  # safetensors says "no such file" of one that may not be read
-            start = handle.read(64)
-        # Text is no weights file of any kind (those have zeros or a pickle's 0x80 here), whatever
-        # torch says of it.
-        if (
-            re.match(rb"\s*(version https://git-lfs|[<{\[])", start.removeprefix(b"\xef\xbb\xbf"))
-            and 0 not in start
-        ):
+        # Opened first: safetensors reports a file without read permission as "no such file".
+        with open(file, "rb") as handle:
+            start = handle.read(64).removeprefix(b"\xef\xbb\xbf")
+        if TEXT.match(start) and 0 not in start:
             raise UserError(
                 f"{file}: not a weights file (a Git LFS pointer or a web page?); download it again"
             )
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as handle:
                 return {name: handle.get_tensor(name) for name in handle.keys()}
-        try:
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            content = torch.load(
-                file, map_location="cpu", weights_only=True
-            )  # the format before torch 1.6
+        content = torch_load(file)
     except PermissionError:
         raise UserError(f"{file}: no permission to read it") from None
     except pickle.UnpicklingError as error:
         if "weights_only" in str(error) or "Unsupported" in str(error):
             raise UserError(
-                f"{file}: holds more than tensors (Python objects or code), which is never "
-                "loaded; ask for "
-                "the weights as safetensors"
+                f"{file}: holds more than tensors (Python objects or code), which is never loaded; "
+                "ask for the weights as safetensors"
             ) from None
         raise UserError(f"{file}: truncated or not a weights file; download it again") from None
-    except (
-        SafetensorError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-        AssertionError,
-        struct.error,
-        OSError,
-    ) as error:  # damaged pickles raise any of these
+    except DAMAGED as error:
         raise UserError(
             f"{file}: truncated or not a weights file ({first_line(error)}); download it again"
         ) from None
-    for wrapper in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
+    return state_dict(content, file)
 
-    def plain(tensor):
-        return (
-            isinstance(tensor, torch.Tensor)
-            and tensor.layout == torch.strided
-            and tensor.device.type == "cpu"
-            and not tensor.is_quantized
-        )
 
-    if not isinstance(content, dict) or not all(
-        isinstance(n, str) and plain(t) for n, t in content.items()
-    ):
-        raise UserError(f"{file}: holds no state dict (names with plain tensors)")
-    return {name: tensor.detach() for name, tensor in content.items()}
+def torch_load(file):
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:
+        if "mmap" not in str(error):
+            raise
+    # The format before torch 1.6 cannot be memory-mapped.
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+WRAPPERS = "state_dict", "model_state_dict", "model", "teacher"
+
+
+def state_dict(content, file):
+    """The tensors by name inside what a checkpoint holds: {"model": …}, {"teacher": {…}}, …"""
+    wrapper = content
+    while isinstance(wrapper, dict) and wrapper:
+        content = wrapper
+        inner = [content[key] for key in WRAPPERS if isinstance(content.get(key), dict)]
+        wrapper = inner[0] if inner else None
+    if not isinstance(content, dict):
+        problem = f"it holds a {type(content).__name__}"
+    else:
+        odd = [str(name) for name, tensor in content.items() if not plain(name, tensor)]
+        if not odd:
+            return {name: tensor.detach() for name, tensor in content.items()}
+        problem = f"not a plain tensor: {some(odd)}"
+    raise UserError(f"{file}: holds no state dict (names with plain tensors); {problem}")
+
+
+def plain(name, tensor):
+    if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+        return False
+    dense = tensor.layout == torch.strided and not tensor.is_quantized
+    return dense and tensor.device.type == "cpu"
 
 
 def read_own(file):
@@ -246,44 +157,37 @@ def read_own(file):
 def local_files(path, spec):
     """The weights files under `path` (a file, or a folder as it is published)."""
     path = Path(path).expanduser()
-    if path.is_file() and not path.name.endswith(".index.json"):
-        return [path]
     if path.is_dir():
-        inside = [
-            path / name
-            for name in (
-                "model.safetensors",
-                INDICES[0],
-                "pytorch_model.bin",
-                INDICES[1],
-                *spec.files,
-            )
-            if (path / name).is_file()
-        ]
-        if not inside:
-            inside = [
-                p
-                for p in sorted(path.iterdir())
-                if p.suffix in (".safetensors", ".bin", ".pth", ".pt")
-            ]
-            if len(inside) > 1:
-                raise UserError(
-                    f"{path}: holds several weights files "
-                    f"({', '.join(p.name for p in inside[:4])}); "
-                    "name one of them with --weights"
-                )
-        if not inside:
-            raise UserError(
-                f"{path}: no weights in this folder (no {' or '.join(spec.files)}); get them from "
-                f"{spec.page}"
-            )
-        path = inside[0]
+        path = file_in(path, spec)
     if not path.exists():
         raise UserError(
             f"--weights {path}: no such file or folder; the weights of {spec.name} come from "
             f"{spec.page}"
         )
-    return shards(path) if path.name.endswith(".index.json") else [path]
+    if path.name.endswith(".index.json"):
+        return shards(path)
+    return [path]
+
+
+def file_in(folder, spec):
+    """The one weights file (or index of weights files) in a folder."""
+    published = "model.safetensors", INDICES[0], "pytorch_model.bin", INDICES[1], *spec.files
+    for name in published:
+        if (folder / name).is_file():
+            return folder / name
+    suffixes = ".safetensors", ".bin", ".pth", ".pt", ".ckpt"
+    files = [file for file in sorted(folder.iterdir()) if file.suffix in suffixes]
+    if len(files) > 1:
+        raise UserError(
+            f"{folder}: holds several weights files ({', '.join(file.name for file in files[:4])});"
+            " name one of them with --weights"
+        )
+    if not files:
+        raise UserError(
+            f"{folder}: no weights in this folder (no {' or '.join(spec.files)}); get them from "
+            f"{spec.page}"
+        )
+    return files[0]
 
 
 INDICES = "model.safetensors.index.json", "pytorch_model.bin.index.json"
@@ -308,23 +212,21 @@ def shards(index):
     return [index.parent / name for name in names]
 
 
-def find_files(spec, weights=None, revision=None, here=Path(".")):
-    """Files of the weights of `spec`: from `weights` (a path), from `here` for the demo's, else
-    from the Hub.
-    """
+def find_files(spec, weights=None, revision=None):
+    """Files of the weights of `spec`: from `weights` (a path), else where they are published."""
     if weights:
         try:
             return local_files(weights, spec)
         except PermissionError as error:
             raise UserError(f"{error.filename}: no permission to read it") from None
     if not spec.repo:
-        if not (here / spec.files[0]).is_file():
+        file = ROOT / spec.files[0]
+        if not file.is_file():
             raise UserError(
-                f"{here / spec.files[0]}: no such file; make it with python -m demo.pretrain, or "
-                "use "
+                f"{file}: no such file; make it with python -m demo.pretrain, or use "
                 "--weights PATH or --weights random"
             )
-        return [here / spec.files[0]]
+        return [file]
     if spec.repo.startswith("torchvision/"):
         return [download_torchvision(spec)]
     return download(spec, revision or spec.revision)
@@ -346,14 +248,7 @@ def load(encoder, files, device="cpu", dtype=torch.float32):
     for file in files:
         stored.update(read_tensors(file))
     plan, kind = rename(stored)
-    expected = {
-        name: (tuple(t.shape), t.is_floating_point()) for name, t in encoder.state_dict().items()
-    }
-    if spec.depth:  # blocks that --layer leaves out are checked, too, though not loaded
-        for name in [name for name in expected if name.startswith("blocks.0.")]:
-            for number in range(len(encoder.blocks), spec.depth):
-                expected[f"blocks.{number}.{name.split('.', 2)[2]}"] = expected[name]
-    check(spec, plan, stored, expected, kind, files[0])
+    check(spec, plan, stored, expected_tensors(encoder), kind, files[0])
 
     ours = encoder.state_dict()
     special = [name for name in ("pos_embed", "cls_token") if name in ours]
@@ -361,56 +256,84 @@ def load(encoder, files, device="cpu", dtype=torch.float32):
     @torch.no_grad()  # the switch is per thread
     def convert(name):
         parts = [stored[part] for part in plan[name]]
-        digest = hashlib.sha256()
-        for number, part in enumerate(parts):
-            if number == 0:
-                shape = [sum(p.shape[0] for p in parts), *part.shape[1:]] if part.dim() else []
-                digest.update(f"{name} {part.dtype} {shape}".encode())
-            digest.update(memoryview(part.contiguous().reshape(-1).view(torch.uint8).numpy()))
+        digest = fingerprint(name, parts)
         result = None
         if name in special:
             result = parts[0].to(torch.float64, copy=True)
         elif name in ours:
-            target = dtype if parts[0].is_floating_point() else parts[0].dtype
-            result = torch.empty(ours[name].shape, dtype=target, device=device)
-            row = 0
-            for part in parts:
-                if part.dim():
-                    result[row : row + part.shape[0]].copy_(part)
-                    row += part.shape[0]
-                else:
-                    result.copy_(part)
+            result = joined(parts, ours[name].shape, dtype, device)
         for part in parts:
             give_back(part)
-        return result, digest.digest()
+        return result, digest
 
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         converted = dict(zip(plan, pool.map(convert, plan)))
     whole = hashlib.sha256(b"".join(converted[name][1] for name in sorted(converted)))
     state = {name: tensor for name, (tensor, _) in converted.items() if name in ours}
-    if special:
+    if "pos_embed" in special:
         state["cls_token"], state["pos_embed"] = positions(
-            encoder, state["cls_token"], state["pos_embed"], kind
+            encoder, state["cls_token"], state["pos_embed"]
         )
-        for name in special:
-            state[name] = state[name].to(device, dtype)
+    for name in special:
+        state[name] = state[name].to(device, dtype)
     encoder.load_state_dict(state, strict=True, assign=True)
     return whole.hexdigest()
 
 
+def fingerprint(name, parts):
+    """SHA-256 of a tensor that is stored in parts, one below the other."""
+    shape = []
+    if parts[0].dim():
+        shape = [sum(part.shape[0] for part in parts), *parts[0].shape[1:]]
+    digest = hashlib.sha256(f"{name} {parts[0].dtype} {shape}".encode())
+    for part in parts:
+        digest.update(memoryview(part.contiguous().reshape(-1).view(torch.uint8).numpy()))
+    return digest.digest()
+
+
+def joined(parts, shape, dtype, device):
+    """The parts, one below the other, as one tensor; integers keep their type."""
+    target = dtype if parts[0].is_floating_point() else parts[0].dtype
+    result = torch.empty(shape, dtype=target, device=device)
+    row = 0
+    for part in parts:
+        if part.dim():
+            result[row : row + part.shape[0]].copy_(part)
+            row += part.shape[0]
+        else:
+            result.copy_(part)
+    return result
+
+
+def expected_tensors(encoder):
+    """{name: (shape, whether its numbers are floating-point)} of a file for this network. Blocks
+    that --layer leaves out are checked, though not loaded.
+    """
+    expected = {
+        name: (tuple(tensor.shape), tensor.is_floating_point())
+        for name, tensor in encoder.state_dict().items()
+    }
+    first_block = [name for name in expected if name.startswith("blocks.0.")]
+    for name in first_block:
+        for number in range(len(encoder.blocks), encoder.spec.depth):
+            expected[f"blocks.{number}.{name.split('.', 2)[2]}"] = expected[name]
+    return expected
+
+
 def check(spec, plan, stored, expected, kind, file):
+    """UserError unless the file holds exactly the expected tensors."""
     missing, unexpected, shapes = expected.keys() - plan.keys(), plan.keys() - expected.keys(), []
     for name in expected.keys() & plan.keys():
-        wanted, floating = expected[name]
+        shape, floating = expected[name]
         parts = [tuple(stored[part].shape) for part in plan[name]]
-        found = parts[0]
-        if len(parts) > 1 and all(p and p[1:] == found[1:] for p in parts):
-            found = (sum(p[0] for p in parts), *found[1:])
-        fits = found == wanted
-        if name == "pos_embed":  # any grid; positions() looks at the number
-            fits = len(found) == 3 and (found[0], found[2]) == (wanted[0], wanted[2])
+        stored_shape = parts[0]
+        if len(parts) > 1 and all(part and part[1:] == parts[0][1:] for part in parts):
+            stored_shape = (sum(part[0] for part in parts), *parts[0][1:])
+        fits = stored_shape == shape
+        if name == "pos_embed":  # any grid; positions() looks at the number of tokens
+            fits = len(stored_shape) == 3 and stored_shape[::2] == shape[::2]
         if not fits:
-            shapes.append(f"{name} {list(found)} instead of {list(wanted)}")
+            shapes.append(f"{name} {list(stored_shape)} instead of {list(shape)}")
         elif any(stored[part].is_floating_point() != floating for part in plan[name]):
             shapes.append(f"{name} of type {stored[plan[name][0]].dtype}")
     if missing or unexpected or shapes:
@@ -420,41 +343,40 @@ def check(spec, plan, stored, expected, kind, file):
         )
 
 
-def positions(encoder, cls_token, pos_embed, kind):
+def positions(encoder, cls_token, pos_embed):
     """Class token and position embedding as the network has them, from those of the file.
 
-    transformers' models with registers give the class token a position embedding of its own and the
-    registers none: it is added to the class token, once. Another grid than the network's is
-    resampled in float32, bicubic with antialias, as timm does it."""
+    Files of DINOv2 with registers give the class token a position embedding and the registers none:
+    it is added to the class token, once. A grid of another size than the network's is resampled in
+    float32, bicubic with antialias, as timm does it.
+    """
     spec = encoder.spec
     prefix = encoder.prefix if spec.pos == "all" else 0
-    if spec.pos == "patches" and kind == "transformers":
-        cls_token, pos_embed = cls_token + pos_embed[:, :1], pos_embed[:, 1:]
     count = pos_embed.shape[1] - prefix
+    if spec.pos == "patches" and math.isqrt(count - 1) ** 2 == count - 1 and count > 1:
+        cls_token, pos_embed, count = cls_token + pos_embed[:, :1], pos_embed[:, 1:], count - 1
     side = math.isqrt(max(count, 0))
     if side == 0 or side * side != count:
         raise UserError(
             f"not the weights of {spec.name}: a position embedding for {pos_embed.shape[1]} "
-            "tokens, of "
-            f"which {prefix} are no patches, is not for a square grid"
+            f"tokens, {prefix} of them no patches, is not for a square grid"
         )
     if side != encoder.grid:
         grid = pos_embed[:, prefix:].float().reshape(1, side, side, spec.dim).permute(0, 3, 1, 2)
-        grid = F.interpolate(
-            grid, size=(encoder.grid, encoder.grid), mode="bicubic", antialias=True
-        )
-        pos_embed = torch.cat(
-            [pos_embed[:, :prefix], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1
-        )
+        shape = encoder.grid, encoder.grid
+        grid = F.interpolate(grid, size=shape, mode="bicubic", antialias=True)
+        grid = grid.permute(0, 2, 3, 1).flatten(1, 2)
+        pos_embed = torch.cat([pos_embed[:, :prefix], grid], dim=1)
     return cls_token, pos_embed
 
 
 def give_back(tensor):
-    """Tell the system that the memory-mapped pages of `tensor` are not needed any more (they stay
-    in its cache).
+    """Tell the system that the memory-mapped pages of `tensor` are no longer needed (they stay in
+    its cache).
 
     Without it a file counts towards the process until it is unmapped, and memory would peak at file
-    plus network."""
+    plus network.
+    """
     if not sys.platform.startswith("linux"):
         return
     page = os.sysconf("SC_PAGE_SIZE")
@@ -471,26 +393,26 @@ _LIBC = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
 
 
 def offline():
-    return any(
-        os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")
-        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-    )
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE"):
+            return True
+    return False
+
+
+PROXIES = "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"
 
 
 @functools.cache
 def reachable():
-    """Whether the Hub can be reached at all; asked once, and answered within three seconds."""
+    """Whether the Hub can be reached; asked once, and answered within three seconds."""
     from huggingface_hub import constants
 
-    if any(
-        os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
-    ):
-        return True  # through a proxy; whether it works is seen when something is asked for
+    if any(os.environ.get(name) for name in PROXIES):
+        return True  # the first request shows whether the proxy works
     url = urllib.parse.urlsplit(constants.ENDPOINT)
+    port = url.port or {"http": 80}.get(url.scheme, 443)
     try:
-        socket.create_connection(
-            (url.hostname, url.port or (80 if url.scheme == "http" else 443)), timeout=3
-        ).close()
+        socket.create_connection((url.hostname, port), timeout=3).close()
     except OSError:
         return False
     return True
@@ -509,120 +431,120 @@ def cached(spec, revision=None):
 
 
 def download(spec, revision=None):
-    """Files of `spec` from the Hub, or from its cache. UserError that says which of the many things
-    went wrong.
+    """Files of `spec` from the Hub, or from its cache. UserError that says what went wrong and what
+    to do.
     """
-    import huggingface_hub
     from huggingface_hub import errors
 
-    aside = f"or download it elsewhere from {spec.page} and give it with --weights PATH"
-    version = f"revision {revision} of {spec.name}" if revision else spec.name
-    no_token = (
-        f"{spec.name} is gated and there is no token here: accept the licence at {spec.page}, log "
-        "in "
-        f"(hf auth login, or set HF_TOKEN), {aside}"
-    )
-    if offline() or not reachable():  # asked first: the Hub's own client tries for half a minute
+    elsewhere = f"or download it elsewhere from {spec.page} and give it with --weights PATH"
+    if offline() or not reachable():  # asked first: the Hub's client retries for half a minute
         files = cached(spec, revision)
         if files:
             return files
-        if offline():
-            raise UserError(
-                f"{version} is not in the cache and the Hub is switched off (HF_HUB_OFFLINE): "
-                "unset that, "
-                f"{aside}"
-            )
-        if spec.gated and not huggingface_hub.get_token():
-            raise UserError(f"{no_token} (the Hub cannot be reached from here either)")
+        raise UserError(why_not_reached(spec, revision, elsewhere))
+    # The bases of the Hub's error include that of its HTTP library: httpx, httpx2 or requests.
+    transport = [base for base in errors.HfHubHTTPError.__mro__ if base.__name__ == "HTTPError"]
+    try:
+        files = fetch(spec, revision)
+    except (OSError, RuntimeError, ValueError, errors.EntryNotFoundError, *transport) as error:
+        if getattr(error, "errno", None) in DISK_ERRORS:
+            raise
+        raise UserError(f"{why_failed(error, spec, revision)}, {elsewhere}") from None
+    if not files:
         raise UserError(
-            f"{version} is not in the cache and the Hub cannot be reached (no network?): connect, "
-            f"{aside}"
+            f"{version(spec, revision)} at {spec.page} holds none of {', '.join(spec.files)}: "
+            f"choose another with --revision (main is the newest), {elsewhere}"
         )
+    return files
 
-    def fetch(name):
+
+DISK_ERRORS = errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS  # not the network's fault
+
+
+def fetch(spec, revision):
+    """The first of the files of `spec` that its repository holds; None if it holds none."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    def get(name):
         return Path(huggingface_hub.hf_hub_download(spec.repo, name, revision=revision))
 
-    try:
-        for name in (*spec.files, *INDICES):
-            try:
-                file = fetch(name)
-            except errors.LocalEntryNotFoundError:
-                raise
-            except errors.EntryNotFoundError:
-                continue
-            if name not in INDICES:
-                return [file]
-            for shard in shard_names(file):
-                fetch(shard)
-            return shards(file)
-    except errors.GatedRepoError as error:
-        if not huggingface_hub.get_token():
-            raise UserError(no_token) from None
-        reason = (
-            "the token is not accepted" if status(error) == 401 else "its licence is not accepted"
-        )
-        raise UserError(
-            f"{spec.name} is gated and {reason} for the account of this token: accept the licence "
-            "at "
-            f"{spec.page} with that account, {aside}"
-        ) from None
-    except errors.RevisionNotFoundError:
-        raise UserError(
-            f"{spec.page} has no revision {revision}: choose another (--revision main is the "
-            "newest), "
-            f"{aside}"
-        ) from None
-    except errors.RepositoryNotFoundError:
-        who = "for this token (is it valid?)" if huggingface_hub.get_token() else "without a token"
-        raise UserError(
-            f"{spec.page} cannot be seen {who}: look at the page, log in with hf auth login, "
-            f"{aside}"
-        ) from None
-    except errors.LocalEntryNotFoundError as error:
-        cause = status(error.__cause__)
-        what = f"answered with status {cause}" if cause else "did not answer (no network?)"
-        raise UserError(
-            f"{version} is not in the cache and the Hub {what}: try again later, {aside}"
-        ) from None
-    except errors.HfHubHTTPError as error:
-        if status(error) == 401:
-            raise UserError(
-                f"the Hub does not accept the token it was given: log in again with hf auth login, "
-                f"{aside}"
-            ) from None
-        raise UserError(
-            f"the Hub answered with status {status(error)} for {spec.name}: try again later, "
-            f"{aside}"
-        ) from None
-    except (OSError, RuntimeError, ValueError, *_transport_errors()) as error:
-        if isinstance(error, OSError) and error.errno in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EACCES,
-            errno.EROFS,
-        ):
-            raise  # the disk's, not the network's
-        raise UserError(
-            f"the download of {spec.name} broke off ({first_line(error)}): the same command "
-            "continues it, "
-            f"{aside}"
-        ) from None
-    raise UserError(
-        f"{version} at {spec.page} holds none of {', '.join(spec.files)}: choose another with "
-        "--revision "
-        f"(main is the newest), {aside}"
+    for name in (*spec.files, *INDICES):
+        try:
+            file = get(name)
+        except errors.LocalEntryNotFoundError:
+            raise
+        except errors.EntryNotFoundError:
+            continue
+        if name not in INDICES:
+            return [file]
+        for shard in shard_names(file):
+            get(shard)
+        return shards(file)
+    return None
+
+
+def version(spec, revision):
+    return f"revision {revision} of {spec.name}" if revision else spec.name
+
+
+def no_token(spec):
+    return (
+        f"{spec.name} is gated and no token is set: accept the licence at {spec.page}, log in "
+        "(hf auth login, or set HF_TOKEN)"
     )
 
 
-def _transport_errors():
-    """The Hub's client uses requests before its version 1, httpx since; their errors have no common
-    base.
-    """
-    found = []
-    for module, name in (("httpx", "HTTPError"), ("requests", "RequestException")):
-        if module in sys.modules:
-            found.append(getattr(sys.modules[module], name))
-    return found
+def why_not_reached(spec, revision, elsewhere):
+    import huggingface_hub
+
+    missing = f"{version(spec, revision)} is not in the cache and the Hub"
+    if offline():
+        return f"{missing} is switched off (HF_HUB_OFFLINE): unset that, {elsewhere}"
+    if spec.gated and not huggingface_hub.get_token():
+        return f"{no_token(spec)}, {elsewhere} (the Hub cannot be reached from here either)"
+    return f"{missing} cannot be reached (no network?): connect, {elsewhere}"
+
+
+def why_failed(error, spec, revision):
+    """What an error of the Hub's client means and what to do about it."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    token = huggingface_hub.get_token()
+    if isinstance(error, errors.GatedRepoError):
+        if not token:
+            return no_token(spec)
+        reason = "its licence is not accepted"
+        if status(error) == 401:
+            reason = "the token is not accepted"
+        return (
+            f"{spec.name} is gated and {reason} for the account of this token: accept the licence "
+            f"at {spec.page} with that account"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return (
+            f"{spec.page} has no revision {revision}: choose another (--revision main is the "
+            "newest)"
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        who = "for this token (is it valid?)" if token else "without a token"
+        return f"{spec.page} cannot be seen {who}: look at the page, log in with hf auth login"
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        problem = "did not answer (no network?)"
+        if status(error.__cause__):
+            problem = f"answered with status {status(error.__cause__)}"
+        return (
+            f"{version(spec, revision)} is not in the cache and the Hub {problem}: try again later"
+        )
+    if isinstance(error, errors.HfHubHTTPError):
+        if status(error) == 401:
+            return "the Hub does not accept this token: log in again with hf auth login"
+        return f"the Hub answered with status {status(error)} for {spec.name}: try again later"
+    return (
+        f"the download of {spec.name} broke off ({first_line(error)}): the same command continues "
+        "it"
+    )
 
 
 def status(error):
@@ -634,8 +556,8 @@ def torchvision_cache(spec):
 
 
 def download_torchvision(spec):
-    """The file of a torchvision model from download.pytorch.org, in torch's own cache; its hash is
-    in its name.
+    """The file of a torchvision model from download.pytorch.org, in torch's cache; its hash is in
+    its name.
     """
     file = torchvision_cache(spec)
     if file.is_file():
@@ -644,7 +566,7 @@ def download_torchvision(spec):
     if offline():
         raise UserError(
             f"{spec.name} is not in {file.parent} and downloads are switched off (HF_HUB_OFFLINE): "
-            f"unset it, or download {url} elsewhere and give it with --weights PATH (see "
+            f"unset that, or download {url} elsewhere and give it with --weights PATH (see "
             f"{spec.page})"
         )
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -653,25 +575,35 @@ def download_torchvision(spec):
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"{spec.name}: {url} cannot be downloaded ({first_line(error)}); download it "
-            "elsewhere and "
-            f"give it with --weights PATH (see {spec.page})"
+            f"elsewhere and give it with --weights PATH (see {spec.page})"
         ) from None
     return file
 
 
-def availability(spec, here=Path(".")):
-    """Where the weights of `spec` can be had, here and now, in a few words."""
+def availability(spec):
+    """Where the weights of `spec` can be had from this machine now, in a few words."""
     if not spec.repo:
-        return "local" if (here / spec.files[0]).is_file() else "missing (python -m demo.pretrain)"
+        exists = (ROOT / spec.files[0]).is_file()
+        return "local" if exists else "missing (python -m demo.pretrain)"
     if spec.repo.startswith("torchvision/"):
-        if torchvision_cache(spec).is_file():
-            return "cached"
-        return "offline" if offline() else "download" if reachable() else "no network"
+        available = torchvision_cache(spec).is_file()
+    else:
+        available = cached(spec, spec.revision)
+    if available:
+        return "cached"
+    needs = []
+    if spec.gated and not has_token():
+        needs.append("needs token")
+    if offline():
+        needs.append("offline")
+    elif not reachable():
+        needs.append("no network")
+    if not needs and spec.gated:
+        return "accept licence, download"
+    return ", ".join(needs) or "download"
+
+
+def has_token():
     import huggingface_hub
 
-    if cached(spec, spec.revision):
-        return "cached"
-    needs = "needs token" if spec.gated and not huggingface_hub.get_token() else ""
-    if offline() or not reachable():
-        return ", ".join(filter(None, (needs, "offline" if offline() else "no network")))
-    return needs or ("accept licence, download" if spec.gated else "download")
+    return bool(huggingface_hub.get_token())

@@ -15,14 +15,15 @@ from safetensors.torch import save_file
 import common
 import models
 import runs
+from encoders.table import IMAGENET, OPTIMUS, Encoder
 from onnx_model import graph, session
 
 SMALL = dict(
     dim=64, depth=2, heads=2, hidden=128, params=0, repo="", licence="MIT", files=("x.safetensors",)
 )
 FAMILIES = {
-    "gelu": models.Encoder("tiny-gelu", **SMALL, patch=16),
-    "swiglu": models.Encoder(
+    "gelu": Encoder("tiny-gelu", **SMALL, patch=16),
+    "swiglu": Encoder(
         "tiny-swiglu",
         **SMALL,
         patch=14,
@@ -30,9 +31,9 @@ FAMILIES = {
         layerscale=True,
         registers=4,
         pos="patches",
-        norm=models.OPTIMUS,
+        norm=OPTIMUS,
     ),
-    "clsmean": models.Encoder(
+    "clsmean": Encoder(
         "tiny-clsmean",
         **SMALL,
         patch=28,
@@ -41,7 +42,7 @@ FAMILIES = {
         registers=4,
         pool="cls+mean",
     ),
-    "torchvision": models.Encoder("tiny-tv", **SMALL, patch=16, keys="torchvision", eps=1e-5),
+    "torchvision": Encoder("tiny-tv", **SMALL, patch=16, keys="torchvision", eps=1e-5),
     "resnet50": dataclasses.replace(
         models.ENCODERS["resnet50"], name="tiny-resnet50", repo="", files=("x.safetensors",)
     ),
@@ -129,7 +130,7 @@ METADATA = {
     "metrics": {},
     "commit": "none",
     "weights_hash": "0" * 64,
-    "normalisation": models.IMAGENET,
+    "normalisation": IMAGENET,
     "parity": {"source": "nothing", "wanted": "nothing", "measured": []},
     "data_bytes": 0,
 }

@@ -21,7 +21,7 @@ import common
 import export
 import models
 import runs
-from onnx_model import graph, parity, session
+from onnx_model import graph, nodes, parity, session, vit
 from reporting import metrics
 
 HERE = Path(__file__).resolve().parent.parent
@@ -226,9 +226,9 @@ def test_annotations_whose_images_are_gone_fall_back_to_the_demo(
 def test_a_wrong_graph_does_not_come_out(break_it, made, tmp_path, monkeypatch, capsys):
     run, _, _ = made()
     if break_it == "normalisation":
-        tokens = graph.tokens
+        tokens = vit.tokens
         monkeypatch.setattr(
-            graph, "tokens", lambda g, e, x, i, mean, std: tokens(g, e, x, i, mean * 1.01, std)
+            vit, "tokens", lambda g, e, x, i, mean, std: tokens(g, e, x, i, mean * 1.01, std)
         )
     elif break_it == "lora":
         import lora
@@ -252,7 +252,7 @@ def test_a_wrong_graph_does_not_come_out(break_it, made, tmp_path, monkeypatch, 
             ),
         )
     else:
-        monkeypatch.setattr(graph, "gelu", lambda g, x, half, at: g.op("Relu", x, at=at))
+        monkeypatch.setattr(nodes, "gelu", lambda g, x, half, at: g.op("Relu", x, at=at))
     assert command(monkeypatch, run, "--out", tmp_path / "m.onnx") == 2
     assert "not within its tolerance" in capsys.readouterr().err
     assert names(tmp_path) == []

@@ -107,17 +107,17 @@ def test_every_pooling_and_a_middle_layer(pool, tmp_path):
     assert np.abs(p - probability).max() <= 1e-5 and np.abs(e - embedding).max() <= 1e-4
 
 
-@pytest.mark.parametrize("input", ["uint8", "float"])
-def test_augmentation_at_test_time_is_inside(input, tmp_path):
+@pytest.mark.parametrize("input_type", ["uint8", "float"])
+def test_augmentation_at_test_time_is_inside(input_type, tmp_path):
     plain = classifier("gelu")
     model = models.PatchClassifier(plain.encoder, tta=True).eval()
     model.load_state_dict(plain.state_dict())
     images = patches(3)
-    write_model(tmp_path / "m.onnx", model, input_type=input)
+    write_model(tmp_path / "m.onnx", model, input_type=input_type)
     mean, std = (np.array(v) for v in model.encoder.spec.norm)
     given = (
         images
-        if input == "uint8"
+        if input_type == "uint8"
         else ((images / 255 - mean) / std).transpose(0, 3, 1, 2).astype(np.float32)
     )
     (p,) = session(tmp_path / "m.onnx").run(["probability"], {"patches": given})

@@ -13,6 +13,7 @@ from torch import nn
 import lora
 import models
 from common import UserError
+from encoders.table import Encoder
 
 KINDS = [{}, {"dora": True}, {"rslora": True}]
 RANK, ALPHA = 4, 6
@@ -189,7 +190,7 @@ def test_our_encoder_equals_timm_with_peft(kind, dtype, bound):
     """
     row, arguments = WHOLE[kind]
     arguments = {"mlp_ratio": row["hidden"] / row["dim"], **arguments}
-    ours = models.build(models.Encoder(kind, "", "", 0, **row), "cls")
+    ours = models.build(Encoder(kind, "", "", 0, **row), "cls")
     theirs = timm.models.vision_transformer.VisionTransformer(
         img_size=224, patch_size=32, embed_dim=48, depth=2, num_heads=3, num_classes=0, **arguments
     )

@@ -17,6 +17,9 @@ import common
 import models
 import weights
 from common import UserError
+from encoders.layers import Linear, attention
+from encoders.names import rename
+from encoders.table import OPTIMUS, ROWS, Encoder, embed_dim
 
 TINY = dict(dim=48, depth=3, heads=3, hidden=96, patch=16, layerscale=True)
 TRANSFORMERS_SPECS = {
@@ -70,8 +73,8 @@ def on_meta(spec):
 def tiny(monkeypatch):
     """Rows of small networks, one per kind of embedding."""
     rows = {
-        "tiny": models.Encoder("tiny", "", "MIT", 0, **TINY, files=("tiny.safetensors",)),
-        "tiny-regs": models.Encoder(
+        "tiny": Encoder("tiny", "", "MIT", 0, **TINY, files=("tiny.safetensors",)),
+        "tiny-regs": Encoder(
             "tiny-regs",
             "",
             "MIT",
@@ -81,7 +84,7 @@ def tiny(monkeypatch):
             registers=4,
             pos="patches",
             pool="cls+mean",
-            norm=models.OPTIMUS,
+            norm=OPTIMUS,
         ),
     }
     for name, row in rows.items():
@@ -111,7 +114,7 @@ def test_names_shapes_and_parameters_are_the_reference(name):
 
 
 def test_every_row_has_a_reference():
-    assert {row.name for row in models.ROWS} == {
+    assert {row.name for row in ROWS} == {
         "demo",
         "resnet50",
         *references.TIMM,
@@ -144,7 +147,7 @@ def test_demo_parameters():
     assert sum(p.numel() for p in on_meta(spec).parameters()) == spec.params
 
 
-@pytest.mark.parametrize("name", [row.name for row in models.ROWS if row.name != "demo"])
+@pytest.mark.parametrize("name", [row.name for row in ROWS if row.name != "demo"])
 def test_normalisation(name):
     assert models.ENCODERS[name].norm == references.NORMALISATION.get(name, references.IN)
 
@@ -193,7 +196,7 @@ def test_collected_names_of_resnet50():
 
 
 def test_every_row_is_collected():
-    assert {row.name for row in models.ROWS} == {
+    assert {row.name for row in ROWS} == {
         "demo",
         "resnet50",
         *TIMM_SPECS,
@@ -214,7 +217,7 @@ def test_collected_names_are_translated(name, file):
     theirs = expanded(collected, block)
     if "n_tensors" in collected:
         assert len(theirs) == collected["n_tensors"]
-    plan, _ = weights.rename(theirs)
+    plan, _ = rename(theirs)
     ours = {}
     for target, names in plan.items():
         first = theirs[names[0]]
@@ -239,7 +242,7 @@ def filled(spec, **choices):
     "patch, middle", [(16, slice(5, 9)), (14, slice(6, 10)), (8, slice(10, 18))]
 )
 def test_pools(patch, middle):
-    spec = models.Encoder("x", "", "MIT", 0, **{**TINY, "patch": patch}, registers=2, pos="patches")
+    spec = Encoder("x", "", "MIT", 0, **{**TINY, "patch": patch}, registers=2, pos="patches")
     x = references.noise(2 * 3 * 224 * 224, 3).view(2, 3, 224, 224)
     with torch.inference_mode():
         whole = filled(spec, pool="mean")
@@ -258,7 +261,7 @@ def test_pools(patch, middle):
             network = filled(spec, pool=pool)
             assert network.embed_dim == value.shape[1]
             torch.testing.assert_close(network(x), value, rtol=1e-5, atol=1e-5)
-            assert models.embed_dim(spec, pool) == value.shape[1]
+            assert embed_dim(spec, pool) == value.shape[1]
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 2e-2), (torch.float32, 1e-5)])
@@ -269,7 +272,7 @@ def test_attention_and_its_gradients_in_training(dtype, bound):
     for one, exact in ((found, False), (wanted, True)):
         leaves = [(t.double() if exact else t.clone()).requires_grad_() for t in (q, k, v)]
         scores = leaves[0] @ leaves[1].transpose(-2, -1) / 8**0.5
-        out = scores.softmax(-1) @ leaves[2] if exact else models.attention(*leaves)
+        out = scores.softmax(-1) @ leaves[2] if exact else attention(*leaves)
         out.backward(g.to(out.dtype))
         one += [out.detach().double(), *(leaf.grad.double() for leaf in leaves)]
     for a, b in zip(found, wanted):
@@ -303,7 +306,7 @@ def test_what_cannot_be_chosen():
     for choices in (dict(pool="cls"), dict(layer=1)):
         with pytest.raises(UserError, match="resnet50 has neither"):
             models.load_encoder("resnet50", "random", **choices)
-    with pytest.raises(UserError, match="no such encoder; there are demo, phikon"):
+    with pytest.raises(UserError, match="unknown encoder; choose among demo, phikon"):
         models.load_encoder("vit")
 
 
@@ -326,7 +329,7 @@ def test_a_linear_layer_is_torchs(shape, bias):
     too.
     """
     torch.manual_seed(0)
-    layer, plain = models.Linear(48, 32, bias=bias), torch.nn.Linear(48, 32, bias=bias)
+    layer, plain = Linear(48, 32, bias=bias), torch.nn.Linear(48, 32, bias=bias)
     plain.load_state_dict(layer.state_dict())
     x = torch.randn(shape)
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
@@ -641,7 +644,7 @@ def test_load_lora_run(base, tmp_path):
         torch.testing.assert_close(checkpoint.load_run(run, base)[0](images), expected)
         merged = checkpoint.load_run(run, base, merge=True)[0]
         torch.testing.assert_close(merged(images), expected, rtol=1e-5, atol=1e-5)
-    assert type(merged.encoder.blocks[0].attn.qkv) is models.Linear
+    assert type(merged.encoder.blocks[0].attn.qkv) is Linear
 
 
 def test_load_run_refuses(base, tiny, tmp_path):

@@ -22,6 +22,7 @@ import models
 import probe
 import runs
 from dataset import patches as patches_module
+from encoders.table import HALF
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +245,7 @@ def test_stored_embeddings_are_used_only_for_what_they_are(
     embeddings()
     with monkeypatch.context() as patch:
         patch.setitem(
-            models.ENCODERS, "wide", dataclasses.replace(models.ENCODERS["wide"], norm=models.HALF)
+            models.ENCODERS, "wide", dataclasses.replace(models.ENCODERS["wide"], norm=HALF)
         )
         _, count, why = embeddings()
     assert count == 96 and len(why) == 1 and "made from other normalisation" in why[0]

@@ -22,18 +22,20 @@ from safetensors.torch import load_file, save_file
 import models
 import weights
 from common import UserError
+from encoders import layers, vit
+from encoders.names import rename
+from encoders.table import ROWS
 
 DEPTH = 2
-ALL = [row.name for row in models.ROWS if row.name != "demo"]
+ALL = [row.name for row in ROWS if row.name != "demo"]
 
 
 @pytest.fixture(autouse=True)
 def two_blocks(monkeypatch):
     """Real width, two blocks: the table with another depth."""
-    rows = {
-        n: dataclasses.replace(s, depth=min(s.depth, DEPTH)) for n, s in models.ENCODERS.items()
-    }
-    monkeypatch.setattr(models, "ENCODERS", rows)
+    for name, spec in models.ENCODERS.items():
+        shallow = dataclasses.replace(spec, depth=min(spec.depth, DEPTH))
+        monkeypatch.setitem(models.ENCODERS, name, shallow)
 
 
 @pytest.fixture
@@ -242,7 +244,7 @@ def swapped(self, x):
 
 
 def test_swapped_gate_is_caught(folder, monkeypatch):
-    monkeypatch.setattr(models.SwiGLU, "forward", swapped)
+    monkeypatch.setattr(layers.SwiGLU, "forward", swapped)
     with pytest.raises(AssertionError):
         assert_parity("h0-mini", folder, doubles=0, count=2)
 
@@ -253,7 +255,7 @@ def test_dropped_register_positions_are_caught(folder, monkeypatch):
         prefix = torch.cat([self.cls_token + self.pos_embed[:, :1], self.reg_token], dim=1)
         return torch.cat([prefix.expand(len(x), -1, -1), x + self.pos_embed[:, 5:]], dim=1)
 
-    monkeypatch.setattr(models.ViT, "tokens", tokens)
+    monkeypatch.setattr(vit.ViT, "tokens", tokens)
     with pytest.raises(AssertionError):
         assert_parity("virchow2", folder, doubles=0, count=2)
 
@@ -325,12 +327,12 @@ def test_every_container_gives_the_same(small, tmp_path):
 
 
 def test_transformers_4_and_5_names_give_the_same(folder):
-    for name, generations in (("phikon", 2), ("hibou-b", 2), ("phikon-v2", 2), ("midnight", 2)):
+    for name in ("phikon", "hibou-b", "phikon-v2", "midnight"):
         model = references.fill(references.transformers_model(name, 1))
         state = {k: v for k, v in model.state_dict().items() if not k.startswith("pooler")}
         found = []
         for names in (state, references.old_names(state)):
-            plan, kind = weights.rename(names)
+            plan, kind = rename(names)
             assert kind == "transformers"
             found.append(
                 {
@@ -352,8 +354,8 @@ def test_torchvision_names_of_both_ages():
     names = list(references.torchvision_model("vit-b-tv", 2).state_dict())
     old = [n.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2.") for n in names]
     assert (
-        weights.rename(names)[0].keys()
-        == weights.rename(old)[0].keys()
+        rename(names)[0].keys()
+        == rename(old)[0].keys()
         == set(references.timm_model("vit-b-tv", depth=2).state_dict())
     )
 
