@@ -42,10 +42,8 @@ import flags
 import logistic
 import models
 from dataset.patches import Patches
-from onnx_model import (
-    graph,
-    session,
-)
+from encoders import layers
+from onnx_model import graph, session
 
 BATCHES = 1, 8, 64
 PLAIN = 18  # opset of the plain exporter's graph: there it writes attention as products and softmax
@@ -128,14 +126,14 @@ def runtime(path, device, threads):
 
 
 def torch_variant(model, onednn=False, compiled=False):
-    """onednn: float32 products as models.linear makes them on CPUs, which others who run torch do
+    """onednn: float32 products as encoders.layers.linear makes them on CPUs, which others who run torch do
     not.
     """
     network = torch.compile(model, dynamic=False) if compiled else model
 
     @torch.no_grad()  # inference_mode does not go with torch.compile: "Cannot set version_counter"
     def run(patches):
-        models.ONEDNN = onednn
+        layers.ONEDNN = onednn
         return torch.sigmoid(network(patches))
 
     return run
@@ -154,7 +152,7 @@ def variants(model, seen, device, threads, folder, compiled):
         if device == "cuda"
         else {
             "torch fp32": torch_variant(float32),
-            "torch fp32 by oneDNN": torch_variant(float32, models.ONEDNN),
+            "torch fp32 by oneDNN": torch_variant(float32, layers.ONEDNN),
         }
     )
     found["torch bf16"] = torch_variant(half)

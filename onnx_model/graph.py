@@ -108,6 +108,7 @@ def proto(g, encoder, input_type, embedding):
         opset_imports=opsets,
         ir_version=helper.find_min_ir_version_for(opsets),
         producer_name=common.NAME,
+        producer_version=common.VERSION,
     )
 
 

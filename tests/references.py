@@ -259,6 +259,29 @@ def old_names(state):
     return old
 
 
+def new_names(state):
+    """The same in the names of transformers 5."""
+    new = {}
+    for name, tensor in old_names(state).items():
+        if "weights_in" in name:  # the two halves of SwiGLU
+            for part, half in zip(("gate_proj", "up_proj"), tensor.chunk(2)):
+                new[name.replace("weights_in", part)] = half
+            continue
+        for was, is_now in (
+            ("attention.attention.query", "attention.q_proj"),
+            ("attention.attention.key", "attention.k_proj"),
+            ("attention.attention.value", "attention.v_proj"),
+            ("attention.output.dense", "attention.o_proj"),
+            ("mlp.weights_out", "mlp.down_proj"),
+            ("intermediate.dense", "mlp.fc1"),
+            ("output.dense", "mlp.fc2"),
+        ):
+            name = name.replace(was, is_now)
+        new[name] = tensor
+    layers = {name: name.replace("encoder.layer.", "layers.") for name in new}
+    return {layers[name]: tensor for name, tensor in new.items()}
+
+
 def embedding_of(name, tokens):
     """The published embedding from the tokens after the final norm [B, T, dim]."""
     if name in CLS_MEAN:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -330,11 +331,12 @@ def test_transformers_4_and_5_names_give_the_same(folder):
     for name in ("phikon", "hibou-b", "phikon-v2", "midnight"):
         model = references.fill(references.transformers_model(name, 1))
         state = {k: v for k, v in model.state_dict().items() if not k.startswith("pooler")}
-        found = []
-        for names in (state, references.old_names(state)):
+        generations = []
+        # as the installed version writes them, and both ways that files have
+        for names in (state, references.new_names(state), references.old_names(state)):
             plan, kind = rename(names)
             assert kind == "transformers"
-            found.append(
+            generations.append(
                 {
                     ours: torch.cat([names[n] for n in theirs])
                     if len(theirs) > 1
@@ -342,12 +344,11 @@ def test_transformers_4_and_5_names_give_the_same(folder):
                     for ours, theirs in plan.items()
                 }
             )
-        assert set(state) != set(
-            references.old_names(state)
-        )  # the test tells the generations apart
-        new, old = found
-        assert new.keys() == old.keys()
-        assert all(torch.equal(new[k], old[k]) for k in new)
+        assert set(references.new_names(state)) != set(references.old_names(state))
+        first, *others = generations
+        for other in others:
+            assert first.keys() == other.keys()
+            assert all(torch.equal(first[k], other[k]) for k in first)
 
 
 def test_torchvision_names_of_both_ages():
@@ -629,6 +630,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     """
 
     answers, asked, default = {}, [], (404, "EntryNotFound", b"")
+    breaks = None  # "cut": connections end before the body; "stall": the body never comes
 
     def do_HEAD(self):
         code, error, body = self.answers.get(self.path, self.default)
@@ -645,7 +647,13 @@ class Hub(http.server.BaseHTTPRequestHandler):
         return body
 
     def do_GET(self):
-        self.wfile.write(self.do_HEAD())
+        body = self.do_HEAD()
+        if self.breaks == "stall":
+            self.server.stalled.wait(1)
+        if self.breaks:
+            self.close_connection = True
+        else:
+            self.wfile.write(body)
 
     def log_message(self, *args):
         pass
@@ -655,6 +663,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 def hub(monkeypatch, tmp_path):
     huggingface_hub = pytest.importorskip("huggingface_hub")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.stalled = threading.Event()  # never set: waiting that the tests' time.sleep leaves alone
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     address = f"http://127.0.0.1:{server.server_port}"
@@ -667,6 +676,9 @@ def hub(monkeypatch, tmp_path):
     )
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    # What huggingface_hub read from the environment when it was imported.
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
     for name in (
         "HF_TOKEN",
         "HUGGING_FACE_HUB_TOKEN",
@@ -684,6 +696,7 @@ def hub(monkeypatch, tmp_path):
     forget()
     monkeypatch.setattr(Hub, "answers", {})
     monkeypatch.setattr(Hub, "asked", [])
+    monkeypatch.setattr(Hub, "breaks", None)
     yield Hub
     server.shutdown()
     server.server_close()
@@ -782,6 +795,20 @@ def test_hub_out_of_order(hub, monkeypatch):
     monkeypatch.setattr(http_utils.time, "sleep", lambda seconds: None)
     hub.default = 500, None, b""
     fails("phikon", "the Hub answered with status 500")
+
+
+@pytest.mark.parametrize("breaks", ["cut", "stall"])
+def test_hub_download_breaks_off(hub, monkeypatch, breaks):
+    import huggingface_hub.file_download as client
+
+    wait = time.sleep
+    monkeypatch.setattr(client.time, "sleep", lambda seconds: wait(min(seconds, 0.01)))
+    monkeypatch.setattr(client.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
+    spec = models.ENCODERS["kaiko-s16"]
+    hub.breaks = breaks
+    hub.answers[f"/{spec.repo}/resolve/main/model.safetensors"] = 200, None, bytes(1000)
+    message = fails("kaiko-s16", "download of kaiko-s16 broke off", "same command continues it")
+    assert "\n" not in message
 
 
 def test_no_network(hub, monkeypatch):
