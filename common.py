@@ -219,9 +219,17 @@ def try_lock(path, seconds=0.0):
 
 @contextlib.contextmanager
 def exclusive(path):
-    """Hold the lock file `path`, waiting for it."""
-    with filelock.FileLock(path):
+    """Hold the lock file `path`; waits for another process that holds it, and says so."""
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=1)
+    except filelock.Timeout:
+        print(f"{path}: another process holds this lock; waiting for it", file=sys.stderr)
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def write_text(path, text):

@@ -56,7 +56,8 @@ def paint(number):
         mixed = first * t + second * (1 - t)
         return tuple(mixed) if mixed.ndim else float(mixed)
 
-    pixels, tissue = synthetic.paint(rng, synthetic.Domain(*(between(f.name) for f in fields(a))))
+    domain = synthetic.Domain(*(between(f.name) for f in fields(a)))
+    pixels, tissue = synthetic.paint(rng, domain, measured=True)
     stains = np.stack([tissue.H, tissue.E, tissue.P], axis=-1) * tissue.gap[..., None]
     side = synthetic.SIZE // CELL
     stains = stains.reshape(side, CELL, side, CELL, 3).mean((1, 3)).astype(np.float16)

@@ -1,7 +1,11 @@
+import errno
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -182,26 +186,58 @@ def test_a_half_made_dataset_is_not_taken_for_a_whole_one(tmp_path):
         synthetic.build(tmp_path / "demo")
 
 
-def test_killed_while_painting_leaves_nothing_that_counts(tmp_path):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
+def test_killed_while_painting_leaves_nothing_that_counts(tmp_path, name):
+    """The process alone is killed: its workers end by themselves and free the lock."""
     process = subprocess.Popen(
         [sys.executable, "-m", "demo.synthetic", "--out", tmp_path / "demo"],
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
+        stderr=subprocess.PIPE,  # the workers hold it too
     )
     while process.poll() is None and not list(tmp_path.glob(".demo.*/*.tiff")):
-        pass
-    os.killpg(process.pid, 9)
-    process.wait()
-    assert not (tmp_path / "demo").exists()
+        time.sleep(0.05)
+    process.send_signal(getattr(signal, name))
+    process.communicate(timeout=60)  # ends with the last of the workers
+    assert not (tmp_path / "demo").exists() and list(tmp_path.glob(".demo.*.part"))
     synthetic.build(tmp_path / "demo", images_per_domain=1)
     assert len(list((tmp_path / "demo").glob("*.tiff"))) == 5
+    assert sorted(os.listdir(tmp_path)) == [".demo.lock", "demo"]
+
+
+def test_a_process_that_waits_for_another_says_so(tmp_path, capfd):
+    held = threading.Event()
+
+    def hold():
+        with common.exclusive(tmp_path / ".demo.lock"):
+            held.set()
+            time.sleep(2)
+
+    threading.Thread(target=hold).start()
+    held.wait()
+    synthetic.build(tmp_path / "demo", images_per_domain=1)
+    assert ".demo.lock: another process holds this lock; waiting for it" in capfd.readouterr().err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_said():
+    """Pillow's own writer loses the number of the error, without which it cannot be told."""
+    with pytest.raises(OSError) as failure:
+        synthetic.make_image(("/dev", 1, "full", "A", 0))
+    assert failure.value.errno == errno.ENOSPC
+
+
+def test_a_folder_that_cannot_be_written_ends_in_one_line(tmp_path, capfd):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file/demo", "/proc/demo/demo"):
+        assert small.call(synthetic, "--out", out) == 2
+        said = capfd.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1
 
 
 def test_the_shipped_encoder_is_small_and_knows_nuclei(folder):
     """Not by chance: its embeddings tell nuclear area better than a random encoder's do."""
     assert (HERE / "demo/encoder.safetensors").stat().st_size <= 8e6
     rng = np.random.Generator(np.random.PCG64(5))
-    image, tissue = synthetic.paint(rng, synthetic.DOMAINS["A"])
+    image, tissue = synthetic.paint(rng, synthetic.DOMAINS["A"], measured=True)
     nuclei = [n for n in tissue.nuclei if 112 <= min(n[:2]) and max(n[:2]) <= synthetic.SIZE - 112]
     nuclei = nuclei[:160]
     patches = np.stack([pretrain.crop(image, round(x), round(y), 224) for x, y, _ in nuclei])
@@ -220,7 +256,7 @@ def test_the_shipped_encoder_is_small_and_knows_nuclei(folder):
 
 
 def test_pretraining_turns_stains_with_the_image(folder):
-    """The dense targets belong to the pixels that the encoder sees, however the patch was turned."""
+    """The dense targets belong to the pixels that the encoder sees, however they were turned."""
     painted = [pretrain.paint(0)]
     index = np.array([0, len(painted[0][2])])
     rng = np.random.default_rng(0)
