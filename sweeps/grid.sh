@@ -1,10 +1,11 @@
 # Sourced by the sweeps: `run` starts one command after the other, or prints them with --list.
 #
-# Every command skips what is finished and continues what was begun, so a sweep may be stopped anywhere and started
-# again. A command that fails does not stop the others; it is tried once more at the end, and named if it fails again.
+# Every command skips what is finished and continues what was interrupted, so a sweep may be stopped
+# anywhere and started again. A command that fails does not stop the others; it is tried once more
+# at the end, and named if it fails again.
 #
-# Environment: RUNS (folder of runs), FRACS, FOLDS, DOMAINS, METHODS, PYTHON, FLAGS (more flags
-# for train.py), MODEL_FLAGS (for train.py and probe.py, e.g. "--weights /models/uni --device cuda:1").
+# Environment: RUNS (folder of runs), FRACS, FOLDS, DOMAINS, METHODS, PYTHON, FLAGS (more flags for
+# train.py), MODEL_FLAGS (for train.py and probe.py, "--weights /models/uni --device cuda:1").
 
 list= child= failed=()
 if [ "${1:-}" = --list ]; then list=1; shift; fi
@@ -24,13 +25,19 @@ start() {
 }
 
 run() {
-    if [ -n "$list" ]; then printf 'python'; printf ' %q' "$@"; echo; return; fi
+    if [ -n "$list" ]; then
+        printf 'python'
+        printf ' %q' "$@"
+        echo
+        return
+    fi
     start "$@" || failed+=("$(printf '%q ' "$@")")
 }
 
 finish() {
     [ -n "$list" ] && exit 0
-    local again=(${failed[@]+"${failed[@]}"}) line words  # an empty array is unbound in old versions of bash
+    local line words
+    local again=(${failed[@]+"${failed[@]}"})  # an empty array is unbound in old versions of bash
     failed=()
     for line in ${again[@]+"${again[@]}"}; do
         IFS=' ' read -a words <<< "$line"  # without -r: takes the quotes of %q away
@@ -39,6 +46,8 @@ finish() {
     for line in ${failed[@]+"${failed[@]}"}; do echo "failed: python $line" >&2; done
     [ ${#failed[@]} -eq 0 ]
 }
+
+lora_flag() { if [ "$1" = lora ]; then echo --lora; fi; }
 
 # What the paper did with each model.
 methods_of() {
