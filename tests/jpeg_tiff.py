@@ -23,8 +23,8 @@ def cut(image):
     return tiles
 
 
-def write(path, tiles, size):
-    """A square image of `size` px from its tiles, row by row."""
+def write(path, tiles, size, orientation=1):
+    """A square image of `size` px from its tiles, row by row, with an orientation tag."""
     start, offsets, counts = 8, [], [len(tile) for tile in tiles]
     for count in counts:
         offsets.append(start)
@@ -42,10 +42,11 @@ def write(path, tiles, size):
         (257, long, 1, size),
         (258, short, 3, None),
         (259, short, 1, 7),  # JPEG
-        (262, short, 1, 6),
+        (262, short, 1, 6),  # YCbCr
+        (274, short, 1, orientation),
         (277, short, 1, 3),
         (282, rational, 1, None),
-        (283, rational, 1, None),  # YCbCr
+        (283, rational, 1, None),
         (284, short, 1, 1),
         (296, short, 1, 3),
         (322, long, 1, TILE),

@@ -6,12 +6,14 @@ import concurrent.futures
 import gc
 import multiprocessing
 import os
+import struct
 import subprocess
 import sys
 import threading
 import zlib
 from pathlib import Path
 
+import jpeg_tiff
 import numpy as np
 import openslide
 import psutil
@@ -312,7 +314,7 @@ def test_a_huge_header_is_refused_before_memory_is_taken(tmp_path):
     (tmp_path / "a.png").write_bytes(
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b""))
     )
-    with pytest.raises(UserError, match="cannot be decoded whole"):
+    with pytest.raises(UserError, match="it is 100,000 x 100,000 px, and decoding takes"):
         slides.read(tmp_path / "a.png", 5, 5, 5)
 
 
@@ -435,6 +437,315 @@ def test_threads_with_fewer_handles_than_images(tmp_path, monkeypatch):
 def test_no_torch():
     code = "import sys; from dataset import memmap, slides; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+# ---------------------------------------------------------------- what TIFF files say
+
+
+def blocks(height=300, width=400):
+    """Four colours in the corners: whatever turns or mirrors the picture shows."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[: height // 2, : width // 2] = 200, 120, 160
+    pixels[: height // 2, width // 2 :] = 90, 60, 140
+    pixels[height // 2 :, : width // 2] = 240, 230, 235
+    pixels[height // 2 :, width // 2 :] = 30, 160, 80
+    return pixels
+
+
+def whole(path, pixels):
+    """All of an image, as slides reads it."""
+    height, width = pixels.shape[:2]
+    side = max(height, width)
+    return slides.read(path, side / 2, side / 2, side)[:height, :width]
+
+
+def grey_planes(path, pixels, **metadata):
+    """Colour as Bio-Formats writes it: an OME-TIFF of three grey pages."""
+    tile = metadata.pop("tile", (256, 256))
+    planes = np.moveaxis(pixels, 2, 0)
+    options = {"tile": tile} if tile else {}
+    metadata = {"axes": "CYX", **metadata}
+    tifffile.imwrite(path, planes, photometric="minisblack", metadata=metadata, **options)
+    return path
+
+
+@pytest.mark.parametrize("tile", [(256, 256), None])
+def test_colour_in_grey_planes_is_colour(tmp_path, tile):
+    path = grey_planes(tmp_path / "a.ome.tif", blocks(), tile=tile)
+    assert np.array_equal(whole(path, blocks()), blocks())
+    assert slides.facts(path).notes == ()
+    planes = np.moveaxis(blocks(), 2, 0)[None, :, :, :, None]
+    tifffile.imwrite(
+        tmp_path / "b.tif", planes[:, :, :, :, 0], imagej=True, metadata={"axes": "ZCYX"}
+    )
+    assert np.array_equal(whole(tmp_path / "b.tif", blocks()), blocks())
+
+
+def test_planes_that_are_no_colour_are_refused(tmp_path):
+    two = np.moveaxis(blocks(), 2, 0)[:2]
+    tifffile.imwrite(tmp_path / "a.ome.tif", two, tile=(256, 256), metadata={"axes": "CYX"})
+    with pytest.raises(UserError, match="2 grey channels"):
+        slides.dimensions(tmp_path / "a.ome.tif")
+    stack = np.stack([np.moveaxis(blocks(), 2, 0)] * 2)
+    tifffile.imwrite(tmp_path / "b.ome.tif", stack, metadata={"axes": "ZCYX"})
+    with pytest.raises(UserError, match="a stack of grey planes"):
+        slides.dimensions(tmp_path / "b.ome.tif")
+
+
+@pytest.mark.parametrize("suffix", ["tif", "strips.tif", "jpg", "png"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pixels_are_read_as_stored_whatever_the_orientation_tag(tmp_path, suffix, orientation):
+    path, pixels = tmp_path / f"a.{suffix}", blocks()
+    if suffix.endswith("tif"):
+        options = {"extratags": [(274, "H", 1, orientation, True)], "photometric": "rgb"}
+        if suffix == "tif":
+            options["tile"] = (256, 256)
+        tifffile.imwrite(path, pixels, **options)
+    else:
+        exif = Image.Exif()
+        exif[274] = orientation
+        Image.fromarray(pixels).save(path, exif=exif, quality=95)
+    assert slides.dimensions(path) == (400, 300)
+    difference = np.abs(whole(path, pixels).astype(int) - pixels)
+    assert difference.mean() < 2 and (suffix == "jpg" or not difference.any())
+    notes = slides.facts(path).notes
+    if orientation == 1:
+        assert notes == ()
+    else:
+        expected = f"has the orientation tag {orientation}; its pixels are read as stored"
+        assert notes == (expected,)
+
+
+def test_turned_jpeg_tiles_are_read_as_stored(tmp_path):
+    tiles = list(jpeg_tiff.cut(Image.fromarray(blocks(512, 512))).values())
+    jpeg_tiff.write(tmp_path / "upright.tif", tiles, 512)
+    upright = whole(tmp_path / "upright.tif", blocks(512, 512)).astype(int)
+    assert slides.facts(tmp_path / "upright.tif").random_access
+    for orientation in (3, 6):
+        path = tmp_path / f"{orientation}.tif"
+        jpeg_tiff.write(path, tiles, 512, orientation)
+        # Another decoder, so not to the bit.
+        assert np.abs(whole(path, blocks(512, 512)) - upright).mean() < 2
+        assert "orientation tag" in slides.facts(path).notes[0]
+
+
+@pytest.mark.parametrize("tile", [(256, 256), None])
+def test_deep_pixels_are_right_or_refused(tmp_path, tile):
+    options = {"photometric": "rgb"} | ({"tile": tile} if tile else {})
+    deep = tmp_path / "deep.tif"
+    tifffile.imwrite(deep, picture(300, 400).astype(np.uint16) * 257, **options)
+    assert np.array_equal(whole(deep, picture(300, 400)), picture(300, 400))
+    twelve = tmp_path / "twelve.tif"
+    tifffile.imwrite(twelve, picture(300, 400).astype(np.uint16) * 16, **options)
+    with pytest.raises(UserError, match="12-bit data"):
+        whole(twelve, picture(300, 400))
+    floats = tmp_path / "float.tif"
+    tifffile.imwrite(floats, (picture(300, 400) / 255).astype(np.float32), **options)
+    with pytest.raises(UserError, match="32-bit floating-point pixels, 8 bits per channel"):
+        slides.dimensions(floats)
+    signed = tmp_path / "signed.tif"
+    tifffile.imwrite(signed, (picture(300, 400).astype(int) - 128).astype(np.int8), **options)
+    with pytest.raises(UserError, match="signed"):
+        slides.dimensions(signed)
+
+
+def test_twelve_bits_in_a_png_are_refused(tmp_path):
+    def chunk(kind, content):
+        check = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + check
+
+    def write(name, pixels):
+        rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+        header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 16, 2, 0, 0, 0)
+        body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+        (tmp_path / name).write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+        return tmp_path / name
+
+    pixels = picture(60, 80)
+    full = write("a.png", pixels.astype(np.uint16) * 257)
+    assert np.array_equal(whole(full, pixels), pixels)
+    with pytest.raises(UserError, match="12-bit data"):
+        whole(write("b.png", pixels.astype(np.uint16) * 16), pixels)
+
+
+@pytest.mark.parametrize("tile", [(256, 256), None])
+def test_palettes_are_colour(tmp_path, tile):
+    index = picture(300, 400)[..., 0]
+    colours = np.random.default_rng(3).integers(0, 256, (3, 256))
+    options = {"tile": tile} if tile else {}
+    tifffile.imwrite(
+        tmp_path / "a.tif",
+        index,
+        photometric="palette",
+        colormap=(colours * 257).astype(np.uint16),
+        **options,
+    )
+    expected = np.moveaxis(colours[:, index], 0, 2)
+    assert np.array_equal(whole(tmp_path / "a.tif", expected), expected)
+
+
+def with_compression(path, number):
+    """The file's first compression tag set to another number."""
+    with tifffile.TiffFile(path) as file:
+        offset, order = file.pages[0].tags[259].valueoffset, file.byteorder
+    content = bytearray(path.read_bytes())
+    content[offset : offset + 2] = struct.pack(f"{order}H", number)
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    "number, name",
+    [(34887, "LERC"), (34933, "PNG"), (50002, "JPEG XL"), (50001, "WebP"), (34712, "JPEG 2000")],
+)
+def test_an_unsupported_compression_is_called_that(tmp_path, number, name):
+    for path in (tiled(tmp_path / "a.tif", picture()), stripped(tmp_path / "b.tif", picture())):
+        with pytest.raises(UserError, match=f"compressed with {name}, which neither") as error:
+            slides.read(with_compression(path, number), 50, 50, 64)
+        assert "again" not in str(error.value)
+
+
+def test_several_pages_are_said(tmp_path):
+    pixels = picture(300, 400)
+    tifffile.imwrite(tmp_path / "a.tif", np.stack([pixels, 255 - pixels]), photometric="rgb")
+    note = "holds 2 images of the same size; only the first is read"
+    assert slides.facts(tmp_path / "a.tif").notes == (note,)
+    assert np.array_equal(whole(tmp_path / "a.tif", pixels), pixels)
+    with tifffile.TiffWriter(tmp_path / "b.tif") as file:  # a pyramid is one image
+        file.write(pixels, photometric="rgb", tile=(128, 128))
+        file.write(pixels[::2, ::2], photometric="rgb", tile=(128, 128), subfiletype=1)
+    assert slides.facts(tmp_path / "b.tif").notes == ()
+
+
+@pytest.mark.parametrize(
+    "metadata, mpp",
+    [
+        ({"PhysicalSizeX": 0.5, "PhysicalSizeXUnit": "µm", "PhysicalSizeY": 0.5}, 0.5),
+        ({"PhysicalSizeX": 250, "PhysicalSizeXUnit": "nm"}, 0.25),
+        ({"PhysicalSizeX": 0.00025, "PhysicalSizeXUnit": "mm"}, 0.25),
+        ({"PhysicalSizeX": 0.5, "PhysicalSizeXUnit": "pixel"}, None),
+        ({"PhysicalSizeX": 0.25, "PhysicalSizeY": 0.5}, None),  # not square
+        ({}, None),
+    ],
+)
+@pytest.mark.parametrize("tile", [(256, 256), None])
+def test_microns_per_pixel_of_ome_tiff(tmp_path, metadata, mpp, tile):
+    options = {"tile": tile} if tile else {}
+    path = tmp_path / "a.ome.tif"
+    tifffile.imwrite(
+        path, picture(), photometric="rgb", metadata={"axes": "YXS", **metadata}, **options
+    )
+    found = slides.microns_per_pixel(path)
+    assert found == (None if mpp is None else pytest.approx(mpp))
+    assert (
+        slides.microns_per_pixel(grey_planes(tmp_path / "b.ome.tif", blocks(), **metadata)) == found
+    )
+
+
+@pytest.mark.parametrize(
+    "unit, mpp", [("um", 0.5), ("\\u00B5m", 0.5), ("nm", 0.0005), ("px", None)]
+)
+def test_microns_per_pixel_of_imagej(tmp_path, unit, mpp):
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, picture(), imagej=True, resolution=(2, 2), metadata={"unit": unit})
+    found = slides.microns_per_pixel(path)
+    assert found == (pytest.approx(mpp) if mpp and mpp >= 0.01 else None)
+
+
+@pytest.mark.parametrize("dpi, mpp", [(72, None), (300, None), (2540, 10), (101600, 0.25)])
+def test_a_printers_resolution_is_no_scale(tmp_path, dpi, mpp):
+    tiled(tmp_path / "a.tif", picture(), resolution=(dpi, dpi), resolutionunit=2)
+    Image.fromarray(picture()).save(tmp_path / "a.png", dpi=(dpi, dpi))
+    for name in ("a.tif", "a.png"):
+        found = slides.microns_per_pixel(tmp_path / name)
+        assert found == (None if mpp is None else pytest.approx(mpp, rel=1e-3)), name
+
+
+# ---------------------------------------------------------------- the scanned area
+
+
+def test_the_scanned_area_is_an_origin_only_if_it_differs_in_both_sides(tmp_path):
+    path = tiled(tmp_path / "a.tif", picture())
+    slide = slides.open_slide(path)
+
+    class Handle:
+        properties = {}
+
+    slide.handle = Handle()
+    for bounds, expected in (
+        ((10, 20, 300, 400), (10, 20)),
+        ((10, 20, WIDTH, 400), (0, 0)),
+        ((10, 20, 300, HEIGHT), (0, 0)),
+        (("x", 20, 300, 400), (0, 0)),
+        ((), (0, 0)),
+    ):
+        names = [f"openslide.bounds-{side}" for side in ("x", "y", "width", "height")]
+        Handle.properties = {name: str(value) for name, value in zip(names, bounds)}
+        assert slides.bounds_offset(path) == expected
+    assert slides.bounds_offset(png(tmp_path / "b.png", picture())) == (0, 0)
+
+
+# ---------------------------------------------------------------- hostile files
+
+
+def test_postscript_is_no_image(tmp_path, monkeypatch):
+    script = "#!/bin/sh\ntouch " + str(tmp_path / "ran") + "\n"
+    (tmp_path / "gs").write_text(script)
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    (tmp_path / "slide.tif").write_text(
+        "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 300 300\n%%EndComments\nshowpage\n"
+    )
+    with pytest.raises(UserError, match="not an image that OpenSlide or Pillow reads"):
+        slides.read(tmp_path / "slide.tif", 50, 50, 64)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    for use in (slides.dimensions, slides.open_slide):
+        with pytest.raises(UserError, match="not a regular file"):
+            use(tmp_path / "a.png")
+
+
+def test_the_limit_of_pixels_follows_from_memory(tmp_path, monkeypatch):
+    path = png(tmp_path / "a.png", picture(200, 300))
+    monkeypatch.setattr(slides, "memory", lambda: 4 * 10 * 60_000)
+    assert slides.read(path, 50, 50, 8).shape == (8, 8, 3)
+    slides.close(path)
+    monkeypatch.setattr(slides, "memory", lambda: 4 * 10 * 60_000 - 40)
+    with pytest.raises(UserError, match="it is 300 x 200 px, and decoding takes about") as error:
+        slides.read(path, 50, 50, 8)
+    assert "vips tiffsave" in str(error.value) and "again" not in str(error.value)
+    whole_tile = tmp_path / "b.tif"  # read at random, but in one tile
+    tifffile.imwrite(whole_tile, picture(1024, 1024), tile=(1024, 1024), photometric="rgb")
+    with pytest.raises(UserError, match="its tiles are 1,024 x 1,024 px"):
+        slides.read(whole_tile, 50, 50, 8)
+
+
+def test_too_little_memory_is_called_that(tmp_path, monkeypatch):
+    path = png(tmp_path / "a.png", picture())
+
+    def full(image):
+        raise MemoryError
+
+    monkeypatch.setattr(slides, "_rgb", full)
+    with pytest.raises(UserError, match="out of memory; 900 x 700 px need about 0.0 GB"):
+        slides.read(path, 50, 50, 8)
+
+
+def test_memory_is_known(monkeypatch):
+    assert 1e8 < slides.memory() < 1e14
+
+
+def test_facts_follow_a_changed_file(tmp_path):
+    path = png(tmp_path / "a.png", picture(50, 60))
+    assert slides.dimensions(path) == (60, 50)
+    png(path, picture(70, 80))
+    os.utime(path, ns=(1, 1))
+    assert slides.dimensions(path) == (80, 70)
+    assert np.array_equal(whole(path, picture(70, 80)), picture(70, 80))
 
 
 # ---------------------------------------------------------------- real files
