@@ -66,11 +66,11 @@ class Finished:
 
     @property
     def frac(self):
-        return float(self.flags.get("frac", 1.0))
+        return float(self.flags["frac"])
 
     @property
     def fold(self):
-        return self.flags.get("fold", 0)
+        return self.flags["fold"]
 
     @property
     def seed(self):
@@ -78,7 +78,7 @@ class Finished:
 
     @property
     def by(self):
-        return self.flags.get("by", "case")
+        return self.flags["by"]
 
     def group(self):
         """What the repeats that are averaged have in common: everything but the fold."""
@@ -186,12 +186,11 @@ def _checked_flags(flags):
     for key in ("model", "method"):
         _expect(_is_text(flags.get(key)), place + key, flags.get(key), "a name")
     for key, fits, what in (
-        ("by", _is_text, "a way of splitting"),
         ("frac", lambda v: _is_number(v) and 0 < v <= 1, "a number above 0, up to 1"),
         ("fold", _is_whole, "a whole number from 0"),
+        ("by", _is_text, "a way of splitting"),
     ):
-        if key in flags:
-            _expect(fits(flags[key]), place + key, flags[key], what)
+        _expect(fits(flags.get(key)), place + key, flags.get(key), what)
     for key, fits, what in (
         ("seed", _is_whole, "a whole number from 0"),
         ("domain", _is_text, "a name or null"),
@@ -248,6 +247,15 @@ def _read_split(split, by):
             if shared:
                 raise UserError(f"split.json leaks: {min(shared)} is in {one} and in {other}")
     return ids, others, str(_object(split, "dataset", "split.json").get("fingerprint"))
+
+
+def _check_settings(flags, split):
+    """UserError if config.json and split.json tell of different splits."""
+    settings = split.get("settings", {})
+    _expect(isinstance(settings, dict), "split.json: settings", settings, "an object")
+    for key in ("fold", "frac", "domain", "seed", "by", "val_frac"):
+        if key in flags and key in settings and flags[key] != settings[key]:
+            raise UserError(f"config.json and split.json do not agree on {key}; one is damaged")
 
 
 def _stored_metrics(stored):
@@ -339,8 +347,10 @@ def _read_run(path):
     flags = _checked_flags(_object(config, "flags", "config.json"))
     data = _object(config, "data", "config.json")
     _expect(_is_text(data.get("name")), "config.json: data.name", data.get("name"), "a name")
-    by = flags.get("by", "case")
-    ids, others, fingerprint = _read_split(_read_json(path / "split.json"), by)
+    by = flags["by"]
+    split = _read_json(path / "split.json")
+    ids, others, fingerprint = _read_split(split, by)
+    _check_settings(flags, split)
     if fingerprint != str(data.get("fingerprint")):
         raise UserError("split.json is of another dataset than config.json")
 

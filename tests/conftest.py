@@ -81,3 +81,30 @@ def study(tmp_path_factory):
     flags = ("--out", folder / "report", "--paper", "--replicates", 200)
     assert call(evaluate, folder / "runs", *flags) == 0
     return folder / "runs", folder / "report"
+
+
+@pytest.fixture(scope="session")
+def tissue():
+    """A small dataset of three domains, without images."""
+    from run_folders import annotations
+
+    return annotations()
+
+
+@pytest.fixture(scope="session")
+def three_folds(tissue, tmp_path_factory):
+    """Runs of one model with three repeats."""
+    from run_folders import make
+
+    root = tmp_path_factory.mktemp("three") / "runs"
+    for fold in range(3):
+        make(root, tissue, "uni", "lora", 1.0, fold)
+    return root
+
+
+@pytest.fixture
+def copied(three_folds, tmp_path):
+    """The same runs, to be damaged."""
+    import shutil
+
+    return shutil.copytree(three_folds, tmp_path / "runs")

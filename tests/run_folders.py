@@ -54,8 +54,9 @@ def make(
     draw=None,
     **flags,
 ):
-    """Write a finished run; strength: how far apart the two classes' scores are; draw: seed that
-    the split is drawn with (the flags say `seed`); flags: more of them. Returns its path."""
+    """Write a finished run and return its path; strength: how far apart the two classes' scores
+    are; draw: seed that the split is really drawn with, while flags and split say `seed`; flags:
+    more of them."""
     split = data.make_split(table, fold, frac, domain, seed if draw is None else draw, by)
     path = runs.run_path(
         root,
@@ -118,6 +119,7 @@ def make(
             columns[key].extend(values)
     path.mkdir(parents=True)
     common.write_json(path / "config.json", config)
+    split.settings |= {"seed": seed, "val_frac": flags["val_frac"]}
     split.save(path / "split.json")
     runs.write_predictions(path / "predictions.csv", columns)
     common.write_json(
@@ -180,3 +182,13 @@ def report_study(root):
     )  # one repeat of three
     shutil.rmtree(root / "midog2022/uni-lora/frac0.1-fold2")
     shutil.rmtree(root / "midog2022/virchow2-probe/domainB-fold1")
+
+
+def folder(root, fold=1, name="uni-lora", data="tissue"):
+    return root / data / name / f"frac1-fold{fold}"
+
+
+def half(name):
+    return lambda path: (path / name).write_bytes(
+        (path / name).read_bytes()[: (path / name).stat().st_size // 2]
+    )
