@@ -36,6 +36,7 @@ class Server:
 
     def __init__(self):
         self.content, self.moods, self.always, self.requests, self.elsewhere = {}, {}, {}, [], ""
+        self.sent = 0  # bytes of endless answers
         server = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -63,6 +64,8 @@ class Server:
                     return self.answer(200, {}, b"<!doctype html><title>Please log in</title>")
                 if mood == "redirect":
                     return self.answer(302, {"Location": f"/{name}?again"})
+                if mood == "endless" and not probe:
+                    return self.endless()
                 if mood == "elsewhere":
                     return self.answer(302, {"Location": server.elsewhere})
                 if mood == "no ranges" or not asked:
@@ -84,6 +87,18 @@ class Server:
                 if mood == "junk":
                     body += bytes(1000)
                 return self.answer(status, headers, body)
+
+            def endless(self):
+                """An answer without a length that goes on until the client leaves."""
+                self.send_response(200)
+                self.end_headers()
+                self.close_connection = True
+                try:
+                    for _ in range(1000):
+                        self.wfile.write(bytes(1 << 18))
+                        server.sent += 1 << 18
+                except OSError:
+                    pass
 
             def answer(self, status, headers=(), body=b"", length=None):
                 self.send_response(status)
@@ -168,6 +183,18 @@ def test_more_bytes_than_announced_are_not_kept(server, tmp_path):
     assert (tmp_path / "1.svs").read_bytes() == server.content["1.svs"] and not server.moods[
         "1.svs"
     ]
+
+
+def test_a_download_stops_at_the_announced_size(server, tmp_path, monkeypatch):
+    server.content = {"a.bin": bytes(1000)}
+    server.always = {"a.bin": "endless"}
+    written = []
+    monkeypatch.setattr(download._Megabytes, "__call__", lambda self, n: written.append(n))
+    with pytest.raises(UserError, match="more bytes came than the 1,000 that the server had"):
+        get(server, tmp_path)
+    assert names(tmp_path) == [] and sum(written) == 0
+    # Of each try, what the system's buffers took before the client left.
+    assert server.sent < download.IDLE_TRIES * (16 << 20)
 
 
 def test_what_is_there_is_not_fetched_again(server, tmp_path):

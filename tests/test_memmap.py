@@ -166,6 +166,12 @@ def test_stale_names_what_differs_in_one_line(tmp_path):
     memmap.open_store(tmp_path / "x", {**PRINT, "size": (224, 224)})  # a tuple is a list in JSON
 
 
+def test_another_version_is_named_before_what_else_differs(tmp_path):
+    fill(tmp_path / "x")
+    with pytest.raises(memmap.Stale, match="made by another version of this program"):
+        memmap.open_store(tmp_path / "x", {**PRINT, "version": 2, "weights": "other"})
+
+
 def test_half_done_with_another_fingerprint_is_started_anew(tmp_path, capsys):
     with memmap.Writer(tmp_path / "x", (10, 3), np.float32, PRINT) as writer:
         writer.write([0, 1], 1)
@@ -271,6 +277,47 @@ def test_a_second_writer_is_refused_and_the_first_is_not_disturbed(tmp_path):
             memmap.Writer(tmp_path / "y", (10, 3), np.float32, {}, shared=True).__enter__()
         with memmap.Writer(tmp_path / "y", (10, 3), np.float32, PRINT, shared=True) as second:
             assert len(second.todo) == 10
+
+
+LIVING = """
+import sys, time
+import numpy as np
+from dataset import memmap
+with memmap.Writer(sys.argv[1], (10, 3), np.float32, {"a": 1}, shared=True) as writer:
+    writer.write([0, 1], 5)
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_living_writer_is_respected_and_a_killed_one_is_not(tmp_path):
+    def begin():
+        process = subprocess.Popen(
+            [sys.executable, "-c", LIVING, str(tmp_path / "x")],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    processes = [begin(), begin()]
+    arguments = tmp_path / "x", (10, 3), np.float32
+    processes[0].kill()
+    processes[0].wait()
+    with pytest.raises(UserError, match="another process fills it"):
+        memmap.Writer(*arguments, {"a": 1}).__enter__()
+    with pytest.raises(UserError, match="with other settings"):
+        memmap.Writer(*arguments, {"a": 2}, shared=True).__enter__()
+    with memmap.Writer(*arguments, {"a": 1}, shared=True) as writer:
+        assert writer.todo.tolist() == list(range(2, 10))
+    processes[1].kill()
+    processes[1].wait()
+    with memmap.Writer(*arguments, {"a": 1}) as writer:
+        assert writer.todo.tolist() == list(range(2, 10))
+    with memmap.Writer(*arguments, {"a": 2}, shared=True) as writer:  # alone: it may start anew
+        assert len(writer.todo) == 10
+    assert not list(tmp_path.glob("*.writer-*"))
 
 
 SHARED = """
