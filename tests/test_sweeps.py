@@ -238,7 +238,7 @@ def test_a_sweep_without_a_dataset_says_how_it_is_called():
 
 @pytest.fixture
 def python(tmp_path):
-    """A python that notes each command, and fails or hangs on the words of FAIL, FAIL_ONCE, HANG."""
+    """A python that notes each command; words of FAIL, FAIL_ONCE and HANG make it do that."""
     path, log = tmp_path / "python", tmp_path / "log"
     path.write_text(f"""#!/usr/bin/env bash
 echo "$*" >> {log}
