@@ -1,5 +1,4 @@
-"""Augmentation of training patches: batched, on the device, the parameters of each sample from a
-key of its own.
+"""Augmentation of training patches: batched, on the device, each sample's parameters from its key.
 
     python augment.py --data D --gallery out.png      augmented samples of each class and domain
 
@@ -19,9 +18,9 @@ import common
 import flags
 from common import UserError
 from dataset.patches import Patches, margin
+from lora import WEYL, splitmix
 
-# Share of the samples that each operation changes, in the order of the random numbers that decide
-# on it.
+# Share of the samples that each operation changes, in the order of their random numbers.
 PROBABILITY = {"rotate": 0.5, "hflip": 0.5, "vflip": 0.5, "jitter": 0.5, "blur": 0.1, "stain": 0.5}
 JITTER = 0.1  # brightness, contrast, saturation: 1 ± JITTER; hue: ± JITTER turns
 BLUR, SIGMA = 5, (0.1, 1.0)  # px
@@ -34,24 +33,14 @@ HED = HED / np.linalg.norm(HED, axis=1, keepdims=True)
 # ---------------------------------------------------------------- parameters
 
 
-def _mix(x):
-    """Finaliser of splitmix64 (Steele et al. 2014) on a uint64 array."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
 def uniform(seed, step, samples, n):
-    """Random numbers [B, n] in [0, 1), those of a sample a pure function of (seed, step, sample)."""
-    with np.errstate(over="ignore"):
-        key = _mix(
-            np.asarray(samples).astype(np.uint64)
-            + _mix(np.uint64(step) + _mix(np.array(seed, np.uint64)))
-        )
-        words = _mix(
-            key[:, None] + np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        )
-    return (words >> np.uint64(11)).astype(np.float64) / 2**53
+    """Random numbers [B, n] in [0, 1); a sample's are a pure function of (seed, step, sample)."""
+    seed = torch.tensor((int(seed) + 2**63) % 2**64 - 2**63)  # any whole number, as 64 bits
+    samples = torch.as_tensor(np.asarray(samples, np.int64))
+    key = splitmix(samples + splitmix(splitmix(seed) + int(step)))
+    words = splitmix(key[:, None] + torch.arange(1, n + 1) * WEYL)
+    # The upper 53 bits, as many as a float64 holds.
+    return ((words >> 11) & (2**53 - 1)).double().numpy() / 2**53
 
 
 def parameters(seed, step, samples, stain=0.0):
@@ -74,7 +63,8 @@ def parameters(seed, step, samples, stain=0.0):
     return out
 
 
-# ---------------------------------------------------------------- operations, images float [B, 3, S, S] in [0, 1]
+# ---------------------------------------------------------------- operations
+# on images float [B, 3, S, S] in [0, 1]
 
 
 def _column(values, like):
@@ -130,15 +120,14 @@ def blur(x, sigma):
     """Gaussian blur with a kernel of BLUR px, reflected at the border; sigma [n] px."""
     half = BLUR // 2
     t = torch.arange(BLUR, dtype=torch.float32, device=x.device) - half
-    kernel = torch.exp(
-        -0.5 * (t / torch.as_tensor(sigma, dtype=torch.float32, device=x.device)[:, None]) ** 2
-    )
+    sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device)
+    kernel = torch.exp(-0.5 * (t / sigma[:, None]) ** 2)
     kernel = (kernel / kernel.sum(1, keepdim=True))[:, :, None, None, None]  # [n, BLUR, 1, 1, 1]
     # Shifted sums, not a convolution: cuDNN would compute that in TF32, and a GPU's images would
     # not be a CPU's.
-    for axis in (3, 2):
+    for axis, padding in ((3, (half, half, 0, 0)), (2, (0, 0, half, half))):
         length = x.shape[axis]
-        padded = F.pad(x, (half, half, 0, 0) if axis == 3 else (0, 0, half, half), mode="reflect")
+        padded = F.pad(x, padding, mode="reflect")
         x = padded.narrow(axis, 0, length) * kernel[:, 0]
         for k in range(1, BLUR):
             x.addcmul_(padded.narrow(axis, k, length), kernel[:, k])
@@ -146,17 +135,16 @@ def blur(x, sigma):
 
 
 def rotated(x, angle, size):
-    """The middle `size` px of x [n, 3, S, S] turned by `angle` [n] degrees counter-clockwise,
-    bilinear.
-    """
-    if x.shape[-1] < margin(size):  # a ready-made patch has no margin: reflect it
-        before = (margin(size) - x.shape[-1]) // 2
-        x = F.pad(x, (before, margin(size) - x.shape[-1] - before) * 2, mode="reflect")
+    """The middle `size` px of x [n, 3, S, S], turned counter-clockwise by `angle` [n] degrees."""
+    missing = margin(size) - x.shape[-1]
+    if missing > 0:  # a ready-made patch has no margin: reflect it
+        before = missing // 2
+        x = F.pad(x, (before, missing - before) * 2, mode="reflect")
     radians = torch.deg2rad(torch.as_tensor(angle, dtype=torch.float32, device=x.device))
-    cos, sin = (f(radians)[:, None] * (size / x.shape[-1]) for f in (torch.cos, torch.sin))
-    t = (
-        torch.arange(size, device=x.device) * 2 + 1
-    ) / size - 1  # centres of the pixels, as F.affine_grid has them
+    cos = torch.cos(radians)[:, None] * (size / x.shape[-1])
+    sin = torch.sin(radians)[:, None] * (size / x.shape[-1])
+    # Centres of the pixels, as F.affine_grid has them.
+    t = (torch.arange(size, device=x.device) * 2 + 1) / size - 1
     grid = torch.empty(len(x), size, size, 2, device=x.device)
     torch.sub((cos * t)[:, None, :], (sin * t)[:, :, None], out=grid[..., 0])
     torch.add((sin * t)[:, None, :], (cos * t)[:, :, None], out=grid[..., 1])
@@ -164,13 +152,14 @@ def rotated(x, angle, size):
 
 
 def stain_jitter(x, stains):
-    """Scale and shift haematoxylin, eosin and the rest: stains [n, 3, 2] (factor, shift), in
-    optical density.
+    """Scale and shift the optical density of haematoxylin, eosin and the rest.
+
+    stains: [n, 3, 2], factor and shift.
     """
-    to_rgb, to_stains, stains = (
-        torch.as_tensor(values, dtype=torch.float32, device=x.device)
-        for values in (HED, np.linalg.inv(HED), stains)
-    )
+    kind = {"dtype": torch.float32, "device": x.device}
+    to_rgb = torch.as_tensor(HED, **kind)
+    to_stains = torch.as_tensor(np.linalg.inv(HED), **kind)
+    stains = torch.as_tensor(stains, **kind)
     density = -torch.log(x.clamp(min=1 / 255)).movedim(1, -1)  # [n, S, S, 3]
     amounts = (density @ to_stains) * stains[:, None, None, :, 0] + stains[:, None, None, :, 1]
     return torch.exp(-(amounts @ to_rgb)).clamp_(0, 1).movedim(-1, 1)
@@ -180,10 +169,9 @@ def augment(images, keys, size=224, stain=0.0):
     """Augmented patches float32 [B, 3, size, size] in [0, 1] of crops uint8 [B, S, S, 3], S ≥ size,
     on their device.
 
-    keys    (seed, step, samples): numbers that everything random is a function of, `samples` [B]
-            one per sample, so
-            that a sample's augmentation does not depend on its batch, on the device or on the
-            number of processes
+    keys    (seed, step, samples), `samples` [B] one number per sample: everything random is a
+            function of them, so that a sample's augmentation does not depend on its batch, on the
+            device or on the number of processes
     stain   half width of the stain jitter; 0: none (the paper's)
     """
     p = parameters(*keys, stain)
@@ -194,15 +182,13 @@ def augment(images, keys, size=224, stain=0.0):
     x = images[:, start : start + size, start : start + size].permute(0, 3, 1, 2).float().div_(255)
     x = x.contiguous()
 
-    # index_select and index_copy_ move whole images: several times as fast as x[rows] and x[rows] =
-    # … on the CPU.
+    # index_select and index_copy_ move whole images: on the CPU several times as fast as x[rows].
     def change(chosen, operation, *names):
         """x[chosen] = operation(x[chosen], the parameters of these samples)."""
         if chosen.any():
             rows = torch.from_numpy(np.flatnonzero(chosen)).to(x.device)
-            x.index_copy_(
-                0, rows, operation(x.index_select(0, rows), *(p[name][chosen] for name in names))
-            )
+            values = [p[name][chosen] for name in names]
+            x.index_copy_(0, rows, operation(x.index_select(0, rows), *values))
 
     if p["rotate"].any():
         rows = torch.from_numpy(np.flatnonzero(p["rotate"])).to(x.device)
@@ -227,43 +213,34 @@ def augment(images, keys, size=224, stain=0.0):
 
 
 def gallery(annotations, patches, path, seed=0, columns=8, stain=0.0):
-    """One row per domain and class: a patch as it is, then augmented samples of it."""
+    """Write a PNG with a row per domain and class: a patch, then augmented samples of it."""
     from PIL import Image, ImageDraw
 
-    picked = []
+    picked = []  # (domain, label, row number)
     for domain in np.unique(annotations.domain):
         for label in (1, 0):
             rows = np.flatnonzero((annotations.domain == domain) & (annotations.label == label))
             if len(rows):
-                picked.append(
-                    (domain, label, rows[int(uniform(seed, 0, [len(picked)], 1)[0, 0] * len(rows))])
-                )
-    size, side, left = 224, 112, 150
+                share = uniform(seed, 0, [len(picked)], 1)[0, 0]
+                picked.append((domain, label, rows[int(share * len(rows))]))
+    size, side, left = 224, 112, 150  # px of a patch, of its picture, of the names' column
     sheet = Image.new("RGB", (left + columns * (side + 4), 22 + len(picked) * (side + 4)), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((left, 5), "as it is", fill="black")
+    draw.text((left, 5), "original", fill="black")
     draw.text((left + side + 4, 5), "augmented", fill="black")
     for line, (domain, label, row) in enumerate(picked):
         large = patches.read([row], margin(size))
-        views = augment(
-            torch.from_numpy(np.repeat(large, columns - 1, 0)),
-            (seed, line, range(columns - 1)),
-            size,
-            stain,
-        )
+        crops = torch.from_numpy(np.repeat(large, columns - 1, 0))
+        augmented = augment(crops, (seed, line, range(columns - 1)), size, stain)
         start = (margin(size) - size) // 2
-        views = [
-            large[0, start : start + size, start : start + size],
-            *(views.movedim(1, -1) * 255 + 0.5).to(torch.uint8).numpy(),
-        ]
+        original = large[0, start : start + size, start : start + size]
+        views = [original, *(augmented.movedim(1, -1) * 255 + 0.5).to(torch.uint8).numpy()]
         top = 22 + line * (side + 4)
-        draw.text((6, top + 40), f"{domain}"[:22] or "–", fill="black")
+        draw.text((6, top + 40), str(domain)[:22] or "–", fill="black")
         draw.text((6, top + 56), "mitotic figure" if label else "look-alike", fill="black")
         for column, view in enumerate(views):
-            sheet.paste(
-                Image.fromarray(view).resize((side, side), Image.Resampling.BOX),
-                (left + column * (side + 4), top),
-            )
+            small = Image.fromarray(view).resize((side, side), Image.Resampling.BOX)
+            sheet.paste(small, (left + column * (side + 4), top))
     with common.atomic(path) as temporary:
         sheet.save(temporary, format="PNG")
 
@@ -279,19 +256,20 @@ def main():
         type=float,
         default=0.0,
         metavar="S",
-        help="stain jitter, e.g. 0.05 (default: 0, none)",
+        help="jitter of the stains, e.g. 0.05 (default: 0, none)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="other patches, other augmentations (default: 0)"
+        "--seed", type=int, default=0, help="chooses patches and augmentations (default: 0)"
     )
     args = parser.parse_args()
     if not 0 <= args.stain_jitter < 1:
-        raise UserError(f"--stain-jitter {args.stain_jitter}: a number in [0, 1)")
+        raise UserError(f"--stain-jitter {args.stain_jitter}: give a number from 0 to below 1")
     annotations = flags.from_arguments(args)
     flags.need_images(annotations)
+    names = set(annotations.image.tolist()) - set(annotations.missing)
+    inputs = [annotations.image_path(name) for name in names]
+    common.check_output("--gallery", args.gallery, [args.data, *inputs])
     patches = Patches(annotations, fit=args.fit, mpp=args.mpp, source_mpp=args.source_mpp)
-    if args.seed < 0:
-        raise UserError(f"--seed {args.seed}: a number from 0 is needed")
     gallery(annotations, patches, args.gallery, args.seed, stain=args.stain_jitter)
     print(f"{args.gallery}: written")
 

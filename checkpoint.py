@@ -1,5 +1,6 @@
-"""What a run leaves on disk and how it is loaded again: checkpoints while it trains, the model when
-it is done.
+"""What a run leaves on disk, and how it is loaded again.
+
+A checkpoint while it trains; the model, its predictions and metrics when it is done.
 """
 
 import json
@@ -13,8 +14,12 @@ from safetensors.torch import save_file
 import common
 import lora
 import models
+import runs
 import weights as published
 from common import UserError
+from reporting import metrics
+
+# ---------------------------------------------------------------- tensors of a run
 
 
 def trained_state(model, method):
@@ -29,47 +34,64 @@ def trained_state(model, method):
     return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
 
 
-def save_tensors(path, tensors, **metadata):
+def save_tensors(path, tensors, **facts):
+    """Write tensors, and `facts` (JSON values) into the header.
+
+    As one entry of the header: the library writes several in random order, and equal runs have
+    equal files.
+    """
+    metadata = {common.NAME: json.dumps(facts, sort_keys=True)}
     with common.atomic(path) as temporary:
-        save_file(
-            tensors,
-            temporary,
-            metadata={name: json.dumps(value) for name, value in metadata.items()},
-        )
+        save_file(tensors, temporary, metadata=metadata)
 
 
 def load_tensors(path):
+    """({name: tensor}, facts) of a file of save_tensors. Files of version 0 have an entry for each
+    fact. UserError if it is damaged.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata
-    except (SafetensorError, ValueError, OSError) as error:
-        raise UserError(
-            f"{path}: not a readable checkpoint ({error}); start the run over with --force"
-        ) from None
+            # Copies: Windows replaces no file that is still mapped.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: truncated, or no safetensors file ({error})") from None
+    try:
+        if common.NAME in metadata:
+            return tensors, json.loads(metadata[common.NAME])
+        return tensors, {name: _json_or_text(value) for name, value in metadata.items()}
+    except ValueError as error:
+        raise UserError(f"{path}: its header is damaged ({error})") from None
+
+
+def _json_or_text(value):
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+# ---------------------------------------------------------------- while it trains
 
 
 class Progress:
     """Where a run stands after a pseudo-epoch, and its checkpoint in two files.
 
     checkpoint.safetensors holds parameters, Adam's moments and the numbers below; the best model so
-    far has a file of its own, checkpoint.best-<epoch>.safetensors, named by the first, so that a
-    kill between the two does no harm."""
+    far has a file of its own, checkpoint.best-<epoch>.safetensors, which the first one names, so
+    that a kill between the two does no harm.
+    """
 
     def __init__(self, run):
-        self.run, self.epoch, self.best_epoch, self.best_loss, self.scale = (
-            run,
-            0,
-            None,
-            math.inf,
-            None,
-        )
+        self.run = run
+        self.epoch = 0  # pseudo-epochs done
+        self.best_epoch, self.best_loss = None, math.inf
 
     def best_file(self):
         return self.run.path / f"checkpoint.best-{self.best_epoch}.safetensors"
 
     def save(self, model, method, parameters, optimizer, scaler, loss, auroc):
-        """Take in the validation of the epoch just done and write it all."""
+        """Take in the validation loss and AUROC of the epoch just done, and write it all."""
         self.epoch += 1
         state = trained_state(model, method)
         if loss < self.best_loss:
@@ -100,43 +122,87 @@ class Progress:
                 old.unlink()
 
     def restore(self, model, parameters, optimizer, scaler):
-        """Continue where checkpoint.safetensors stands; False where there is none."""
+        """Continue from checkpoint.safetensors; False if there is none."""
         if not self.run.checkpoint.exists():
             return False
-        tensors, numbers = load_tensors(self.run.checkpoint)
-        state = {name[6:]: value for name, value in tensors.items() if name.startswith("model.")}
-        missing = parameters.keys() - state.keys() or set(
-            model.load_state_dict(state, strict=False).unexpected_keys
-        )
-        if missing:
+        try:
+            self._restore(model, parameters, optimizer, scaler)
+        except (UserError, KeyError, TypeError) as error:
             raise UserError(
-                f"{self.run.checkpoint}: does not fit this model ({sorted(missing)[0]}); start "
-                "the run "
-                "over with --force"
-            )
+                f"{self.run.checkpoint}: the run cannot be continued ({error}); start it over with "
+                "--force"
+            ) from None
+        return True
+
+    def _restore(self, model, parameters, optimizer, scaler):
+        tensors, numbers = load_tensors(self.run.checkpoint)
+        prefix = "model."
+        state = {
+            name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)
+        }
+        missing = parameters.keys() - state.keys()
+        if not missing:
+            missing = set(model.load_state_dict(state, strict=False).unexpected_keys)
+        if missing:
+            raise UserError(f"it does not fit this model: {sorted(missing)[0]}")
         for name, parameter in parameters.items():
             prefix = f"adam.{name}."
-            optimizer.state[parameter] = {
-                key[len(prefix) :]: value
-                if key.endswith(".step") and parameter.device.type == "cpu"
-                else value.to(parameter.device)
-                for key, value in tensors.items()
-                if key.startswith(prefix)
-            }
+            moments = {}
+            for key, value in tensors.items():
+                if key.startswith(prefix):
+                    # On GPUs the fused Adam wants its step counter there too.
+                    moments[key[len(prefix) :]] = value.to(parameter.device)
+            optimizer.state[parameter] = moments
         if numbers["scaler"]:
             scaler.load_state_dict(numbers["scaler"])
-        self.epoch, self.best_epoch, self.best_loss = (
-            numbers[k] for k in ("epoch", "best_epoch", "best_loss")
+        self.epoch = numbers["epoch"]
+        self.best_epoch, self.best_loss = numbers["best_epoch"], numbers["best_loss"]
+
+
+# ---------------------------------------------------------------- when it is done
+
+
+def finish(run, tensors, predicted, training):
+    """Write model, predictions and metrics of a run, metrics.json last → rows of its table.
+
+    tensors: of model.safetensors, None if the run has no model; predicted: [(set, Annotations, its
+    rows, their logits)]; training: facts for metrics.json.
+    """
+    settings = run.config["flags"]
+    if tensors is not None:
+        save_tensors(
+            run.path / "model.safetensors",
+            tensors,
+            format=f"{common.NAME}-run",
+            method=settings["method"],
+            encoder=settings["model"],
         )
-        return True
+    columns = runs.predictions(predicted)
+    runs.write_predictions(run.path / "predictions.csv", columns)
+    summary = metrics.of_predictions(columns)
+    run.finish(summary | {"training": training})
+    return runs.metric_rows(run.path, summary)
+
+
+def add_tests(path, predicted):
+    """Add further test sets to the finished run at `path` → their rows of the table.
+
+    predicted: as for finish; the name of a set is that of its dataset.
+    """
+    columns = runs.add_predictions(path / "predictions.csv", runs.predictions(predicted))
+    summary = metrics.of_predictions(columns)
+    runs.finish_tests(path, summary, [table for _, table, _, _ in predicted])
+    return runs.metric_rows(path, summary, {name for name, *_ in predicted})
+
+
+# ---------------------------------------------------------------- loading
 
 
 def absolute(weights):
-    """A path given to --weights as a run keeps it, found from anywhere; names and "random" as they
-    are.
-    """
-    there = weights and weights != "random" and Path(weights).exists()
-    return str(Path(weights).resolve()) if there else weights
+    """A path given to --weights as a run keeps it, to be found from anywhere; names as they are."""
+    if weights and weights != "random" and Path(weights).exists():
+        return str(Path(weights).resolve())
+    return weights
 
 
 def load_run(path, weights=None, device="cpu", merge=False):
@@ -149,76 +215,77 @@ def load_run(path, weights=None, device="cpu", merge=False):
     """
     path = Path(path)
     config = common.read_json(path / "config.json")
-    model_file = path / "model.safetensors"
-    if isinstance(config, dict) and config.get("flags", {}).get("probe") == "knn":
-        raise UserError(
-            f"{path}: a knn probe is its training set, there is no model to load or export; uni "
-            "and l2 "
-            "have one"
-        )
-    if not model_file.exists():
-        raise UserError(
-            f"{path}: no model.safetensors: not a finished run (continue it with --resume)"
-        )
+    file = path / "model.safetensors"
     try:
         flags, base = config["flags"], config.get("encoder", {})
-        name, method = flags["model"], flags["method"]
-    except (KeyError, TypeError):
+        name, method, probe = flags["model"], flags["method"], flags.get("probe")
+        revision = config.get("source", {}).get("revision")
+    except (KeyError, TypeError, AttributeError):
         raise UserError(
             f"{path}/config.json: not the configuration of a run (model or method is missing)"
         ) from None
-    state = published.read_own(model_file)
-    choices = dict(pool=flags.get("pool"), layer=flags.get("layer"))
+    if probe == "knn":
+        raise UserError(
+            f"{path}: a knn probe is its training set, it has no model to load or export; uni and "
+            "l2 have one"
+        )
+    if not file.exists():
+        raise UserError(
+            f"{path}: no model.safetensors: not a finished run (continue it with --resume)"
+        )
+    state, _ = load_tensors(file)
+    choices = {"pool": flags.get("pool"), "layer": flags.get("layer")}
     if method == "full":
         with torch.device("meta"):
             encoder = models.build(models.find_encoder(name), **choices)
         encoder.to_empty(device="cpu")
         encoder.licence, encoder.weights_hash = encoder.spec.licence, base.get("weights_hash")
     else:
-        encoder = models.load_encoder(
-            name,
-            weights or flags.get("weights"),
-            "cpu",
-            **choices,
-            revision=config.get("source", {}).get("revision"),
-        )
+        given = weights or flags.get("weights")
+        encoder = models.load_encoder(name, given, "cpu", **choices, revision=revision)
         expected = base.get("weights_hash")
         if expected and expected != encoder.weights_hash:
             raise UserError(
                 f"{path}: was trained on other weights of {name} (hash {expected[:12]}…, these "
-                "have "
-                f"{encoder.weights_hash[:12]}…); give the same with --weights PATH"
+                f"have {encoder.weights_hash[:12]}…); give the same with --weights PATH"
             )
     if method == "lora":
-        lora.add_lora(
-            encoder,
-            rank=flags["rank"],
-            alpha=flags["alpha"],
-            dropout=flags.get("dropout", 0.0),
-            targets=tuple(flags["targets"]),
-            dora=bool(flags.get("dora")),
-            rslora=bool(flags.get("rslora")),
-        )
-        prefix = "encoder."
-        lora.load_lora(
-            encoder, {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
-        )
-        state = {k: v for k, v in state.items() if not k.startswith(prefix)}
+        state = _adapt(encoder, flags, state)
         if merge:
             lora.merge_lora(encoder)
     model = models.PatchClassifier(encoder, tta=bool(flags.get("tta")))
-    wanted = {
-        k: v for k, v in model.state_dict().items() if method == "full" or k.startswith("head.")
-    }
-    shapes = [
-        f"{k} {list(state[k].shape)} instead of {list(v.shape)}"
-        for k, v in wanted.items()
-        if k in state and state[k].shape != v.shape
-    ]
-    if shapes or wanted.keys() != state.keys():
-        raise UserError(
-            f"{model_file}: not the model of this run: "
-            f"{published.listing(wanted.keys() - state.keys(), state.keys() - wanted.keys(), shapes)}"
-        )
+    expected = model.state_dict()
+    if method != "full":
+        expected = {name: value for name, value in expected.items() if name.startswith("head.")}
+    _check_fit(file, expected, state)
     model.load_state_dict(state, strict=False)
     return model.to(device).eval(), config
+
+
+def _adapt(encoder, flags, state):
+    """Put the run's adapters into the encoder → the rest of `state`."""
+    lora.add_lora(
+        encoder,
+        rank=flags["rank"],
+        alpha=flags["alpha"],
+        dropout=flags.get("dropout", 0.0),
+        targets=tuple(flags["targets"]),
+        dora=bool(flags.get("dora")),
+        rslora=bool(flags.get("rslora")),
+    )
+    prefix = "encoder."
+    adapters = {name for name in state if name.startswith(prefix)}
+    lora.load_lora(encoder, {name[len(prefix) :]: state[name] for name in adapters})
+    return {name: value for name, value in state.items() if name not in adapters}
+
+
+def _check_fit(file, expected, state):
+    """UserError unless `state` has exactly the names and shapes of `expected`."""
+    shapes = []
+    for name, value in expected.items():
+        if name in state and state[name].shape != value.shape:
+            shapes.append(f"{name} {list(state[name].shape)} instead of {list(value.shape)}")
+    missing, surplus = expected.keys() - state.keys(), state.keys() - expected.keys()
+    if shapes or missing or surplus:
+        listing = published.listing(missing, surplus, shapes)
+        raise UserError(f"{file}: not the model of this run: {listing}")

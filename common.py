@@ -1,34 +1,76 @@
-"""What every command shares: errors of the user, progress, tables, files that appear whole. No
-torch.
-"""
+"""What every command shares: users' errors, progress, text tables, files that appear whole."""
 
 import contextlib
 import errno
 import json
+import math
 import os
 import re
+import shutil
+import stat
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import filelock
-import numpy as np
+STOPPED = "stopped: finished work is kept; --resume, if the command has it, continues"
+
+
+def _hide_interrupt(kind, error, trace):
+    if issubclass(kind, KeyboardInterrupt):
+        print(STOPPED, file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+# Ctrl-C while a command still imports its libraries: one line, as later. Only if this project's
+# command is what Python was started with; other programs keep their own behaviour.
+_main_file = getattr(sys.modules.get("__main__"), "__file__", None)
+if _main_file and Path(__file__).resolve().parent in Path(_main_file).resolve().parents:
+    sys.excepthook = _hide_interrupt
+
+import filelock  # noqa: E402  (after the hook: imports take time)
+import numpy as np  # noqa: E402
 
 NAME = "mitfig"  # of this software, in the files that it writes
 VERSION = "1.0.0"  # see CHANGELOG.md
 
 
 class UserError(Exception):
-    """A mistake of the user, or bad input: one line that says what is wrong and what to do. Exit
-    status 2.
+    """A user's mistake or bad input: one line that says what is wrong and what to do.
+
+    The command ends with exit status 2.
     """
+
+
+# What the user can mend; any other OSError is a bug and keeps its traceback.
+ADVICE = {
+    errno.ENOSPC: "the disk is full: make room, then run the same command again",
+    errno.EDQUOT: "the disk quota is used up: make room, then run the same command again",
+    errno.EFBIG: "the file would be larger than the system allows",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.EROFS: "read-only file system",
+    errno.ENOENT: "no such file or folder",
+    errno.EISDIR: "this is a folder; name a file",
+    errno.ENOTDIR: "this is a file; name a folder",
+    errno.EEXIST: "exists already and is not a folder",
+    errno.ELOOP: "too many symbolic links",
+    errno.EBUSY: "in use by the system",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.EMFILE: "too many open files: raise the limit (ulimit -n)",
+    errno.EIO: "the disk cannot be read or written",
+    errno.ESTALE: "the network drive has lost this file: try again",
+}
 
 
 def command(main):
-    """Run `main()` as a command line program: users' mistakes end with one line on stderr, never a
-    traceback.
+    """Run `main()` as a command-line program.
+
+    A user's mistake ends with one line on stderr and exit status 2, Ctrl-C with 130, a closed pipe
+    (`… | head`) with 141. Only bugs show a traceback.
     """
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without µ or ± shows a question mark
@@ -39,45 +81,57 @@ def command(main):
     except UserError as error:
         fail(str(error))
     except KeyboardInterrupt:
-        print(
-            "stopped; what was finished is kept, the same command with --resume (where it has "
-            "one) continues",
-            file=sys.stderr,
-        )
+        print(STOPPED, file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # `... | head`: the reader went away, which is no error
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+    except BrokenPipeError:
+        # The work may be unfinished, so the status is not 0.
+        _drop_output()
+        with contextlib.suppress(OSError):
+            print("stopped: the program that read the output has ended", file=sys.stderr)
+        sys.exit(141)
     except MemoryError:
         fail("out of memory: use a smaller --batch-size or fewer --workers")
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which need not be there
-            raise
-        fail("out of GPU memory: use a smaller --batch-size")
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be imported
+            fail("out of GPU memory: use a smaller --batch-size")
+        if "can't allocate memory" in str(error):  # torch on the CPU
+            fail("out of memory: use a smaller --batch-size")
+        raise
     except OSError as error:
-        # Only what the user can mend is shortened to a line; any other OSError is a bug and keeps
-        # its traceback.
-        advice = {
-            errno.ENOSPC: "the disk is full: make room, then run the same command again",
-            errno.EDQUOT: "the disk quota is used up: make room, then run the same command again",
-            errno.EACCES: "no permission",
-            errno.EPERM: "no permission",
-            errno.EROFS: "read-only file system",
-            errno.ENOENT: "no such file or folder",
-            errno.EISDIR: "this is a folder, a file is needed",
-            errno.ENOTDIR: "this is a file, a folder is needed",
-            errno.EEXIST: "is there already, and is no folder",
-            errno.EBUSY: "in use by the system",
-            errno.ENAMETOOLONG: "too long a name",
-            errno.EIO: "the disk cannot be read or written",
-            errno.ESTALE: "the network drive has lost this file: try again",
-        }.get(error.errno)
+        advice = ADVICE.get(error.errno)
         if advice is None:
             raise
         fail(f"{error.filename}: {advice}" if error.filename else advice)
 
 
+def _open_closed_streams():
+    """Let a stream that the caller closed (`2>&-`) lead to /dev/null.
+
+    Otherwise it is None, which libraries do not expect, and the next opened file would get its
+    number and everything that a library prints.
+    """
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is not None:
+            continue
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+        setattr(sys, name, open(os.devnull, "w"))
+
+
+def _drop_output():
+    """Send what is still printed to /dev/null, so that Python's own flush at exit succeeds."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def fail(message):
+    """End the program with exit status 2 and `message` as one line on stderr."""
+    try:
+        sys.stdout.flush()
+    except OSError:  # stdout itself is what failed: a full disk, a closed pipe
+        _drop_output()
     print("error: " + printable(" ".join(message.split())), file=sys.stderr)
     sys.exit(2)
 
@@ -94,14 +148,17 @@ def printable(text):
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def progress(items=None, total=None, desc="", unit="it"):
-    """A progress bar over `items` (or, without items, an object with .update(n),
-    .set_postfix_str(s) and .close()).
+def progress(items=None, total=None, desc="", unit="it", quiet=False):
+    """A progress bar over `items`, or without items an object with .update(n),
+    .set_postfix_str(text) and .close().
 
-    On a terminal it is tqdm's bar; elsewhere (log files, CI) a plain line every ten seconds.
+    On a terminal it is tqdm's bar; elsewhere (log files, CI) a plain line every ten seconds; with
+    `quiet` nothing is shown.
     """
     if total is None and items is not None:
         total = len(items)
+    if quiet:
+        return PlainProgress(items, total, desc, unit, every=math.inf)
     if sys.stderr.isatty():
         from tqdm import tqdm
 
@@ -110,10 +167,12 @@ def progress(items=None, total=None, desc="", unit="it"):
 
 
 class PlainProgress:
-    """tqdm's interface, as far as it is used here, in whole lines: a log file stays readable."""
+    """The part of tqdm's interface that this project uses, in whole lines: logs stay readable."""
 
     def __init__(self, items, total, desc, unit, every=10.0):
-        self.items, self.total, self.desc, self.unit, self.every = items, total, desc, unit, every
+        self.items, self.total = items, total
+        self.desc, self.unit = desc, unit
+        self.every = every  # seconds between two lines
         self.n, self.note = 0, ""
         self.start = self.last = time.monotonic()
 
@@ -132,17 +191,17 @@ class PlainProgress:
     def update(self, n=1):
         self.n += n
         now = time.monotonic()
-        if now - self.last >= self.every:
-            self.last = now
-            rate = self.n / (now - self.start)
-            left = f", {(self.total - self.n) / rate:.0f} s left" if self.total and rate else ""
-            of = f"/{self.total}" if self.total else ""
-            print(
-                f"{self.desc}: {self.n}{of} {self.unit}, {rate:.1f} {self.unit}/s{left} "
-                f"{self.note}".rstrip(),
-                file=sys.stderr,
-                flush=True,
-            )
+        if now - self.last < self.every:
+            return
+        self.last = now
+        rate = self.n / (now - self.start)
+        count, left = str(self.n), ""
+        if self.total:
+            count += f"/{self.total}"
+            if rate:
+                left = f", {(self.total - self.n) / rate:.0f} s left"
+        line = f"{self.desc}: {count} {self.unit}, {rate:.1f} {self.unit}/s{left} {self.note}"
+        print(line.rstrip(), file=sys.stderr, flush=True)
 
     def set_postfix_str(self, note, refresh=True):
         self.note = note
@@ -152,17 +211,15 @@ class PlainProgress:
 
 
 def table(rows, header, right=()):
-    """Rows of strings as text in aligned columns; `right`: indices of the columns to align to the
-    right.
-    """
+    """Rows of strings as text in aligned columns; `right`: indices of right-aligned columns."""
     rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [list(header), *rows]) for i in range(len(header))]
 
     def line(cells):
-        return "  ".join(
-            cell.rjust(width) if i in right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(cells, widths))
-        ).rstrip()
+        padded = []
+        for i, (cell, width) in enumerate(zip(cells, widths)):
+            padded.append(cell.rjust(width) if i in right else cell.ljust(width))
+        return "  ".join(padded).rstrip()
 
     return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
 
@@ -172,37 +229,105 @@ def table(rows, header, right=()):
 
 @contextlib.contextmanager
 def atomic(path):
-    """Yield a temporary path beside `path`; on success it replaces `path` in one step, on an error
-    it is removed.
+    """Yield a temporary path; on success it replaces `path` in one step, on an error it goes.
+
+    A symbolic link stays: what it points to is replaced. A replaced file keeps its permissions. A
+    device (/dev/null, /dev/stdout) is written through. OSError if `path` is a folder, FIFO or
+    socket.
     """
     path = Path(path)
+    if _is_stream(path):
+        with _written_through(path) as temporary:
+            yield temporary
+        return
+    mode = default_mode()
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))
+    if path.exists():
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{path}: not a regular file; choose another name for the output")
+        mode = stat.S_IMODE(status.st_mode)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
         # mkstemp makes private files; a result is as readable as any other file of the user's.
-        temporary.chmod(0o666 & ~_umask())
-        with open(temporary, "rb") as file:
+        temporary.chmod(mode)
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
+        # safetensors, written in Rust, gives the system's error number only in its text.
         code = re.search(r"\(os error (\d+)\)$", str(error))
-        # a library in Rust (safetensors) wrote the file: what the system said stands in the text
-        # alone
         if code:
             raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
         raise
 
 
-def _umask():
+def _is_stream(path):
+    """Whether `path` is a device or stream, which is written to rather than replaced."""
+    if os.path.abspath(path).startswith("/dev/"):
+        return not Path(path).is_dir()
+    return path.is_char_device()
+
+
+@contextlib.contextmanager
+def _written_through(path):
+    with tempfile.TemporaryDirectory() as folder:
+        # With the same ending: some libraries choose the format by it.
+        temporary = Path(folder) / f"output{path.suffix}"
+        temporary.touch()
+        yield temporary
+        with open(temporary, "rb") as source, open(path, "wb") as stream:
+            shutil.copyfileobj(source, stream)
+
+
+def check_output(flag, path, inputs=()):
+    """UserError if the output `path` of `flag` could not be written, or would replace an input.
+
+    Call it before the work. inputs: paths of files that the same command reads (None is skipped),
+    or of its other outputs.
+    """
+    path = Path(path)
+    if _is_stream(path):
+        return
+    for other in inputs:
+        if other is not None and _same_file(path, other):
+            raise UserError(
+                f"{flag} {path}: the same command reads or writes this file as {other}; choose "
+                "another name"
+            )
+    if path.is_dir():
+        raise UserError(f"{flag} {path}: this is a folder; name a file")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{flag} {path}: not a regular file; choose another name")
+    folder = Path(os.path.realpath(path)).parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise UserError(f"{flag} {path}: {folder} is a file, not a folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {path}: the folder {folder} is not writable; choose another one")
+
+
+def _same_file(one, other):
+    try:
+        return os.path.samefile(one, other)
+    except OSError:  # one of them does not exist yet
+        return os.path.realpath(one) == os.path.realpath(other)
+
+
+def default_mode():
+    """Permissions of a new file, as the user's umask has them."""
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    return 0o666 & ~mask
 
 
 def try_lock(path, seconds=0.0):
@@ -238,10 +363,24 @@ def write_text(path, text):
 
 
 def write_json(path, value):
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, default=_plain) + "\n")
+    """Write `value` as JSON; names with bytes that are not UTF-8 (Linux paths) as escapes."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, default=plain)
+    if not is_utf8(text):
+        text = json.dumps(value, indent=1, default=plain)
+    write_text(path, text + "\n")
 
 
-def _plain(value):
+def is_utf8(text):
+    """Whether `text` can be written as UTF-8: file names on Linux may hold other bytes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def plain(value):
+    """NumPy's numbers and arrays and paths as what JSON has; `default` of json.dumps."""
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, np.ndarray):
@@ -252,7 +391,7 @@ def _plain(value):
 
 
 def read_json(path):
-    """The content of a JSON file; UserError where it is missing or broken."""
+    """The content of a JSON file; UserError if it is missing or broken."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -264,5 +403,6 @@ def read_json(path):
 
 
 def file_name(text):
-    """`text` as the name of a file or folder: nothing in it leads elsewhere."""
-    return "".join(c if c.isalnum() or c in "-_.+" else "_" for c in str(text)).lstrip(".")
+    """`text` as the name of a file or folder that leads nowhere else."""
+    name = "".join(c if c.isalnum() or c in "-_.+" else "_" for c in str(text)).lstrip(".")
+    return name or "_"

@@ -1,7 +1,8 @@
-"""The training step: processes, model, optimiser, and the pseudo-epochs of one run."""
+"""The training step: settings, processes, model, optimiser, and the pseudo-epochs of one run."""
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import math
 import os
@@ -15,10 +16,46 @@ import torch.nn.functional as F
 import augment
 import lora
 import models
+import runs
 from common import UserError
+from dataset.patches import margin
 
 WATCH = 16  # steps between looks at the loss: each look waits for the device
 CROPS_IN_MEMORY = 4 << 30  # bytes of validation patches that are kept decoded
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingSettings(runs.Settings):
+    """The flags that change the result of training end to end."""
+
+    epochs: int
+    epoch_size: int
+    batch_size: int
+    lr: float
+    balance: str
+    random_share: float
+    jitter: float
+    stain_jitter: float
+    tissue: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRASettings(TrainingSettings):
+    """The flags that change the result of LoRA."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: tuple
+    dora: bool
+    rslora: bool
+    adapter: str | None = None  # folder of the adapter to start from
+
+    def flags(self):
+        flags = super().flags()
+        if self.adapter is None:  # runs of earlier versions have no such entry
+            del flags["adapter"]
+        return flags
 
 
 def learning_rate(step, total, peak):
@@ -26,16 +63,14 @@ def learning_rate(step, total, peak):
     (torch's OneCycleLR).
     """
     first, top, last = peak / 25, 0.3 * total - 1, total - 1
-    low, high, share = (
-        (first, peak, step / top)
-        if step <= top
-        else (first / 1e4, peak, (last - step) / max(last - top, 1e-9))
-    )
+    if step <= top:
+        low, high, share = first, peak, step / top
+    else:
+        low, high, share = first / 1e4, peak, (last - step) / max(last - top, 1e-9)
     return low + (high - low) * (1 - math.cos(math.pi * share)) / 2
 
 
-def run_seed(seed, fold):
-    return (int(seed) << 16) + int(fold)
+# ---------------------------------------------------------------- processes
 
 
 def rank():
@@ -56,28 +91,67 @@ def total_over_processes(values):
     return tensor.cpu().numpy()
 
 
-def start_processes(args):
-    """Join the other processes of torchrun; returns the device of this one."""
-    device = models.resolve_device(args.device)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if device.type == "cuda" and ":" not in args.device:
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        if args.batch_size % world() or args.epoch_size % args.batch_size:
+def launched():
+    """(rank of this process, number of processes) as torchrun started them; (0, 1) without it.
+
+    UserError if RANK or WORLD_SIZE is set, but not by torchrun: the job would wait for processes
+    that do not exist.
+    """
+    numbers = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+    if os.environ.get("TORCHELASTIC_RUN_ID") and all(text.isdecimal() for text in numbers):
+        return int(numbers[0]), int(numbers[1])
+    for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1")):
+        value = os.environ.get(name)
+        if value is not None and value.strip() != alone:
             raise UserError(
-                f"--batch-size {args.batch_size} --epoch-size {args.epoch_size}: with {world()} "
-                "processes "
-                "these must divide the batch, and the batch the epoch"
+                f"{name}={value} is set in the environment, but torchrun did not start this "
+                "process: unset RANK WORLD_SIZE, or start several processes with torchrun "
+                "--nproc-per-node N"
             )
+    return 0, 1
+
+
+def process_device(name):
+    """The device of --device; under torchrun the GPU of this process, unless one is named."""
+    device = models.resolve_device(name)
+    if launched()[1] > 1 and device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     return device
+
+
+def join_processes(device, batch_size, epoch_size):
+    """Join the other processes of torchrun, if there are any."""
+    _, count = launched()
+    if count == 1:
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if batch_size % count or epoch_size % batch_size:
+        raise UserError(
+            f"--batch-size {batch_size} --epoch-size {epoch_size}: with {count} processes their "
+            "number must divide the batch, and the batch the epoch"
+        )
+
+
+def leave_processes():
+    """Wait for the first process, which still writes when the others are done, and leave."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def from_first(value):
+    """The first process's `value`, in every process."""
+    if world() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 @contextlib.contextmanager
 def others_may_fail():
-    """A process that is gone makes the next exchange of all others fail: that ends them with one
-    line.
-    """
+    """When one process dies, the next exchange fails in all others: report that in one line."""
     try:
         yield
     except RuntimeError as error:
@@ -85,50 +159,43 @@ def others_may_fail():
             raise
         raise UserError(
             "another process of this job has ended; the same command with --resume continues "
-            "after the "
-            "last finished pseudo-epoch"
+            "after the last finished pseudo-epoch"
         ) from error
 
 
-def load_base(args, dtype, device):
-    """The encoder that all runs of this command start from.
-
-    LoRA's frozen weights are held where and in the precision they are used; end to end keeps
-    float32 under autocast."""
-    return models.load_encoder(
-        args.model,
-        args.weights,
-        *((device, dtype) if args.lora else ("cpu", torch.float32)),
-        args.pool,
-        args.layer,
-        args.revision,
-    )
+# ---------------------------------------------------------------- the model
 
 
-def make_model(args, base, device, seed):
-    """PatchClassifier ready for training, and what is trained of it: {name: parameter}."""
-    spec = models.find_encoder(args.model)
+def make_model(settings, base, device, checkpointing=False):
+    """PatchClassifier ready for training, and what is trained of it: {name: parameter}.
+
+    checkpointing: compute activations again in the backward pass.
+    """
+    spec = models.find_encoder(settings.model)
+    uses_lora = settings.method == "lora"
     # LoRA leaves the weights as they are: one copy of them serves every run.
-    encoder = copy.deepcopy(base, {id(p): p for p in base.parameters()} if args.lora else {}).to(
-        device
-    )
-    torch.manual_seed(seed)
-    if args.lora:
+    shared = {id(p): p for p in base.parameters()} if uses_lora else {}
+    encoder = copy.deepcopy(base, shared).to(device)
+    torch.manual_seed(settings.run_seed)
+    if uses_lora and settings.adapter:
+        lora.load_peft(encoder, settings.adapter, settings.dropout)
+    elif uses_lora:
         lora.add_lora(
             encoder,
-            args.rank,
-            args.alpha,
-            args.dropout,
-            tuple(args.targets),
-            args.dora,
-            args.rslora,
+            settings.rank,
+            settings.alpha,
+            settings.dropout,
+            tuple(settings.targets),
+            settings.dora,
+            settings.rslora,
         )
-    if args.checkpointing:
+    if checkpointing:
         if not spec.depth:
-            raise UserError(f"--checkpointing works on transformer blocks, {args.model} has none")
-        for (
-            block
-        ) in encoder.blocks:  # LoRA's masks are hashed, so that no random state has to be kept
+            raise UserError(
+                f"--checkpointing works on transformer blocks, {settings.model} has none"
+            )
+        for block in encoder.blocks:
+            # LoRA's masks are hashed, so that no random state has to be kept.
             block.forward = functools.partial(
                 torch.utils.checkpoint.checkpoint,
                 block.forward,
@@ -136,9 +203,30 @@ def make_model(args, base, device, seed):
                 preserve_rng_state=False,
             )
     model = models.PatchClassifier(encoder).to(device)
+    if uses_lora and settings.adapter:
+        _start_head(model.head, settings.adapter)
     if world() > 1 and not spec.depth:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model, {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _start_head(head, adapter):
+    """Start the head from the adapter's, if its folder brings one."""
+    start = lora.load_head(adapter)
+    if start is None:
+        return
+    weight, bias = start
+    if weight.shape != head.weight.shape:
+        raise UserError(
+            f"--adapter {adapter}: its head takes {weight.shape[1]} numbers, the embedding has "
+            f"{head.weight.shape[1]}"
+        )
+    with torch.no_grad():
+        head.weight.copy_(weight)
+        head.bias.copy_(bias)
+
+
+# ---------------------------------------------------------------- the pseudo-epochs
 
 
 class SampleReader:
@@ -152,23 +240,24 @@ class SampleReader:
 
 
 class Engine:
-    """The steps of one run: model, optimiser and what they need."""
+    """The steps of one run: model, optimiser and what they need.
 
-    def __init__(self, args, model, parameters, sampler, patches, device, dtype, seed):
-        self.args, self.model, self.parameters = args, model, parameters
-        self.sampler, self.patches, self.device, self.dtype, self.seed = (
-            sampler,
-            patches,
-            device,
-            dtype,
-            seed,
-        )
+    parts: compute each batch in so many; compiled: torch.compile the model.
+    """
+
+    def __init__(
+        self, settings, model, parameters, sampler, patches, device, dtype, parts=1, compiled=False
+    ):
+        self.settings, self.model, self.parameters = settings, model, parameters
+        self.sampler, self.patches = sampler, patches
+        self.device, self.dtype = device, dtype
+        self.parts = parts
         self.optimizer = torch.optim.Adam(
-            parameters.values(), lr=args.lr, fused=device.type in ("cpu", "cuda")
+            parameters.values(), lr=settings.lr, fused=device.type in ("cpu", "cuda")
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        self.steps_per_epoch = math.ceil(args.epoch_size / args.batch_size)
-        self.parts = args.accumulate
+        self.steps_per_epoch = math.ceil(settings.epoch_size / settings.batch_size)
+        self.steps = settings.epochs * self.steps_per_epoch
         trained = model
         if world() > 1:
             trained = torch.nn.parallel.DistributedDataParallel(
@@ -176,66 +265,67 @@ class Engine:
                 device_ids=[device] if device.type == "cuda" else None,
                 broadcast_buffers=False,
             )
-        self.trained = torch.compile(trained) if args.compile else trained
+        self.trained = torch.compile(trained) if compiled else trained
 
     def epoch(self, number, bar, validated=""):
-        """Train one pseudo-epoch; returns its mean loss (over all processes). validated: for the
-        progress bar.
+        """Train one pseudo-epoch → its mean loss over all processes.
+
+        validated: text for the progress bar.
         """
         sample = self.sampler.epoch(number)
-        B, share = self.args.batch_size, self.args.batch_size // world()
-        # Of every batch this process takes a fixed part; the numbers of the samples stay those of
-        # the whole batch.
+        batch_size = self.settings.batch_size
+        share = batch_size // world()
+        # This process's part of every batch; samples keep their number in the whole batch.
         places = np.arange(len(sample))
-        places = places[(places % B) // share == rank()]
-        reader = SampleReader(self.patches, sample, augment.margin(models.SIZE))
+        places = places[(places % batch_size) // share == rank()]
+        reader = SampleReader(self.patches, sample, margin(models.SIZE))
+        starts = range(0, len(places), share)
         losses, watched = [], 0
         self.model.train()
-        with models.reading(
-            reader, places, range(0, len(places), share), share, self.device
-        ) as batches:
+        with models.reading(reader, places, starts, share, self.device) as batches:
             for start, images in batches:
-                own = places[start : start + share]
-                step = number * self.steps_per_epoch + int(own[0]) // B
-                whole = min(B, len(sample) - int(own[0]) // B * B)  # the last batch may be smaller
-                losses.append(self.step(step, images, own % B, sample["label"][own], whole))
+                part = places[start : start + share]
+                batch = int(part[0]) // batch_size
+                # The last batch may be smaller.
+                whole = min(batch_size, len(sample) - batch * batch_size)
+                step = number * self.steps_per_epoch + batch
+                labels = sample["label"][part]
+                losses.append(self.step(step, images, part % batch_size, labels, whole))
                 if len(losses) % WATCH == 0 or start + share >= len(places):
                     recent = self.watch(losses, watched, sample, places, share, number)
-                    bar.set_postfix_str(
-                        f"epoch {number + 1}/{self.args.epochs}, loss {recent:.3f}{validated}",
-                        refresh=False,
-                    )
+                    epochs = f"epoch {number + 1}/{self.settings.epochs}"
+                    bar.set_postfix_str(f"{epochs}, loss {recent:.3f}{validated}", refresh=False)
                     watched = len(losses)
-                bar.update(len(own) * world())
-        mean = torch.stack(losses).cpu().double().numpy().sum(keepdims=True)
-        return float(total_over_processes(mean)[0] / len(sample))
+                bar.update(len(part) * world())
+        total = torch.stack(losses).cpu().double().numpy().sum(keepdims=True)
+        return float(total_over_processes(total)[0] / len(sample))
 
     def step(self, step, images, samples, labels, whole):
-        """One optimiser step on this process's part of a batch of `whole` patches; returns the sum
-        of its losses.
+        """One optimiser step on this process's part of a batch → the sum of its losses.
+
+        images: uint8 [B, S, S, 3]; samples: their numbers [B] in the batch; labels: [B];
+        whole: size of the batch over all processes.
         """
         labels = torch.from_numpy(labels.astype(np.float32)).to(self.device, non_blocking=True)
         images = images.to(self.device, non_blocking=True)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, self.args.epochs * self.steps_per_epoch, self.args.lr)
+            group["lr"] = learning_rate(step, self.steps, self.settings.lr)
         while True:
             try:
                 total = self.backward(step, images, samples, labels, whole)
                 break
             except torch.OutOfMemoryError:
-                # Half the patches at once, same gradient. Several processes would have to agree on
-                # it: they stop.
+                # Half the patches at once give the same gradient. Several processes would have to
+                # agree on it: they stop.
                 if world() > 1 or 2 * self.parts > len(labels):
                     raise UserError(
                         f"out of memory on {self.device} with {len(labels) // self.parts} patches "
-                        "at once; "
-                        "use --accumulate, --checkpointing or --dtype bf16"
+                        "at once; use --accumulate, --checkpointing or --dtype bf16"
                     ) from None
                 self.parts *= 2
                 models.note(
-                    f"the batch does not fit: gradients are accumulated over {self.parts} parts "
-                    "of it from "
-                    f"here on (--accumulate {self.parts})"
+                    f"the batch does not fit into memory: from now on gradients are accumulated "
+                    f"over {self.parts} parts of it (--accumulate {self.parts})"
                 )
                 torch.cuda.empty_cache()
         self.scaler.step(self.optimizer)
@@ -243,53 +333,54 @@ class Engine:
         return total
 
     def backward(self, step, images, samples, labels, whole):
-        self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self.device)
+        """Gradients of the batch's mean loss, part by part → the sum of the losses (see step)."""
+        uses_lora = self.settings.method == "lora"
+        seed, stain = self.settings.run_seed, self.settings.stain_jitter
+        autocast = not uses_lora and self.dtype != torch.float32
         size = math.ceil(len(labels) / self.parts)
+        total = torch.zeros((), device=self.device)
+        self.optimizer.zero_grad(set_to_none=True)
         for first in range(0, len(labels), size):
             part = slice(first, first + size)
-            patches = augment.augment(
-                images[part], (self.seed, step, samples[part]), models.SIZE, self.args.stain_jitter
-            )
-            if self.args.lora:
-                lora.set_step(self.model.encoder, self.seed, step, samples[part])
-            last = first + size >= len(labels)
-            autocast = torch.autocast(
-                self.device.type,
-                self.dtype,
-                enabled=not self.args.lora and self.dtype != torch.float32,
-            )
-            with contextlib.nullcontext() if last or world() == 1 else self.trained.no_sync():
-                with autocast:
+            key = (seed, step, samples[part])
+            patches = augment.augment(images[part], key, models.SIZE, stain)
+            if uses_lora:
+                lora.set_step(self.model.encoder, *key)
+            synchronised = contextlib.nullcontext()
+            if world() > 1 and first + size < len(labels):  # exchange gradients once per batch
+                synchronised = self.trained.no_sync()
+            with synchronised:
+                with torch.autocast(self.device.type, self.dtype, enabled=autocast):
                     logits = self.trained(patches)
                 loss = F.binary_cross_entropy_with_logits(
                     logits.float(), labels[part], reduction="sum"
                 )
-                # The mean over the whole batch; DDP averages over processes, which the factor
-                # undoes.
+                # The mean over the whole batch. DDP averages over processes; the factor undoes it.
                 self.scaler.scale(loss * (world() / whole)).backward()
             total += loss.detach()
         return total
 
     def watch(self, losses, first, sample, places, share, epoch):
-        """Mean of the losses since the step `first` of the epoch. UserError at the first one that
-        is not a finite number, with where it was and what to do."""
+        """Mean of the losses since step `first` of the epoch.
+
+        UserError at the first one that is not finite: where it was and what to do.
+        """
         recent = torch.stack(losses[first:]).cpu()
         if recent.isfinite().all():
             return recent.sum().item() / len(places[first * share : len(losses) * share])
         bad = first + int((~recent.isfinite()).nonzero()[0, 0])
-        own = sample[places[bad * share : (bad + 1) * share]]
-        table = self.sampler.annotations
-        names = [
-            str(table.id[row]) if row >= 0 else f"random ({x:.0f}, {y:.0f})"
-            for row, x, y in zip(own["row"], own["x"], own["y"])
-        ]
-        step = epoch * self.steps_per_epoch + int(places[bad * share]) // self.args.batch_size
+        part = places[bad * share : (bad + 1) * share]
+        ids, names = self.sampler.annotations.id, []
+        for row, x, y in sample[part][["row", "x", "y"]].tolist():
+            names.append(str(ids[row]) if row >= 0 else f"random ({x:.0f}, {y:.0f})")
+        step = epoch * self.steps_per_epoch + int(part[0]) // self.settings.batch_size
         raise UserError(
             f"the loss is not a finite number at step {step}, patches {', '.join(names[:16])}: "
-            "try a "
-            "smaller --lr, --dtype bf16 or fp32; --resume goes back to the last pseudo-epoch"
+            "try a smaller --lr, --dtype bf16 or fp32; --resume goes back to the last pseudo-epoch"
         )
+
+
+# ---------------------------------------------------------------- validation
 
 
 def validation_loss(labels, logits):
@@ -299,34 +390,40 @@ def validation_loss(labels, logits):
 
 
 class Decoded:
-    """Validation patches, read once and kept as long as they fit; the reader of models.predict."""
+    """Annotated patches, read once and kept if they fit into CROPS_IN_MEMORY; the reader of
+    models.predict.
+    """
 
     def __init__(self, patches, rows):
-        self.patches, self.rows, self.kept = patches, rows, None
+        self.patches, self.rows, self.images = patches, rows, None
         shape = (len(rows), models.SIZE, models.SIZE, 3)
         if math.prod(shape) <= CROPS_IN_MEMORY:
-            self.kept, self.there = np.empty(shape, np.uint8), np.zeros(len(rows), bool)
+            self.images = np.empty(shape, np.uint8)
+            self.decoded = np.zeros(len(rows), bool)
 
     def __len__(self):
         return len(self.rows)
 
     def read(self, places):
-        if self.kept is None:
+        if self.images is None:
             return self.patches.read(self.rows[places])
-        todo = places[~self.there[places]]
+        todo = places[~self.decoded[places]]
         if len(todo):
-            self.kept[todo], self.there[todo] = self.patches.read(self.rows[todo]), True
-        return self.kept[places]
+            self.images[todo] = self.patches.read(self.rows[todo])
+            self.decoded[todo] = True
+        return self.images[places]
 
 
-def predict_together(model, patches, count, args, dtype, progress=None):
-    """Logits [count] of models.predict, each process doing a part. dtype: of autocast, for a model
-    in float32.
+def predict_together(model, patches, count, batch_size, dtype, progress=None):
+    """Logits [count] of models.predict, each process computing a part.
+
+    dtype: of autocast, for a model in float32.
     """
-    logits, own = np.zeros(count), np.arange(rank(), count, world())
-    if len(own):
+    logits, rows = np.zeros(count), np.arange(rank(), count, world())
+    if len(rows):
+        batch_size = max(batch_size, 64)
         with lora.folded(model):
-            logits[own] = models.predict(
-                model, patches, own, max(args.batch_size, 64), dtype=dtype, progress=progress
+            logits[rows] = models.predict(
+                model, patches, rows, batch_size, dtype=dtype, progress=progress
             )
     return total_over_processes(logits)

@@ -225,7 +225,7 @@ def put_in_place(folder, out):
     for name in names:
         path = folder / name
         if path.exists():
-            path.chmod(0o666 & ~common._umask())
+            path.chmod(common.default_mode())
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
     # An old .onnx must not stand beside new weights, not even for a moment.
@@ -257,7 +257,7 @@ def set_metadata(proto, metadata):
     del proto.metadata_props[:]
     proto.metadata_props.add(key="format", value=session.FORMAT)
     for key, value in metadata.items():
-        proto.metadata_props.add(key=key, value=json.dumps(value, default=common._plain))
+        proto.metadata_props.add(key=key, value=json.dumps(value, default=common.plain))
 
 
 def free_memory():

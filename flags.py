@@ -1,8 +1,6 @@
-"""Flags that several commands share: which dataset, how it is read, which split, further test sets.
-No torch.
-"""
+"""Flags that several commands share: which data, how it is read, which split, which runs."""
 
-import argparse
+import dataclasses
 import itertools
 import math
 import os
@@ -10,45 +8,33 @@ from pathlib import Path
 
 import numpy as np
 
+import common
+import runs
 from common import UserError
 from dataset import annotations as annotation_tables
 from dataset import readers, slides
-from dataset.annotations import PATCH, root_folder
+from dataset.annotations import PATCH, root_folder, shared_cases
+from dataset.splits import make_split
 from demo import synthetic
 
-
-def demo_folder():
-    """Folder of the demo dataset, which is made where it is missing; said loudly."""
-    folder = root_folder() / "demo"
-    if not folder.is_dir() or not any(folder.glob("*.json")):
-        print(f"the synthetic demo dataset is made in {folder} (some seconds)", flush=True)
-        synthetic.build(folder)
-    return folder
+SEEDS, FOLDS = 2**47, 2**16  # so many there are: together they make one seed of 63 bits
 
 
-def load_dataset(path, *args, **choices):
-    """dataset.annotations.load_dataset, which see; the demo is made if it is asked for and not
-    there.
-    """
-    if str(path) == "demo":
-        path = demo_folder()
-    return annotation_tables.load_dataset(path, *args, **choices)
+# ---------------------------------------------------------------- the flags
 
 
 def add_arguments(parser, positional=False):
-    """The flags that say which dataset: --data, --images, … (`positional`: the dataset without its
-    flag).
-    """
+    """The flags that say which dataset: --data, --images, … (`positional`: D instead of --data)."""
     group = parser.add_argument_group("data")
-    what = (
+    dataset = (
         "ccmct, midog2022, midogpp, midog2021, cmc or demo (looked up under $MITOSIS_ROOT, "
-        "default data/), a "
-        "folder, or an annotation file (default: $MITOSIS_DATA, else the synthetic demo)"
+        "default data/), a folder, or an annotation file (default: $MITOSIS_DATA, else the "
+        "synthetic demo)"
     )
     if positional:
-        group.add_argument("data", nargs="?", metavar="D", help=what)
+        group.add_argument("data", nargs="?", metavar="D", help=dataset)
     else:
-        group.add_argument("--data", metavar="D", help=what)
+        group.add_argument("--data", metavar="D", help=dataset)
     group.add_argument(
         "--images",
         metavar="DIR",
@@ -71,7 +57,8 @@ def add_arguments(parser, positional=False):
         "--source-mpp",
         type=float,
         metavar="MPP",
-        help="µm/px of the images, where their files do not say it",
+        help="µm/px of the images of --data, if their files do not state it (--test datasets "
+        "need it in their files)",
     )
 
 
@@ -80,10 +67,10 @@ def add_reading_arguments(group):
     group.add_argument(
         "--classes",
         metavar="mitotic=2,other=7",
-        help="class ids or names of the two labels, where the file's class names do not say it",
+        help="class ids or names of the two labels, if the file's class names do not tell",
     )
     group.add_argument(
-        "--profile", choices=readers.PROFILES, help="class ids of a known data set (default: none)"
+        "--profile", choices=readers.PROFILES, help="class ids of a known dataset (default: none)"
     )
     group.add_argument(
         "--positive", metavar="VALUE", help="the label (or labels, with commas) that counts as 1"
@@ -96,7 +83,7 @@ def add_reading_arguments(group):
     group.add_argument(
         "--columns",
         metavar="path=A,case=B,label=C",
-        help=f"columns of a CSV that are called differently ({', '.join(readers.COLUMNS)})",
+        help=f"columns of a CSV that have other names ({', '.join(readers.COLUMNS)})",
     )
 
 
@@ -106,11 +93,13 @@ def add_split_arguments(parser, several=True):
     several: --fold, --frac and --domain take several values and are lists (--domain may be None).
     """
     group = parser.add_argument_group("split")
-    n = {"nargs": "+"} if several else {}
+    n, frac, fold = {}, 1.0, 0
+    if several:
+        n, frac, fold = {"nargs": "+"}, [1.0], [0]
     group.add_argument(
         "--frac",
         type=float,
-        default=[1.0] if several else 1.0,
+        default=frac,
         metavar="F",
         help="fraction of the training pool, 0.1 is 10%% (default: 1)",
         **n,
@@ -118,7 +107,7 @@ def add_split_arguments(parser, several=True):
     group.add_argument(
         "--fold",
         type=int,
-        default=[0] if several else 0,
+        default=fold,
         metavar="K",
         help="repeat: another validation set and seed, the same test set (default: 0)",
         **n,
@@ -129,68 +118,38 @@ def add_split_arguments(parser, several=True):
         help="train on this domain alone, test on each (default: all domains)",
         **n,
     )
-    group.add_argument("--seed", type=int, default=0, help="of the split and the run (default: 0)")
+    group.add_argument(
+        "--seed", type=int, default=0, help="seed of the split and of the run (default: 0)"
+    )
     group.add_argument(
         "--split",
         choices=("case", "annotation", "official"),
         default="case",
-        help="draw the test set "
-        "by case; by annotation, as the published code does (leaks); or take the published test "
-        "slides "
-        "of ccmct (default: case)",
+        help="draw the test set by case; by annotation, as the published code does (leaks); or "
+        "use the published test slides of ccmct (default: case)",
     )
     group.add_argument(
         "--val-frac",
         type=float,
         default=1.0,
         metavar="F",
-        help="fraction of the validation set that is used (default: 1)",
+        help="fraction of the validation set to use (default: 1)",
     )
 
 
-def from_arguments(args, data=None, images=None, quiet=False):
-    """The Annotations that the flags of add_arguments ask for; says loudly when it is the demo, and
-    prints notes.
-
-    data, images: another dataset (of --test), of which the flags say how its labels and columns are
-    read, but neither where its images lie nor their µm/px. UserError where the images are not
-    there."""
-    where = data or args.data or os.environ.get("MITOSIS_DATA") or "demo"
-    if where == "demo" and not quiet:
-        print(
-            "DATA: the synthetic demo (no tissue of anybody); --data or $MITOSIS_DATA names real "
-            "data"
-            if not data and not args.data
-            else "DATA: the synthetic demo",
-            flush=True,
-        )
-    if not 0 <= getattr(args, "seed", 0) < 2**47:
-        raise UserError(f"--seed {args.seed}: a number from 0 to 2^47 is needed")
-    for flag, value in (("--mpp", args.mpp), ("--source-mpp", args.source_mpp)):
-        if value is not None and not (math.isfinite(value) and 0.01 <= value <= 100):
-            raise UserError(f"{flag} {value}: µm/px between 0.01 and 100 are needed")
-    annotations = load_dataset(
-        where,
-        images if data else args.images,
-        _classes(args),
-        args.profile,
-        readers.parse_columns(args.columns) if args.columns else None,
-        mpp=None if data else args.source_mpp,
+def add_run_arguments(parser):
+    """The flags of train.py and probe.py about runs: --runs, --test, --resume, --force."""
+    group = parser.add_argument_group("runs")
+    group.add_argument(
+        "--runs", default="runs", metavar="DIR", help="folder of all runs (default: runs)"
     )
-    if not quiet:
-        for note in annotations.notes:
-            print(f"{annotations.name}: {note}", flush=True)
-    return annotations
-
-
-def add_test_arguments(group):
     group.add_argument(
         "--test",
         nargs="+",
         default=[],
         metavar="D2",
-        help="whole datasets as further test sets, also "
-        "of a finished run; their labels and columns are read as the first one's",
+        help="whole datasets as further test sets, also of a finished run; --classes, --columns, "
+        "--fit and --mpp apply to them, --images and --source-mpp do not",
     )
     group.add_argument(
         "--test-images",
@@ -199,100 +158,143 @@ def add_test_arguments(group):
         metavar="DIR",
         help="folders of their images, in the same order (default: beside their annotations)",
     )
+    group.add_argument(
+        "--resume", action="store_true", help="continue interrupted runs (no effect on others)"
+    )
+    group.add_argument(
+        "--force",
+        action="store_true",
+        help="repeat existing runs; deletes what they wrote, models exported there included",
+    )
 
 
-def further(args):
-    """The datasets of --test."""
-    if args.test_images and len(args.test_images) != len(args.test):
-        raise UserError(
-            f"--test-images: {len(args.test_images)} folders for {len(args.test)} datasets of "
-            "--test"
-        )
-    found = [
-        from_arguments(args, name, images)
-        for name, images in itertools.zip_longest(args.test, args.test_images)
-    ]
-    for other in found:
-        need_images(other)
-    names = [other.name for other in found]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"--test: two datasets are called {name}; rename one of the files")
-    return found
+# ---------------------------------------------------------------- the data
 
 
-def check_further(tests, annotations, split):
-    """UserError where a dataset of --test is called like one of the run's own sets, or its dataset:
-    its results would be taken for theirs."""
-    for other in tests:
-        if other.name in {"train", "val", "test", annotations.name, *split.others}:
-            raise UserError(
-                f"--test: {other.name} is the name of one of the run's own sets or datasets; "
-                "rename the "
-                "file"
-            )
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Which data, and how it is read: the flags of add_arguments, as a run keeps them."""
+
+    data: str | None = None
+    images: str | None = None
+    classes: str | None = None
+    profile: str | None = None
+    positive: str | None = None
+    negative: str | None = None
+    columns: str | None = None
+    fit: str | None = None
+    mpp: float | None = None
+    source_mpp: float | None = None
 
 
-SOURCE = (
-    "data",
-    "images",
-    "classes",
-    "profile",
-    "positive",
-    "negative",
-    "columns",
-    "fit",
-    "mpp",
-    "source_mpp",
-)
+SOURCE = tuple(field.name for field in dataclasses.fields(Source))
 
 
 def source(args):
-    """The flags of add_arguments as a run keeps them; absolute paths, so that its data is found
-    from anywhere.
+    """The flags of add_arguments as a dict; absolute paths, so that the data is found from
+    anywhere.
     """
-    kept = {name: getattr(args, name) for name in SOURCE}
-    kept["data"] = args.data or os.environ.get("MITOSIS_DATA") or "demo"
+    values = {name: getattr(args, name) for name in SOURCE}
+    values["data"] = args.data or os.environ.get("MITOSIS_DATA") or "demo"
     for name in ("data", "images"):
         # Names of datasets stay names, whatever lies in the current folder ("demo" does here).
-        is_name = name == "data" and kept[name] in ("demo", *annotation_tables.KNOWN)
-        if kept[name] and not is_name and Path(kept[name]).exists():
-            kept[name] = str(Path(kept[name]).resolve())
-    return kept
+        is_name = name == "data" and values[name] in ("demo", *annotation_tables.KNOWN)
+        if values[name] and not is_name and Path(values[name]).exists():
+            values[name] = str(Path(values[name]).resolve())
+    return values
 
 
 def from_source(kept, quiet=True):
-    """(Annotations, the flags as a namespace) of a run's config["source"]; UserError where the data
-    is not here.
+    """(Annotations, Source) of a run's config["source"]; UserError if the data is not available."""
+    choices = Source(**{name: kept.get(name) for name in SOURCE})
+    return from_arguments(choices, quiet=quiet), choices
+
+
+def demo_folder():
+    """Folder of the demo dataset, which is made if it is missing; says so loudly."""
+    folder = root_folder() / "demo"
+    if not folder.is_dir() or not any(folder.glob("*.json")):
+        print(f"making the synthetic demo dataset in {folder} (some seconds)", flush=True)
+        synthetic.build(folder)
+    return folder
+
+
+def load_dataset(path, *args, **choices):
+    """dataset.annotations.load_dataset, which see; "demo" is made if it is missing."""
+    if str(path) == "demo":
+        path = demo_folder()
+    return annotation_tables.load_dataset(path, *args, **choices)
+
+
+def from_arguments(args, data=None, images=None, quiet=False):
+    """The Annotations that the flags of add_arguments ask for; prints notes unless `quiet`.
+
+    data, images: a --test dataset instead: --classes, --columns … apply to it, --images and
+    --source-mpp do not. UserError if a flag has no sense, or the data cannot be read.
     """
-    args = argparse.Namespace(**{name: kept.get(name) for name in SOURCE})
-    return from_arguments(args, quiet=quiet), args
+    name = data or args.data or os.environ.get("MITOSIS_DATA") or "demo"
+    if name == "demo" and not quiet:
+        text = "DATA: the synthetic demo"
+        if not data and not args.data:
+            text += " (nobody's tissue); --data or $MITOSIS_DATA names real data"
+        print(text, flush=True)
+    _check_ranges(args)
+    annotations = load_dataset(
+        name,
+        images if data else args.images,
+        _classes(args),
+        args.profile,
+        readers.parse_columns(args.columns) if args.columns else None,
+        mpp=None if data else args.source_mpp,
+    )
+    for column in (annotations.id, annotations.case, annotations.domain):
+        for value in np.unique(column).tolist():
+            if not common.is_utf8(str(value)):
+                raise UserError(
+                    f"{annotations.name}: the name {value!r} holds bytes that are not UTF-8; "
+                    "rename the file"
+                )
+    if not quiet:
+        for note in annotations.notes:
+            print(f"{annotations.name}: {note}", flush=True)
+    return annotations
+
+
+def _check_ranges(args):
+    seed = getattr(args, "seed", 0)
+    if not 0 <= seed < SEEDS:
+        raise UserError(f"--seed {seed}: give a number from 0 to 2^47 - 1")
+    for fold in np.atleast_1d(np.array(getattr(args, "fold", 0), object)).tolist():
+        if not 0 <= fold < FOLDS:
+            raise UserError(f"--fold {fold}: give a number from 0 to {FOLDS - 1}")
+    for flag, value in (("--mpp", args.mpp), ("--source-mpp", args.source_mpp)):
+        if value is not None and not (math.isfinite(value) and 0.01 <= value <= 100):
+            raise UserError(f"{flag} {value}: give µm/px between 0.01 and 100")
 
 
 def _classes(args):
+    """What load_dataset takes as `classes`, from --classes or --positive and --negative."""
     if args.classes and (args.positive or args.negative):
-        raise UserError("--classes and --positive/--negative say the same thing: give one of them")
+        raise UserError("--classes and --positive/--negative mean the same: give one of them")
     if args.negative and not args.positive:
         raise UserError("--negative needs --positive")
     if args.classes:
         return readers.parse_classes(args.classes)
     if args.positive:
-
-        def values(text):
-            found = [value.strip() for value in text.split(",") if value.strip()]
-            if not found:
-                raise UserError("--positive and --negative take a label")
-            return found
-
-        return {
-            "mitotic": values(args.positive),
-            "other": values(args.negative) if args.negative else None,
-        }
+        other = _labels(args.negative) if args.negative else None
+        return {"mitotic": _labels(args.positive), "other": other}
     return None
 
 
+def _labels(text):
+    labels = [value.strip() for value in text.split(",") if value.strip()]
+    if not labels:
+        raise UserError("--positive and --negative need a label")
+    return labels
+
+
 def need_images(annotations):
-    """UserError unless images are there: for whoever reads pixels."""
+    """UserError if no image of the dataset is available: for commands that read pixels."""
     if set(annotations.image.tolist()) <= set(annotations.missing):
         raise UserError(
             f"{annotations.name}: none of its {len(annotations.all_images):,} images is under "
@@ -301,28 +303,92 @@ def need_images(annotations):
 
 
 def facts(annotations, fit="resize"):
-    """What a model trained on this data must be told: {"mpp": µm/px of its images, "patch": px that
-    are read around a cell where patches are ready-made, in which `fit` decides what of them is
-    seen}.
+    """What a model needs to know about the data it was trained on.
 
-    None where it is not known, or differs by more than 2% between the images that tell.
+    {"mpp": µm/px of the images, "patch": side in px actually used of ready-made patches}. None if
+    unknown, or if the images that state it differ by more than 2%.
     """
     first = annotations.image_path(annotations.image[0])
     patch = None
     if annotations.kind == "patches":  # as Patches cuts them
-        patch = min(PATCH, (min if fit == "resize" else max)(slides.dimensions(first)))
+        width, height = slides.dimensions(first)
+        side = min(width, height) if fit == "resize" else max(width, height)
+        patch = min(PATCH, side)
     values = list((annotations.mpp or {}).values())
     if not values:
-        present = (
-            [first]
-            if patch
-            else [
-                annotations.image_path(name)
-                for name in np.unique(annotations.image).tolist()
-                if name not in annotations.missing
-            ]
+        paths = [first]
+        if patch is None:
+            names = np.unique(annotations.image).tolist()
+            available = [name for name in names if name not in annotations.missing]
+            paths = [annotations.image_path(name) for name in available]
+        values = [slides.microns_per_pixel(path) for path in paths]
+    stated = [value for value in values if value]
+    mpp = None
+    if stated and max(stated) <= 1.02 * min(stated):
+        mpp = round(sum(stated) / len(stated), 6)
+    return {"mpp": mpp, "patch": patch}
+
+
+# ---------------------------------------------------------------- splits and further test sets
+
+
+def further(args, annotations, quiet=False):
+    """The datasets of --test; prints which of them share cases with `annotations`.
+
+    UserError if one has no images, or two have the same name: results are stored by name.
+    """
+    if args.test_images and len(args.test_images) != len(args.test):
+        raise UserError(
+            f"--test-images: {len(args.test_images)} folders for {len(args.test)} datasets of "
+            "--test"
         )
-        values = [slides.microns_per_pixel(path) for path in present]
-    known = [value for value in values if value]
-    same = known and max(known) <= 1.02 * min(known)
-    return {"mpp": round(sum(known) / len(known), 6) if same else None, "patch": patch}
+    tests = []
+    for name, images in itertools.zip_longest(args.test, args.test_images):
+        other = from_arguments(args, name, images, quiet)
+        need_images(other)
+        if other.name in [test.name for test in tests]:
+            raise UserError(
+                f"--test: two datasets are called {other.name}; rename one of the files"
+            )
+        tests.append(other)
+        shared = shared_cases(annotations, other)
+        if shared and not quiet:
+            example = sorted(map(str, shared))[0]
+            print(
+                f"note: {other.name} shares {len(shared)} cases with {annotations.name}, for "
+                f"example {example}: its figures are not those of unseen cases",
+                flush=True,
+            )
+        problem = runs.one_class_line(other.name, other.label)
+        if problem and not quiet:
+            print(f"problem: {problem}", flush=True)
+    return tests
+
+
+def splits(args, annotations, tests=()):
+    """The splits of every --domain, --frac and --fold, in this order.
+
+    UserError if one is not possible, or a --test dataset has the name of one of the run's own sets:
+    results are stored by name.
+    """
+    domains = dict.fromkeys(args.domain or [None])
+    grid = itertools.product(domains, dict.fromkeys(args.frac), dict.fromkeys(args.fold))
+    planned = []
+    for domain, frac, fold in grid:
+        split = make_split(annotations, fold, frac, domain, args.seed, args.split, args.val_frac)
+        for other in tests:
+            if other.name in {"train", "val", "test", annotations.name, *split.others}:
+                raise UserError(
+                    f"--test: {other.name} is the name of one of the run's own sets or datasets; "
+                    "rename the file"
+                )
+        planned.append(split)
+    return planned
+
+
+def at_least(args, least, *names):
+    """UserError if one of the flags is below `least`."""
+    for name in names:
+        if getattr(args, name) < least:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} {getattr(args, name)}: give {least} or more")

@@ -1,5 +1,4 @@
-"""Penalised binary logistic regression for linear probes: many problems over one feature matrix,
-solved at once.
+"""Penalised binary logistic regression for linear probes: many problems over one matrix at once.
 
 Two penalties, for features x [d], labels y in {0, 1}, n training rows, weight w [d], bias b (never
 penalised):
@@ -62,12 +61,17 @@ def fit(
 ):
     """Solve every problem; returns a list of Fit in their order.
 
-    features: [N, d] array or tensor (float16/32/64, may be a memory map); labels: [N] of 0/1;
-    problems: list of (rows, C): the training rows of the problem, and C (None for `uni`: 2 d /
-    100); standardize: zero mean and unit variance over each problem's own rows (constant columns
-    are left alone), undone in the weight returned. dtype: of the products; float32 continues in
-    float64 where float32's noise ends the progress. ValueError where a problem's rows hold one
-    class only: there is nothing to separate."""
+    features     [N, d] array or tensor (float16/32/64, may be a memory map)
+    labels       [N] of 0/1
+    problems     list of (rows, C): the training rows of the problem, and C (None for `uni`: 2 d /
+                 100)
+    standardize  zero mean and unit variance over each problem's own rows (constant columns are left
+                 alone), undone in the weight returned
+    dtype        of the products; float32 continues in float64 when its rounding noise ends the
+                 progress
+
+    ValueError if a problem's rows hold one class only: there is nothing to separate.
+    """
     if penalty not in ("uni", "l2"):
         raise ValueError(f"unknown penalty {penalty!r}: uni or l2")
     labels = np.asarray(labels)
@@ -104,25 +108,67 @@ def fit(
 
 
 def _times(X, V):
-    """X [n, d] @ V [d, p] -> [n, p]. On CPUs the products of a few columns run several times faster
-    one by one.
-    """
+    """X [n, d] @ V [d, p] → [n, p]. On CPUs a few columns run several times faster one by one."""
     if X.is_cuda or V.shape[1] > 4:
         return F.linear(X, V.T.contiguous())
     return torch.stack([X @ column for column in V.T.contiguous()], 1)
 
 
 def _transposed_times(X, R):
-    """X [n, d] ' @ R [n, p] -> [d, p], likewise."""
+    """X [n, d]' @ R [n, p] → [d, p], likewise."""
     if X.is_cuda or R.shape[1] > 7:
         return (R.T.contiguous() @ X).T
     return torch.stack([column @ X for column in R.T.contiguous()], 1)
 
 
-class _Solver:
-    """The problems of one group over the rows they use together. Columns of a matrix [.., P] are
-    problems.
+class _State:
+    """Where the search of all problems stands; a point is (W, b, objective, its gradients, sharp),
+    see _Solver.evaluate.
     """
+
+    def __init__(self, point, P, kind):
+        device = kind["device"]
+        self.point = point
+        self.active = torch.ones(P, dtype=torch.bool, device=device)
+        self.converged = torch.zeros_like(self.active)
+        self.stuck = torch.zeros_like(self.active)  # no step helped, the history was forgotten
+        self.excess = torch.full((P,), math.inf, **kind)
+        self.change = torch.full((P,), math.inf, **kind)
+        self.iterations = torch.zeros(P, dtype=torch.long, device=device)
+        self.pairs = []  # the last (s, y, 1 / s'y) of every column, [d + 1, P]
+
+    W = property(lambda self: self.point[0])
+    b = property(lambda self: self.point[1])
+    f = property(lambda self: self.point[2])
+    gW = property(lambda self: self.point[3])
+    gb = property(lambda self: self.point[4])
+    sharp = property(lambda self: self.point[5])
+
+    def stop_converged(self, decrement, limit):
+        """Stop the columns that promise less than `limit` and last changed by little."""
+        done = self.active & (decrement.abs() <= limit) & (self.change.abs() <= 10 * limit)
+        done &= self.iterations > 0
+        self.converged |= done
+        self.active &= ~done
+
+    def move(self, point, failed, at_kink):
+        """Go to `point` in the active columns that have not failed; remember the step."""
+        moved = self.active & ~failed
+        s = torch.cat([point[0] - self.W, (point[1] - self.b)[None]])
+        y = torch.cat([point[3] - self.gW, (point[4] - self.gb)[None]])
+        if at_kink:
+            y[:] = 0.0  # across the kink the difference of gradients is no curvature
+        sy = (s * y).sum(0)
+        useful = moved & (sy > 1e-14 * s.norm(dim=0) * y.norm(dim=0))
+        self.pairs.append((s, y, torch.where(useful, 1 / sy, torch.zeros_like(sy))))
+        self.pairs = self.pairs[-HISTORY:]
+        self.change = torch.where(moved, point[2] - self.f, self.change)
+        self.iterations += moved
+        self.point = point
+
+
+class _Solver:
+    """The problems of one group over the rows they use together; columns [.., P] are problems."""
 
     def __init__(self, features, labels, rows, problems, penalty, standardize, dtype, device):
         self.penalty, self.dtype, self.device = penalty, dtype, torch.device(device)
@@ -136,10 +182,9 @@ class _Solver:
             self.X = R.T.to(self.X.dtype)
         self.y = torch.as_tensor(labels[rows].astype(np.float32), device=self.device)  # [n]
         member = np.zeros((n, P), np.float32)
-        for p, (own, _) in enumerate(problems):
-            np.add.at(
-                member[:, p], np.searchsorted(rows, own), 1.0
-            )  # a row drawn twice counts twice
+        for p, (chosen, _) in enumerate(problems):
+            # A row drawn twice counts twice.
+            np.add.at(member[:, p], np.searchsorted(rows, chosen), 1.0)
         self.count = torch.as_tensor(member.sum(0), device=self.device).double()  # [P] rows of each
         self.M = torch.as_tensor(member / member.sum(0), device=self.device)  # [n, P] mean weights
         C = [uni_C(d) if C is None else C for _, C in problems]
@@ -147,26 +192,22 @@ class _Solver:
         self.strength = 1 / (2 * math.sqrt(2) * C) if penalty == "uni" else 1 / (C * self.count)
 
         self.step = max(64, CHUNK_BYTES // (self.X.shape[1] * 4))
-        moments = self._moments()  # means [d, P] and variances of every problem
-        self.center = moments[0]
-        self.scale = torch.ones_like(moments[1])
+        self.center, variance = self._moments()
+        self.scale = torch.ones_like(variance)
         if standardize:
-            deviation = moments[1].clamp(min=0).sqrt()
-            self.scale = torch.where(
-                deviation > 1e-12 * deviation.max(), deviation, torch.ones_like(deviation)
-            )
+            deviation = variance.clamp(min=0).sqrt()
+            varies = deviation > 1e-12 * deviation.max()
+            self.scale = torch.where(varies, deviation, self.scale)
 
     def _load(self, features, rows):
-        """The rows as one tensor of the device; a float32 matrix used nearly whole is not copied."""
+        """The rows as one tensor on the device; a whole float32 matrix is not copied."""
         kind = torch.float64 if self.dtype == torch.float64 else torch.float32
         if isinstance(features, torch.Tensor):
             return features[torch.as_tensor(rows)].to(self.device, kind)
         if len(rows) == len(features) and features.dtype == np.float32 and features.flags.writeable:
             return torch.from_numpy(features).to(self.device, kind)
         X = torch.empty(len(rows), features.shape[1], dtype=kind)
-        for i in range(
-            0, len(rows), 4096
-        ):  # in pieces: a float16 memory map never has a second whole copy
+        for i in range(0, len(rows), 4096):  # in pieces: no whole copy of a float16 memory map
             X[i : i + 4096] = torch.from_numpy(np.ascontiguousarray(features[rows[i : i + 4096]]))
         return X.to(self.device)
 
@@ -175,6 +216,7 @@ class _Solver:
             yield slice(i, i + self.step), self.X[i : i + self.step].to(self.dtype)
 
     def _moments(self):
+        """Means and variances [d, P] of the features over every problem's rows."""
         first = torch.zeros(
             self.X.shape[1], self.M.shape[1], dtype=torch.float64, device=self.device
         )
@@ -187,8 +229,9 @@ class _Solver:
         return first, second - (first - shift.double()[:, None]).square()
 
     def _gram(self):
-        """Mean over the problems' rows of (x - m)(x - m)', [d, d], m the common mean: the bound of
-        all Hessians.
+        """Mean [d, d] over the problems' rows of (x - m)(x - m)', m the common mean.
+
+        A quarter of it bounds all Hessians.
         """
         weight = self.M.mean(1).double()
         mean = self.center.mean(1)
@@ -202,10 +245,11 @@ class _Solver:
         return G / scale[:, None] / scale
 
     def evaluate(self, W, b, columns):
-        """Objective [p] and gradient (gW [d, p], gb [p]) of some columns; everything but the
-        products in float64.
+        """(objective [p], its gradients gW [d, p] and gb [p], sharp [p]) of some columns.
 
         z = (x - center) / scale @ w + b: the bias belongs to the mean, which decouples it from w.
+        sharp: mean p (1 - p), how far the Hessian lies below its bound. All but the products is in
+        float64.
         """
         scale, center = self.scale[:, columns], self.center[:, columns]
         V = W / scale
@@ -213,7 +257,7 @@ class _Solver:
         V = V.to(self.dtype)
         M, loss = self.M[:, columns], torch.zeros_like(b)
         gV, gb = torch.zeros_like(W), torch.zeros_like(b)
-        sharp = torch.zeros_like(b)  # mean p (1 - p): how far the Hessian lies below its bound
+        sharp = torch.zeros_like(b)
         for piece, X in self._pieces():
             z = _times(X, V) + offset  # [rows, p]
             y, m = self.y[piece, None].to(z.dtype), M[piece].to(z.dtype)
@@ -231,135 +275,146 @@ class _Solver:
         return loss + strength * norm, gW + strength * W / norm.clamp(min=1e-300), gb, sharp
 
     def solve(self, max_iterations, tolerance):
+        """Minimise all problems by a preconditioned L-BFGS → a list of Fit.
+
+        tolerance: of the excess over the optimum; None: as small as the precision allows.
+        """
+        state = self._start()
+        if self.penalty == "uni":
+            self._settle_at_zero(state)
+        G = self._gram() if state.active.any() else None
+        factors = None
+        for iteration in range(max_iterations):
+            if not state.active.any():
+                break
+            # 1. The preconditioner, renewed as the curvature becomes known.
+            if iteration in (0, 5, 12):
+                factors = self._factor(G, state.W, state.sharp)
+            elif iteration % 25 == 24:  # still going: Hessians now differ from their common bound
+                columns = state.active.nonzero().flatten()
+                self._factor_own(factors, state.W, state.b, columns)
+            # 2. The direction, its slope and the excess that it promises to remove.
+            at_kink = self.penalty == "uni" and iteration == 0
+            direction, slope, decrement = self._direction(state, factors, at_kink)
+            # 3. Columns that are done.
+            limit = tolerance or (4e-9 if self.dtype == torch.float32 else 1e-13)
+            state.excess = torch.where(state.active, decrement, state.excess)
+            state.stop_converged(decrement, limit)
+            if not state.active.any():
+                break
+            # 4. The step, and what it tells about the curvature.
+            point, failed = self._line_search(state, direction, slope)
+            state.move(point, failed, at_kink)
+            # 5. Columns that no step improves.
+            if failed.any():
+                self._handle_failed(state, failed, limit)
+        return self._fits(state)
+
+    def _start(self):
+        """The state at w = 0 and the bias that is optimal there."""
         P, d = self.M.shape[1], self.X.shape[1]
         kind = {"dtype": torch.float64, "device": self.device}
         W, b = torch.zeros(d, P, **kind), torch.zeros(P, **kind)
         prevalence = (self.M * self.y[:, None]).sum(0).double()
-        b += torch.log(prevalence / (1 - prevalence))  # the optimum for w = 0
-        every = torch.arange(P, device=self.device)
-        f, gW, gb, sharp = self.evaluate(W, b, every)
-        active = torch.ones(P, dtype=torch.bool, device=self.device)
-        change = torch.full((P,), math.inf, **kind)
-        excess = torch.full((P,), math.inf, **kind)
-        iterations = torch.zeros(P, dtype=torch.long, device=self.device)
-        converged, stuck = torch.zeros_like(active), torch.zeros_like(active)
-        if self.penalty == "uni":
-            # |w| has a kink at 0. Where the log-loss pulls less than the kink holds, w = 0 is the
-            # optimum; elsewhere the search starts a little way along the pull, where the objective
-            # is smooth.
-            pull = gW.norm(dim=0)
-            at_zero = pull <= self.strength
-            converged |= at_zero
-            active &= ~at_zero
-            excess[at_zero], change[at_zero] = 0.0, 0.0
+        b += torch.log(prevalence / (1 - prevalence))
+        point = (W, b, *self.evaluate(W, b, torch.arange(P, device=self.device)))
+        return _State(point, P, kind)
 
-        G = self._gram() if active.any() else None
-        pairs = []  # the last (s, y, 1 / s'y) of every column, [d + 1, P]
-        factors = None
-        for iteration in range(max_iterations):
-            if not active.any():
+    def _settle_at_zero(self, state):
+        """Finish the columns of `uni` whose optimum is w = 0.
+
+        |w| has a kink at 0. If the log-loss pulls less than the kink holds, w = 0 is the optimum;
+        elsewhere the search leaves it along the pull, and the objective is smooth from there on.
+        """
+        at_zero = state.gW.norm(dim=0) <= self.strength
+        state.converged |= at_zero
+        state.active &= ~at_zero
+        state.excess[at_zero], state.change[at_zero] = 0.0, 0.0
+
+    def _direction(self, state, factors, at_kink):
+        """(direction [d + 1, P], its slope [P], half the squared Newton decrement [P])."""
+        g = torch.cat([state.gW, state.gb[None]])
+        direction = -self._two_loop(g, state.pairs, factors)
+        slope = (g * direction).sum(0)
+        decrement = -slope / 2
+        if at_kink:
+            # The penalty grows with |direction|. If the preconditioned direction does not descend
+            # for that, the pull itself does.
+            descends = slope + self.strength * direction[:-1].norm(dim=0) < 0
+            direction = torch.where(descends, direction, -g)
+            slope = (g * direction).sum(0) + self.strength * direction[:-1].norm(dim=0)
+        return direction, slope, decrement
+
+    def _line_search(self, state, direction, slope):
+        """Backtracking (Armijo) for each active column → (the new point, which columns failed).
+
+        The columns that still search are evaluated together; the others keep their point.
+        """
+        size = torch.ones_like(state.b)
+        point = [value.clone() for value in state.point]
+        search = state.active.clone()
+        for _ in range(30):
+            columns = search.nonzero().flatten()
+            W = state.W[:, columns] + size[columns] * direction[:-1, columns]
+            b = state.b[columns] + size[columns] * direction[-1, columns]
+            trial = (W, b, *self.evaluate(W, b, columns))
+            drop = trial[2] - state.f[columns]
+            ok = drop <= 1e-4 * size[columns] * slope[columns]
+            for old, value in zip(point, trial):
+                old[..., columns[ok]] = value[..., ok]
+            search[columns[ok]] = False
+            if not search.any():
                 break
-            if iteration in (0, 5, 12):
-                factors = self._factor(G, W, sharp)
-            elif iteration % 25 == 24:  # still going: Hessians now differ from their common bound
-                self._factor_own(factors, W, b, active.nonzero().flatten())
-            g = torch.cat([gW, gb[None]])
-            direction = -self._two_loop(g, pairs, factors)
-            decrement = -(g * direction).sum(0) / 2
-            slope = (g * direction).sum(0)
-            if self.penalty == "uni" and iteration == 0:
-                # At the kink the penalty grows with |direction|. Where the preconditioned direction
-                # does not descend for that, the pull itself does.
-                direction = torch.where(
-                    slope + self.strength * direction[:-1].norm(dim=0) < 0, direction, -g
-                )
-                slope = (g * direction).sum(0) + self.strength * direction[:-1].norm(dim=0)
-            limit = tolerance or (4e-9 if self.dtype == torch.float32 else 1e-13)
-            excess = torch.where(active, decrement, excess)
-            done = (
-                active
-                & (decrement.abs() <= limit)
-                & (change.abs() <= 10 * limit)
-                & (iterations > 0)
-            )
-            converged |= done
-            active &= ~done
-            if not active.any():
-                break
+            # The parabola through value and slope at the old point and the value at the trial,
+            # kept within a sane range.
+            left = columns[~ok]
+            down = slope[left] * size[left]
+            size[left] *= (-down / (2 * (drop[~ok] - down))).clamp(0.1, 0.5)
+        return point, search
 
-            # Backtracking (Armijo) for each column; the columns that still search are evaluated
-            # together.
-            size = torch.ones(P, **kind)
-            new = [W.clone(), b.clone(), f.clone(), gW.clone(), gb.clone(), sharp.clone()]
-            search = active.clone()
-            for _ in range(30):
-                columns = search.nonzero().flatten()
-                trial = W[:, columns] + size[columns] * direction[:-1, columns]
-                trial_b = b[columns] + size[columns] * direction[-1, columns]
-                got = self.evaluate(trial, trial_b, columns)
-                drop = got[0] - f[columns]
-                ok = drop <= 1e-4 * size[columns] * slope[columns]
-                for old, value in zip(new, (trial, trial_b, *got)):
-                    old[..., columns[ok]] = value[..., ok]
-                search[columns[ok]] = False
-                if not search.any():
-                    break
-                left = columns[~ok]
-                # The parabola through value and slope here and the value there, kept within a sane
-                # range.
-                down = slope[left] * size[left]
-                size[left] *= (-down / (2 * (drop[~ok] - down))).clamp(0.1, 0.5)
-            failed = search
-            moved = active & ~failed
-            s = torch.cat([new[0] - W, (new[1] - b)[None]])
-            yy = torch.cat([new[3] - gW, (new[4] - gb)[None]])
-            if self.penalty == "uni" and iteration == 0:
-                yy[:] = 0.0  # across the kink the difference of gradients is no curvature
-            sy = (s * yy).sum(0)
-            useful = moved & (sy > 1e-14 * s.norm(dim=0) * yy.norm(dim=0))
-            pairs.append((s, yy, torch.where(useful, 1 / sy, torch.zeros_like(sy))))
-            pairs = pairs[-HISTORY:]
-            change = torch.where(moved, new[2] - f, change)
-            iterations += moved
-            W, b, f, gW, gb, sharp = new
+    def _handle_failed(self, state, failed, limit):
+        """Decide about columns that no step improves: at the optimum, or lost in rounding noise.
 
-            if failed.any():
-                # No step pays any more: the optimum, or the noise of the products. Where it is
-                # noise in float32, go on in float64; there, forget the history once, and then
-                # believe it.
-                converged |= failed & (excess <= limit)
-                failed &= excess > limit
-                active &= ~converged
-                if failed.any() and self.dtype == torch.float32:
-                    self.dtype = torch.float64
-                    f, gW, gb, sharp = self.evaluate(W, b, every)
-                    pairs = []
-                elif (failed & ~stuck).any():
-                    stuck |= failed
-                    pairs = []
-                else:
-                    active &= ~failed
+        Noise in float32: all go on in float64. In float64: forget the history once, then give up.
+        """
+        state.converged |= failed & (state.excess <= limit)
+        failed = failed & (state.excess > limit)
+        state.active &= ~state.converged
+        if failed.any() and self.dtype == torch.float32:
+            self.dtype = torch.float64
+            columns = torch.arange(len(state.b), device=self.device)
+            state.point = (state.W, state.b, *self.evaluate(state.W, state.b, columns))
+            state.pairs = []
+        elif (failed & ~state.stuck).any():
+            state.stuck |= failed
+            state.pairs = []
+        else:
+            state.active &= ~failed
 
-        weight = W / self.scale
-        bias = b - (self.center * weight).sum(0)
+    def _fits(self, state):
+        """The solutions in the units of the features as given."""
+        weight = state.W / self.scale
+        bias = state.b - (self.center * weight).sum(0)
         if self.basis is not None:
             weight = self.basis @ weight
-        return [
-            Fit(
-                weight[:, p].cpu().numpy(),
-                float(bias[p]),
-                float(f[p]),
-                float(excess[p].abs()),
-                float(change[p].abs()),
-                int(iterations[p]),
-                bool(converged[p]),
+        fits = []
+        for p in range(len(bias)):
+            fits.append(
+                Fit(
+                    weight[:, p].cpu().numpy(),
+                    float(bias[p]),
+                    float(state.f[p]),
+                    float(state.excess[p].abs()),
+                    float(state.change[p].abs()),
+                    int(state.iterations[p]),
+                    bool(state.converged[p]),
+                )
             )
-            for p in range(P)
-        ]
+        return fits
 
     def _factor(self, G, W, sharp):
-        """Cholesky factors of the approximate Hessians; columns with about the same penalty share
-        one.
+        """Cholesky factors of the approximate Hessians, {level: factor}, with the level of every
+        column and its curvature. Columns with about the same penalty share one.
         """
         curvature = sharp.clamp(min=1e-4)
         if self.penalty == "l2":
@@ -370,11 +425,8 @@ class _Solver:
         # Relative ridge in steps of a factor of 4: a preconditioner need not be exact, and a
         # factorisation costs d^3/3.
         level = torch.round(torch.log(ridge / curvature) / math.log(4)).long()
-        return (
-            {value: self._cholesky(G, 4.0**value) for value in level.unique().tolist()},
-            level,
-            curvature,
-        )
+        factors = {value: self._cholesky(G, 4.0**value) for value in level.unique().tolist()}
+        return factors, level, curvature
 
     def _cholesky(self, G, ridge):
         """Cholesky factor of G + ridge, with as little more on the diagonal as it takes.
@@ -389,53 +441,42 @@ class _Solver:
             if not failed:
                 break
             jitter *= 10
-        return (
-            torch.linalg.cholesky(A) if failed else factor
-        )  # its error: not even the diagonal's size was enough
+        if failed:  # not even the diagonal's size was enough: raise torch's error
+            return torch.linalg.cholesky(A)
+        return factor
 
     def _factor_own(self, factors, W, b, columns):
-        """Replace the preconditioner of some columns by the Cholesky factor of their Hessian where
-        they stand.
-        """
+        """Replace the preconditioner of some columns by the factor of their present Hessian."""
         cholesky, level, curvature = factors
         for p in columns.tolist():
             rows = self.M[:, p].nonzero().flatten()
-            H, first, total = (
-                torch.zeros(len(W), len(W), dtype=self.dtype, device=self.device),
-                0.0,
-                0.0,
-            )
+            H = torch.zeros(len(W), len(W), dtype=self.dtype, device=self.device)
+            first, total = 0.0, 0.0
             v = W[:, p] / self.scale[:, p]
             offset = float(b[p] - self.center[:, p] @ v)
             for i in range(0, len(rows), 4096):
-                own = rows[i : i + 4096]
-                X = self.X[own].to(self.dtype)
+                piece = rows[i : i + 4096]
+                X = self.X[piece].to(self.dtype)
                 z = X @ v.to(self.dtype) + offset
-                h = torch.sigmoid(z) * torch.sigmoid(-z) * self.M[own, p].to(self.dtype)
+                h = torch.sigmoid(z) * torch.sigmoid(-z) * self.M[piece, p].to(self.dtype)
                 X = (X - self.center[:, p].to(self.dtype)) / self.scale[:, p].to(self.dtype)
                 first, total = first + h @ X, total + h.sum()
                 H.addmm_((X * h[:, None]).T, X)
             H = H.double()
-            H -= torch.outer(first, first).double() / total.double().clamp(
-                min=1e-30
-            )  # the bias follows the mean
-            ridge = (
-                self.strength[p]
-                if self.penalty == "l2"
-                else self.strength[p] / W[:, p].norm().clamp(min=1e-12)
-            )
+            # The bias follows the mean.
+            H -= torch.outer(first, first).double() / total.double().clamp(min=1e-30)
+            ridge = self.strength[p]
+            if self.penalty == "uni":
+                ridge = ridge / W[:, p].norm().clamp(min=1e-12)
             H.diagonal().add_(ridge + 1e-7 * H.diagonal().mean())
             factor, failed = torch.linalg.cholesky_ex(H)
             if not failed:
                 level[p], curvature[p] = -1000 - p, total.double()
-                cholesky[-1000 - p] = (
-                    factor * total.double().rsqrt()
-                )  # _two_loop divides by the curvature
+                # _two_loop divides by the curvature.
+                cholesky[-1000 - p] = factor * total.double().rsqrt()
 
     def _two_loop(self, g, pairs, factors):
-        """L-BFGS' product of the inverse Hessian and g [d + 1, P] (Nocedal & Wright, algorithm
-        7.4).
-        """
+        """L-BFGS' product of the inverse Hessian and g [d + 1, P] (Nocedal & Wright, alg. 7.4)."""
         q, alphas = g.clone(), []
         for s, y, rho in reversed(pairs):
             alpha = rho * (s * q).sum(0)

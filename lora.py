@@ -10,6 +10,8 @@ The dropout mask is a hash of (seed, step, layer, sample, element): it needs no 
 backward pass, a resumed run draws the same one, and so does any number of processes."""
 
 import contextlib
+import hashlib
+import json
 import math
 import re
 from pathlib import Path
@@ -25,17 +27,12 @@ from common import UserError
 from encoders.layers import Linear, linear
 
 TARGETS = ("qkv", "proj", "fc1", "fc2")
-MIX1, MIX2, WEYL = (
-    -0x40A7B892E31B1A47,
-    -0x6B2FB644ECCEEE15,
-    -0x61C8864680B583EB,
-)  # splitmix64's, as signed numbers
+# splitmix64's constants (Steele et al. 2014), as signed numbers
+MIX1, MIX2, WEYL = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15, -0x61C8864680B583EB
 
 
 def splitmix(x):
-    """splitmix64's finaliser on an int64 tensor; in place where the tensor is its own: half the
-    time on CPUs.
-    """
+    """splitmix64's finaliser on an int64 tensor, mostly in place: half the time on CPUs."""
     x = (x >> 30).bitwise_and_(0x3FFFFFFFF).bitwise_xor_(x).mul_(MIX1)
     x = (x >> 27).bitwise_and_(0x1FFFFFFFFF).bitwise_xor_(x).mul_(MIX2)
     return (x >> 31).bitwise_and_(0x1FFFFFFFF).bitwise_xor_(x)
@@ -49,14 +46,10 @@ def keep_mask(key, elements, p):
     # constants beyond them.
     counter = ~torch.arange((elements + 3) // 4, device=key.device) * -WEYL
     words = splitmix(key[:, None] + counter)
-    if (
-        torch.compiler.is_compiling()
-    ):  # code that inductor makes of the view writes beyond its memory on CPUs
-        lanes = (
-            (words[..., None] >> torch.arange(0, 64, 16, device=key.device))
-            .to(torch.int16)
-            .flatten(1)
-        )
+    if torch.compiler.is_compiling():
+        # On CPUs, inductor's code for the view writes beyond its memory.
+        shifts = torch.arange(0, 64, 16, device=key.device)
+        lanes = (words[..., None] >> shifts).to(torch.int16).flatten(1)
     else:
         lanes = words.view(torch.int16)
     return lanes[:, :elements] >= round(p * 65536) - 32768
@@ -67,17 +60,16 @@ def kept_share(p):
     return 1 - round(p * 65536) / 65536
 
 
-MASK_KEPT_ON = (
-    "cpu",
-)  # devices; elsewhere the dropout masks are hashed again in the backward pass
+# Devices that keep the dropout masks; others hash them again in the backward pass.
+MASK_KEPT_ON = ("cpu",)
 
 
 class LoRAFunction(torch.autograd.Function):
-    """Adapted linear layer. For the backward pass it keeps its input as the adapter sees it, and h
-    = A dropout(x), which is tiny; the frozen weight gets no gradient, so the input itself is not
-    needed.
+    """Adapted linear layer.
 
-    The mask is kept too on CPUs, where a byte per element costs less than hashing it again.
+    For the backward pass it keeps its input as the adapter sees it and h = A dropout(x), which is
+    tiny; the frozen weight gets no gradient, so the input itself is not needed. On CPUs it keeps
+    the mask too: a byte per element costs less than hashing it again.
     """
 
     @staticmethod
@@ -89,9 +81,8 @@ class LoRAFunction(torch.autograd.Function):
         h = linear(seen, A.to(x.dtype))  # [n, r]
         y = linear(x, weight, bias)  # [n, out]
         y.addmm_(h, (B * ctx.scale).to(x.dtype).T)
-        ctx.save_for_backward(
-            seen, weight, A, B, key, h, keep if x.device.type in MASK_KEPT_ON else None
-        )
+        kept_mask = keep if x.device.type in MASK_KEPT_ON else None
+        ctx.save_for_backward(seen, weight, A, B, key, h, kept_mask)
         return y.view(*ctx.shape[:-1], -1)
 
     @staticmethod
@@ -111,9 +102,11 @@ class LoRAFunction(torch.autograd.Function):
                 keep = LoRAFunction.mask(ctx.shape, key, ctx.p)
             back = linear(gh, A.to(g.dtype).T)
             gx = linear(g, weight.T)
-            gx = (gx.add_(back) if keep is None else gx.addcmul_(back, keep.to(g.dtype))).view(
-                ctx.shape
-            )
+            if keep is None:
+                gx.add_(back)
+            else:
+                gx.addcmul_(back, keep.to(g.dtype))
+            gx = gx.view(ctx.shape)
         return gx, None, None, gA, gB, None, None, None
 
 
@@ -125,18 +118,18 @@ class LoRALinear(nn.Module):
         self.weight, self.bias = base.weight, base.bias
         self.train(base.training)
         self.rank, self.alpha, self.p, self.layer = rank, alpha, dropout, layer
-        self.scale, self.rslora = alpha / math.sqrt(rank) if rslora else alpha / rank, rslora
+        self.rslora = rslora
+        self.scale = alpha / math.sqrt(rank) if rslora else alpha / rank
         self.folded = False
-        kind = {
-            "device": base.weight.device,
-            "dtype": torch.float64 if base.weight.dtype == torch.float64 else torch.float32,
-        }
+        exact = base.weight.dtype == torch.float64
+        kind = {"device": base.weight.device, "dtype": torch.float64 if exact else torch.float32}
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **kind))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **kind))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        self.lora_magnitude = (
-            nn.Parameter(base.weight.detach().to(kind["dtype"]).norm(dim=1)) if dora else None
-        )
+        self.lora_magnitude = None
+        if dora:
+            lengths = base.weight.detach().to(kind["dtype"]).norm(dim=1)
+            self.lora_magnitude = nn.Parameter(lengths)
         self.register_buffer(
             "key", torch.zeros(1, dtype=torch.int64, device=base.weight.device), persistent=False
         )
@@ -148,13 +141,10 @@ class LoRALinear(nn.Module):
         p = self.p if self.training else 0.0
         if self.folded:
             return linear(x, self.adapted_weight().to(x.dtype), self.bias)
-        # A layer that set_step() was not called for, or for another batch: masks by the place in
-        # this batch.
-        key = (
-            self.key
-            if len(self.key) == len(x) or p == 0
-            else self.key[:1] + torch.arange(len(x), device=x.device) * WEYL
-        )
+        key = self.key
+        if len(key) != len(x) and p > 0:
+            # set_step() was called for another batch, or not at all: masks by the place in this one
+            key = key[:1] + torch.arange(len(x), device=x.device) * WEYL
         if self.lora_magnitude is not None:
             return self.dora(x, key, p)
         return LoRAFunction.apply(
@@ -162,8 +152,9 @@ class LoRALinear(nn.Module):
         )
 
     def dora(self, x, key, p):
-        """DoRA (Liu et al. 2024): the adapted weight's rows get learned lengths; the norm is not
-        differentiated.
+        """DoRA (Liu et al. 2024): the adapted weight's rows get learned lengths.
+
+        The norm is not differentiated.
         """
         weight, low = self.weight.to(self.lora_A.dtype), self.scale * self.lora_B @ self.lora_A
         factor = (self.lora_magnitude / (weight + low).norm(dim=1).detach()).to(x.dtype)
@@ -193,8 +184,7 @@ class LoRALinear(nn.Module):
         if not weight.isfinite().all():
             raise UserError(
                 f"layer {self.layer}: its weights with the adapter are not finite: the training "
-                "diverged, "
-                "or the precision is too small"
+                "diverged, or the precision is too small"
             )
         plain = Linear(
             self.in_features, self.out_features, bias=self.bias is not None, device="meta"
@@ -205,67 +195,89 @@ class LoRALinear(nn.Module):
 
 
 def adapted(encoder):
+    """[(name, LoRALinear)] of an encoder."""
     return [
         (name, module) for name, module in encoder.named_modules() if isinstance(module, LoRALinear)
     ]
 
 
-def add_lora(encoder, rank=16, alpha=16, dropout=0.1, targets=TARGETS, dora=False, rslora=False):
-    """Wrap the target layers of every block of `encoder.blocks`; freeze the rest. Returns their
-    number.
+def check_settings(rank, alpha, dropout):
+    """UserError if an adapter cannot have this rank, alpha and dropout."""
+    if rank < 1:
+        raise UserError(f"--rank {rank}: give 1 or more")
+    if not 0 < alpha < 1e6:
+        raise UserError(f"--alpha {alpha}: give a number above 0, at most a million")
+    if not 0 <= dropout < 1 or kept_share(dropout) <= 0:
+        raise UserError(f"--dropout {dropout}: give a number from 0 to 0.9999")
 
-    UserError where fewer than targets x depth are found (a name that matches nothing is never
-    skipped silently)."""
-    if rank < 1 or not 0 <= dropout < 1:
-        raise UserError(
-            f"--rank {rank} --dropout {dropout}: the rank is at least 1, the dropout in [0, 1)"
-        )
+
+def add_lora(
+    encoder: nn.Module,
+    rank: int = 16,
+    alpha: float = 16,
+    dropout: float = 0.1,
+    targets: tuple[str, ...] = TARGETS,
+    dora: bool = False,
+    rslora: bool = False,
+) -> int:
+    """Wrap the target layers of every block of `encoder.blocks` and freeze everything else.
+
+    Returns the number of wrapped layers: targets x depth. UserError if there are fewer, so that a
+    name that matches nothing is never skipped silently.
+    """
+    check_settings(rank, alpha, dropout)
     blocks = getattr(encoder, "blocks", None)
     if not blocks:
+        name = getattr(getattr(encoder, "spec", None), "name", "this encoder")
         raise UserError(
-            f"{getattr(getattr(encoder, 'spec', None), 'name', 'this encoder')} has no "
-            "transformer blocks "
-            "to put LoRA on: train it end to end, without --lora"
+            f"{name} has no transformer blocks for LoRA: train it end to end, without --lora"
         )
     encoder.requires_grad_(False)
     count = 0
     for block in blocks:
         for module in block.modules():
             for name, child in list(module.named_children()):
-                if name in targets and isinstance(child, nn.Linear):
-                    setattr(
-                        module, name, LoRALinear(child, rank, alpha, dropout, count, dora, rslora)
+                if name not in targets or not isinstance(child, nn.Linear):
+                    continue
+                width = min(child.in_features, child.out_features)
+                if rank > width:
+                    raise UserError(
+                        f"--rank {rank}: the layer {name} is {width} wide; give at most that"
                     )
-                    count += 1
-    if count != len(targets) * len(blocks):
+                adapter = LoRALinear(child, rank, alpha, dropout, count, dora, rslora)
+                setattr(module, name, adapter)
+                count += 1
+    expected = len(targets) * len(blocks)
+    if count != expected:
         raise UserError(
-            f"LoRA targets {', '.join(targets)}: {count} layers found, "
-            f"{len(targets) * len(blocks)} "
-            f"expected ({len(targets)} in each of {len(blocks)} blocks); there are "
+            f"LoRA targets {', '.join(targets)}: {count} layers found, {expected} expected "
+            f"({len(targets)} in each of {len(blocks)} blocks); possible targets: "
             f"{', '.join(TARGETS)}"
         )
     return count
 
 
 def set_step(encoder, seed, step, samples):
-    """Key the dropout masks of the coming forward pass. samples: numbers [B] of the batch's samples
-    within the step.
+    """Key the dropout masks of the next forward pass.
+
+    samples: numbers [B] of the batch's samples within the step.
     """
     layers = [module for _, module in adapted(encoder)]
     seed = torch.tensor((seed + 2**63) % 2**64 - 2**63)  # any whole number, as 64 bits
-    key = splitmix(
-        splitmix(splitmix(seed) + step) + torch.tensor([module.layer for module in layers])
-    )
-    key = splitmix(key[:, None] + torch.as_tensor(samples, dtype=torch.int64))  # [layers, B]
-    for module, own in zip(layers, key.to(layers[0].weight.device)):
-        module.key = own
+    numbers = torch.tensor([module.layer for module in layers])
+    keys = splitmix(splitmix(splitmix(seed) + step) + numbers)
+    keys = splitmix(keys[:, None] + torch.as_tensor(samples, dtype=torch.int64))  # [layers, B]
+    for module, key in zip(layers, keys.to(layers[0].weight.device)):
+        module.key = key
 
 
 @contextlib.contextmanager
 def folded(encoder):
-    """Within it the layers compute with W + scale B A, made anew in each forward pass: for
-    evaluation in large batches, where this costs less than the two thin products. No weight is
-    changed."""
+    """Within it the layers compute with W + scale B A, made anew in each forward pass.
+
+    For evaluation in large batches, where this costs less than the two thin products. No weight is
+    changed.
+    """
     layers = [module for _, module in adapted(encoder)]
     for module in layers:
         module.folded = True
@@ -276,46 +288,47 @@ def folded(encoder):
             module.folded = False
 
 
-def merge_lora(encoder):
+def merge_lora(encoder: nn.Module) -> nn.Module:
     """Put the adapters into plain layers, once. Returns the encoder; merging again changes nothing.
 
-    UserError where a merged weight would not be finite: then no layer has been merged.
+    UserError if a merged weight would not be finite; then no layer has been merged.
     """
     for _, module in adapted(encoder):
         module.merged()
-    for name in [
-        name for name, _ in adapted(encoder)
-    ]:  # names only: a merged layer's old weights must be free by then
-        parent, last = encoder.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+    # By name: each layer's old weights must be free before the next one is merged.
+    for name in [name for name, _ in adapted(encoder)]:
+        parent, _, last = name.rpartition(".")
+        parent = encoder.get_submodule(parent)
         setattr(parent, last, getattr(parent, last).merged())
     return encoder
 
 
-def lora_state_dict(encoder):
+def adapter_parameters(encoder):
+    """{name: parameter} of all adapters."""
     return {
-        f"{name}.{key}": value.detach()
-        for name, module in adapted(encoder)
-        for key, value in module.named_parameters()
-        if key.startswith("lora_")
-    }
-
-
-def load_lora(encoder, state):
-    """Fill the adapters, strictly."""
-    own = {
         f"{name}.{key}": value
         for name, module in adapted(encoder)
         for key, value in module.named_parameters()
         if key.startswith("lora_")
     }
-    wrong = sorted(set(own) ^ set(state)) or [k for k in own if own[k].shape != state[k].shape]
+
+
+def lora_state_dict(encoder):
+    return {name: value.detach() for name, value in adapter_parameters(encoder).items()}
+
+
+def load_lora(encoder, state):
+    """Fill the adapters; UserError unless `state` has exactly their names and shapes."""
+    parameters = adapter_parameters(encoder)
+    wrong = sorted(set(parameters) ^ set(state))
+    wrong = wrong or [name for name in parameters if parameters[name].shape != state[name].shape]
     if wrong:
         raise UserError(
             f"the adapter does not fit: {len(wrong)} tensors differ, for example {wrong[0]}"
         )
     with torch.no_grad():
-        for key, value in own.items():
-            value.copy_(state[key])
+        for name, value in parameters.items():
+            value.copy_(state[name])
 
 
 # ---------------------------------------------------------------- peft's format
@@ -326,20 +339,30 @@ PARTS = {
     "lora_B": "lora_B.weight",
     "lora_magnitude": "lora_magnitude_vector",
 }
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, TENSORS, HEAD = "adapter_config.json", "adapter_model.safetensors", "head.safetensors"
+HEADS = ("head", "classifier", "fc")  # names of a classifier among peft's modules_to_save
+# Entries of adapter_config.json that are read below, or change no result of a finished adapter.
+# Any other one that is set is refused.
+READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora"}
+READ |= {"init_lora_weights", "modules_to_save", "bias"}
+HARMLESS = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
+HARMLESS |= {"inference_mode", "target_modules", "exclude_modules", "layers_pattern"}
+HARMLESS |= {"megatron_core", "qalora_group_size", "eva_config", "runtime_config"}
+HARMLESS |= {"ensure_weight_tying"}
+# Initialisations that leave the base weights as published. Others (PiSSA, OLoRA, CorDA, LoftQ,
+# LoRA-GA) train on a changed base, so their adapter alone is not the model.
+PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
-def save_peft(encoder, folder, base=""):
-    """Write the adapter as peft does (adapter_config.json, adapter_model.safetensors) for timm's
-    model of these names.
+def save_peft(encoder: nn.Module, folder, base: str = "", head: nn.Linear | None = None) -> None:
+    """Write the adapter in peft's format, for timm's model with the same names of layers.
 
-    base: name of the model, for the reader. The head is not part of it.
+    base: name of the model, for the reader. head: written beside it as head.safetensors, which peft
+    ignores and load_head reads.
     """
     layers = adapted(encoder)
     if not layers:
-        raise UserError(
-            "there is no adapter to write: the encoder is not adapted by LoRA, or merged"
-        )
+        raise UserError("no adapter to write: the encoder has none, or it is merged already")
     first = layers[0][1]
     config = {
         "peft_type": "LORA",
@@ -364,68 +387,148 @@ def save_peft(encoder, folder, base=""):
     folder = Path(folder)
     with common.atomic(folder / TENSORS) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
+    if head is None:
+        (folder / HEAD).unlink(missing_ok=True)  # of an earlier adapter in this folder
+    else:
+        state = {"head.weight": head.weight, "head.bias": head.bias}
+        state = {name: value.detach().float().cpu() for name, value in state.items()}
+        with common.atomic(folder / HEAD) as temporary:
+            save_file(state, temporary)
     common.write_json(folder / CONFIG, config)
 
 
-def load_peft(encoder, folder):
-    """Adapt a plain encoder by an adapter in peft's format; returns the number of adapted layers.
+def peft_settings(folder) -> dict:
+    """Settings of an adapter in peft's format: add_lora's arguments, without the encoder.
 
-    UserError where it holds what this LoRA has not (biases, ranks that differ by layer, other
-    modules, …)."""
-    folder = Path(folder)
-    config = common.read_json(folder / CONFIG)
+    UserError if it is none, or its configuration asks for what add_lora does not do.
+    """
+    path = Path(folder) / CONFIG
+    config = common.read_json(path)
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise UserError(f"{folder / CONFIG}: not the configuration of a LoRA adapter")
-    for name, plain in (
-        ("bias", "none"),
-        ("fan_in_fan_out", False),
-        ("modules_to_save", None),
-        ("rank_pattern", {}),
-        ("alpha_pattern", {}),
-        ("layers_to_transform", None),
-        ("lora_bias", False),
-        ("use_qalora", False),
-        ("alora_invocation_tokens", None),
-        ("target_parameters", None),
-    ):
-        if config.get(name) and config[name] != plain:
+        raise UserError(f"{path}: not the configuration of a LoRA adapter")
+    start = config.get("init_lora_weights")
+    if start not in PLAIN_STARTS:
+        raise UserError(
+            f"{path}: init_lora_weights = {str(start)[:40]} changes the base weights, which this "
+            "adapter alone does not hold; convert it with peft's save_pretrained(…, "
+            "path_initial_model_for_weight_conversion=…)"
+        )
+    for name, value in config.items():
+        supported = name in READ or name in HARMLESS or not value
+        if name == "bias":
+            supported = value in (None, "none")
+        if not supported:
+            raise UserError(f"{path}: {name} = {str(value)[:40]} is not supported")
+    saved = config.get("modules_to_save") or []
+    for name in saved if isinstance(saved, list) else [saved]:
+        if name not in HEADS:
             raise UserError(
-                f"{folder / CONFIG}: {name} = {str(config[name])[:40]} is not supported here"
+                f"{path}: modules_to_save = {str(name)[:40]} is not supported, only a classifier "
+                f"called {', '.join(HEADS)}"
+            )
+    settings = {"dropout": config.get("lora_dropout", 0.0)}
+    settings |= {"rank": config.get("r"), "alpha": config.get("lora_alpha")}
+    for name, kinds in (("rank", int), ("alpha", (int, float)), ("dropout", (int, float))):
+        if isinstance(settings[name], bool) or not isinstance(settings[name], kinds):
+            raise UserError(
+                f"{path}: r must be a whole number, lora_alpha and lora_dropout numbers"
             )
     try:
-        rank, alpha, dropout = (
-            int(config["r"]),
-            float(config["lora_alpha"]),
-            float(config.get("lora_dropout", 0.0)),
-        )
-    except (KeyError, TypeError, ValueError):
-        raise UserError(
-            f"{folder / CONFIG}: r, lora_alpha and lora_dropout must be numbers"
-        ) from None
-    file = folder / TENSORS
+        check_settings(**settings)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    names = _peft_tensors(folder)
+    targets = tuple(t for t in TARGETS if any(f".{t}.lora_A" in name for name in names))
+    if not targets:
+        raise UserError(f"{Path(folder) / TENSORS}: holds no adapter of {', '.join(TARGETS)}")
+    dora, rslora = bool(config.get("use_dora")), bool(config.get("use_rslora"))
+    return {**settings, "targets": targets, "dora": dora, "rslora": rslora}
+
+
+def load_peft(encoder: nn.Module, folder, dropout: float | None = None) -> int:
+    """Adapt a plain encoder by an adapter in peft's format → number of adapted layers.
+
+    dropout: for further training, instead of the adapter's. UserError if it asks for what add_lora
+    does not do (biases, ranks that differ by layer, other modules, …) or does not fit the encoder.
+    """
+    settings = peft_settings(folder)
+    if dropout is not None:
+        settings["dropout"] = dropout
+    file, theirs = Path(folder) / TENSORS, {theirs: ours for ours, theirs in PARTS.items()}
+    state = {}
+    for name, value in _peft_tensors(folder).items():
+        match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.(" + "|".join(PARTS.values()) + ")", name)
+        if match:
+            state[f"{match[1]}.{theirs[match[2]]}"] = value
+        elif not _is_head(name):
+            raise UserError(f"{file}: {name[:80]} does not belong to a LoRA adapter")
+    for name, value in state.items():
+        if name.endswith("lora_A") and value.shape[0] != settings["rank"]:
+            raise UserError(f"{file}: {name} has not the rank {settings['rank']} of {CONFIG}")
     try:
-        stored = load_file(file)
+        count = add_lora(encoder, **settings)
+        load_lora(encoder, state)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
+    return count
+
+
+def load_head(folder) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Weight [1, D] and bias [1] of the classifier in an adapter's folder, or None if it has none.
+
+    It is either save_peft's head.safetensors or peft's modules_to_save. Two rows, as trained with
+    cross-entropy, are those of label 0 and label 1: their difference gives the logit.
+    """
+    file = Path(folder) / HEAD
+    if file.is_file():
+        tensors = _read(file)
+    else:
+        file = Path(folder) / TENSORS
+        tensors = {name: value for name, value in _peft_tensors(folder).items() if _is_head(name)}
+        if not tensors:
+            return None
+    parts = {name.rpartition(".")[2]: value.float() for name, value in tensors.items()}
+    weight, bias = parts.get("weight"), parts.get("bias")
+    if weight is None or weight.dim() != 2 or len(weight) not in (1, 2) or len(tensors) > 2:
+        raise UserError(f"{file}: its classifier is no linear layer of one or two outputs")
+    if bias is None:
+        bias = torch.zeros(len(weight))
+    if bias.shape != weight.shape[:1] or not (weight.isfinite().all() and bias.isfinite().all()):
+        raise UserError(f"{file}: its classifier is damaged")
+    if len(weight) == 2:
+        weight, bias = weight[1:] - weight[:1], bias[1:] - bias[:1]
+    return weight, bias
+
+
+def adapter_hash(folder) -> str:
+    """Hash of an adapter in peft's format: of its settings and tensors, head included."""
+    digest = hashlib.sha256(json.dumps(peft_settings(folder), sort_keys=True).encode())
+    tensors = dict(_peft_tensors(folder))
+    if (Path(folder) / HEAD).is_file():
+        tensors |= _read(Path(folder) / HEAD)
+    for name in sorted(tensors):
+        value = tensors[name].float().contiguous()
+        digest.update(f"{name} {list(value.shape)}".encode() + value.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _peft_tensors(folder):
+    """{name: tensor} of adapter_model.safetensors."""
+    file = Path(folder) / TENSORS
+    if not file.is_file() and (Path(folder) / "adapter_model.bin").is_file():
+        raise UserError(
+            f"{folder}: the adapter is pickled (adapter_model.bin), which is not read; save it "
+            "with peft's save_pretrained(…, safe_serialization=True)"
+        )
+    return _read(file)
+
+
+def _read(file):
+    try:
+        return load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{file}: not readable ({error})") from None
-    back, state = {theirs: ours for ours, theirs in PARTS.items()}, {}
-    for name, value in stored.items():
-        found = re.fullmatch(
-            re.escape(PREFIX) + r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)", name
-        )
-        if not found:
-            raise UserError(f"{file}: {name[:80]} is no part of a LoRA adapter that fits here")
-        state[f"{found[1]}.{back[found[2]]}"] = value
-    targets = tuple(t for t in TARGETS if any(f".{t}.lora_A" in name for name in state))
-    if not targets:
-        raise UserError(f"{file}: holds no adapter of {', '.join(TARGETS)}")
-    count = add_lora(
-        encoder,
-        rank,
-        alpha,
-        dropout,
-        targets,
-        bool(config.get("use_dora")),
-        bool(config.get("use_rslora")),
-    )
-    load_lora(encoder, state)
-    return count
+
+
+def _is_head(name):
+    return re.fullmatch(rf"{re.escape(PREFIX)}({'|'.join(HEADS)})\.(weight|bias)", name) is not None

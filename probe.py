@@ -1,5 +1,4 @@
-"""Linear probes: the embeddings of all annotated patches in one pass, then every probe asked for
-from them.
+"""Linear probes: the embeddings of all annotated patches in one pass, then any number of probes.
 
     python probe.py --data midog2022 --model uni --frac 0.001 0.01 0.1 1 --fold 0 1 2 3 4
     python probe.py --data midog2022 --model uni --domain A B C D E --fold 0 1 2 3 4
@@ -7,31 +6,31 @@ from them.
 
 The embeddings stay in a memory map under runs/embeddings/; a second command with the same encoder
 and data reads them from there. Each probe gets a run folder of its own, which evaluate.py and
-export.py take as they take LoRA's."""
+export.py read as they read LoRA's.
+"""
 
+import common  # first: Ctrl-C during the imports below ends with one line
+
+# isort: split
 import argparse
 import contextlib
+import dataclasses
 import math
-import os
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 
 import checkpoint
-import common
+import engine
 import flags
 import logistic
 import models
 import runs
 from common import UserError
 from dataset import memmap
-from dataset.annotations import shared_cases
 from dataset.patches import Patches
-from dataset.splits import make_split
-from reporting import metrics
 
 PROBES = {
     "uni": "logistic regression of UNI's evaluation: 1/C * |W| / 2, the norm not squared (the "
@@ -40,323 +39,13 @@ PROBES = {
     "knn": "share of mitotic figures among the nearest neighbours by cosine (not exportable)",
     "prototype": "few shots: the nearer of two class means",
 }
+# The flags that only one kind of probe has.
+OWN_FLAGS = {"uni": (), "l2": ("C", "standardize"), "knn": ("k",), "prototype": ("shots",)}
 C_GRID = tuple(10.0**k for k in range(-6, 3))
 SECONDS = 5  # of embeddings are written to the disk together: what a kill can cost
 
 
-# ---------------------------------------------------------------- embeddings
-
-
-def embeddings(model, patches, annotations, path, dtype, batch_size):
-    """Embeddings [N, D] of all annotated patches, as a read-only memory map; computed where they
-    are missing.
-
-    Kept in float32, or in float16 where the encoder's own numbers are that: half the disk, not a
-    digit lost. A kill in the middle costs the last seconds. Stored embeddings that belong to other
-    weights, pixels, annotations or another normalisation are computed anew, which is said. Under
-    torchrun each process takes its share of the rows, and the first returns when all are there (the
-    others get None)."""
-    encoder, rank, world = (
-        model.encoder,
-        int(os.environ.get("RANK", 0)),
-        int(os.environ.get("WORLD_SIZE", 1)),
-    )
-    fingerprint = {
-        "encoder": encoder.spec.name,
-        "weights": encoder.weights_hash,
-        "pool": encoder.pool,
-        "layer": encoder.layer,
-        "tta": model.tta,
-        "normalisation": [model.mean.flatten().tolist(), model.std.flatten().tolist()],
-        "dtype": models.name_of(dtype),
-        "annotations": annotations.fingerprint(),
-        "pixels": patches.fingerprint(),
-    }
-    try:
-        return memmap.open_store(path, fingerprint)
-    except memmap.Missing:
-        pass
-    except memmap.Stale as stale:
-        if rank == 0:
-            print(f"{stale}; computing the embeddings anew", flush=True)
-    shape = (len(annotations), encoder.embed_dim)
-    kind = np.float16 if dtype == torch.float16 and not model.tta else np.float32
-    with memmap.Writer(path, shape, kind, fingerprint, shared=world > 1) as writer:
-        todo = writer.todo
-        own = todo[todo % world == rank]
-        if rank == 0 and 0 < len(todo) < shape[0]:
-            print(
-                f"embeddings: continuing, {shape[0] - len(todo):,} of {shape[0]:,} are there",
-                flush=True,
-            )
-        waiting, last = [], time.monotonic()
-
-        def flush():
-            if waiting:
-                writer.write(*map(np.concatenate, zip(*waiting)))
-                waiting.clear()
-
-        def keep(rows, values):
-            nonlocal last
-            waiting.append((rows, values))
-            if time.monotonic() - last >= SECONDS:
-                flush()
-                last = time.monotonic()
-
-        try:
-            models.predict(
-                model,
-                patches,
-                own,
-                batch_size,
-                dtype=dtype,
-                output="embedding",
-                progress=f"embeddings, {encoder.spec.name}",
-                keep=keep,
-            )
-        finally:  # what is there when it is stopped
-            flush()
-        if rank:
-            return None
-        while world > 1 and len(
-            writer.todo
-        ):  # the other processes' shares; torchrun ends all when one of them fails
-            time.sleep(0.2)
-        writer.finish()
-    return memmap.open_store(path, fingerprint)
-
-
-# ---------------------------------------------------------------- probes
-
-
-def linear(features, rows, weight, bias):
-    """features[rows] @ weight + bias in float64, in pieces: the whole in float64 can be larger than
-    the memory.
-    """
-    found = [
-        features[rows[i : i + 4096]].astype(np.float64) @ weight + bias
-        for i in range(0, len(rows), 4096)
-    ]
-    return np.concatenate(found) if found else np.empty((0, *weight.shape[1:]))
-
-
-def fit_logistic(X, labels, jobs, penalty, standardize, fixed_C, device):
-    """Fit all jobs ({"train": rows, "val": rows, …}) side by side; adds "weight", "bias" and "fit"
-    to each.
-    """
-    grid = (None,) if penalty == "uni" else C_GRID if fixed_C is None else (fixed_C,)
-    problems = [(job["train"], C) for job in jobs for C in grid]
-    with common.progress(total=len(problems), desc=f"{penalty} probes", unit="fits") as bar:
-        fits = logistic.fit(X, labels, problems, penalty, standardize, device=device, progress=bar)
-    for number, job in enumerate(jobs):
-        own = fits[number * len(grid) : (number + 1) * len(grid)]
-        for result in own:
-            if not result.converged:
-                raise UserError(
-                    f"{job['path']}: the {penalty} probe did not converge (excess about "
-                    f"{result.excess:.0e} after {result.iterations} iterations); try "
-                    "--standardize with "
-                    "--probe l2"
-                )
-        logits = linear(
-            X, job["val"], np.stack([f.weight for f in own], 1), np.array([f.bias for f in own])
-        )
-        losses = (
-            np.logaddexp(0, (1 - 2.0 * labels[job["val"], None]) * logits).mean(0)
-            if len(logits)
-            else [0.0]
-        )
-        best = int(np.argmin(losses))  # on a tie the smaller C, which comes first
-        result, C = own[best], grid[best]
-        job["weight"], job["bias"] = result.weight, result.bias
-        job["fit"] = {
-            "C": logistic.uni_C(X.shape[1]) if C is None else C,
-            "train_loss": result.loss,
-            "val_loss": float(losses[best]),
-            "iterations": result.iterations,
-            "excess": result.excess,
-            "change": result.change,
-        }
-
-
-def fit_prototypes(X, labels, job, shots, seed):
-    """Class means of `shots` training patches per class: the logit is linear, -2 at one mean and +2
-    at the other.
-    """
-    rng = np.random.Generator(np.random.Philox(key=seed))
-    means = []
-    for label in (0, 1):
-        rows = job["train"][labels[job["train"]] == label]
-        chosen = np.sort(rng.permutation(rows)[:shots])
-        means.append(X[chosen].astype(np.float64).mean(0))
-    difference = means[1] - means[0]
-    job["weight"] = 4 * difference / max(difference @ difference, 1e-300)
-    job["bias"] = -float(job["weight"] @ (means[0] + means[1]) / 2)
-    job["fit"] = {"shots": shots}
-
-
-def knn_logits(features, X, labels, train, rows, k):
-    """Log-odds of the mitotic figures among the k training rows nearest by cosine, one of each
-    class added.
-    """
-
-    def normalised(part):
-        part = part.astype(np.float32)
-        return part / np.linalg.norm(part, axis=1, keepdims=True).clip(1e-12)
-
-    bank, k = normalised(X[train]), min(k, len(train))
-    logits = np.empty(len(rows))
-    for i in range(0, len(rows), 1024):
-        similarity = normalised(features[rows[i : i + 1024]]) @ bank.T
-        nearest = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
-        positive = labels[train][nearest].sum(1) + 1.0
-        logits[i : i + 1024] = np.log(positive / (k + 2 - positive))
-    return logits
-
-
-# ---------------------------------------------------------------- runs
-
-
-def configuration(args, probe, annotations, facts, encoder, dtype, split):
-    settings = {
-        "data": annotations.name,
-        "model": args.model,
-        "method": "probe",
-        "probe": probe,
-        **{
-            name: split.settings[name]
-            for name in ("frac", "fold", "domain", "seed", "by", "val_frac")
-        },
-        "pool": encoder.pool,
-        "layer": args.layer,
-        "dtype": models.name_of(dtype),
-        "tta": args.tta,
-        "fit": args.fit,
-        "mpp": args.mpp,
-        "weights": checkpoint.absolute(args.weights),
-    }
-    own = {"uni": (), "l2": ("C", "standardize"), "knn": ("k",), "prototype": ("shots",)}[probe]
-    settings |= {name: getattr(args, name) for name in own}
-    return {
-        "flags": settings,
-        "data": {"name": annotations.name, "fingerprint": annotations.fingerprint(), **facts},
-        "encoder": {
-            "name": args.model,
-            "licence": encoder.licence,
-            "weights_hash": encoder.weights_hash,
-        },
-        "source": flags.source(args) | {"revision": args.revision},
-        "environment": runs.environment(),
-    }
-
-
-def suffixes(args, probe, encoder):
-    """What goes into the run's name beside the method: the choices that are not the default."""
-    found = [] if probe == "uni" else [probe]
-    if probe == "l2":
-        found += [f"C{args.C:g}"] if args.C is not None else []
-        found += ["standardized"] * args.standardize
-    if probe == "knn" and args.k != 20:
-        found += [f"k{args.k}"]
-    if probe == "prototype" and args.shots != 10:
-        found += [f"shots{args.shots}"]
-    if encoder.pool != encoder.spec.pool:
-        found += [encoder.pool]
-    found += [f"layer{args.layer}"] * bool(args.layer) + ["tta"] * args.tta
-    return (
-        found + [f"by{args.split}"] * (args.split != "case") + [args.fit] * (args.fit != "resize")
-    )
-
-
-def all_embeddings(model, annotations, args, dtype):
-    """Embeddings of one dataset, from their place below the runs' folder."""
-    flags.need_images(annotations)
-    encoder = model.encoder
-    patches = Patches(annotations, fit=args.fit, mpp=args.mpp, source_mpp=args.source_mpp)
-    name = "-".join(
-        [encoder.spec.name, encoder.pool]
-        + [f"layer{args.layer}"] * bool(args.layer)
-        + ["tta"] * args.tta
-    )
-    path = Path(args.runs) / "embeddings" / annotations.name / name
-    return embeddings(model, patches, annotations, path, dtype, args.batch_size)
-
-
-def logits_of(job, features, rows, X, labels, k):
-    if job["probe"] == "knn":
-        return knn_logits(features, X, labels, job["train"], rows, k)
-    return linear(features, rows, job["weight"], job["bias"])
-
-
-def finish(job, annotations, X, args):
-    """Predictions, metrics and the head of one fitted probe into its run folder; returns its rows
-    of the table.
-    """
-    run, split = job["run"], job["split"]
-    rows = {"val": job["val"], "test": annotations.rows(split.test)}
-    rows |= {name: annotations.rows(ids) for name, ids in split.others.items()}
-    columns = runs.predictions(
-        [
-            (name, annotations, own, logits_of(job, X, own, X, annotations.label, args.k))
-            for name, own in rows.items()
-        ]
-    )
-    split.save(run.path / "split.json")
-    if job["probe"] != "knn":
-        head = {
-            "head.weight": torch.tensor(job["weight"], dtype=torch.float32)[None],
-            "head.bias": torch.tensor([job["bias"]], dtype=torch.float32),
-        }
-        with common.atomic(run.path / "model.safetensors") as temporary:
-            save_file(
-                head,
-                temporary,
-                metadata={"format": f"{common.NAME}-run", "method": "probe", "encoder": args.model},
-            )
-    runs.write_predictions(run.path / "predictions.csv", columns)
-    summary = metrics.of_predictions(columns)
-    run.finish(
-        summary | {"training": {"train_annotations": len(split.train), **job.get("fit", {})}}
-    )
-    return runs.metric_rows(run.path, summary)
-
-
-def further_tests(job, annotations, X, tests, args):
-    """Predictions of a finished run on the whole datasets of --test, where they are missing; rows
-    of the table.
-    """
-    path = job["path"]
-    pending = runs.pending_tests(path, [other for other, _ in tests])
-    missing = [(other, features) for other, features in tests if other in pending]
-    if not missing:
-        return []
-    if job["probe"] != "knn" and "weight" not in job:  # fitted by an earlier command
-        head = load_file(path / "model.safetensors")
-        job["weight"], job["bias"] = (
-            head["head.weight"][0].double().numpy(),
-            head["head.bias"].item(),
-        )
-    columns = runs.add_predictions(
-        path / "predictions.csv",
-        runs.predictions(
-            [
-                (
-                    other.name,
-                    other,
-                    rows,
-                    logits_of(job, features, rows, X, annotations.label, args.k),
-                )
-                for other, features in missing
-                for rows in [np.arange(len(other))]
-            ]
-        ),
-    )
-    summary = metrics.of_predictions(columns)
-    runs.finish_tests(path, summary, pending)
-    return runs.metric_rows(path, summary, {other.name for other, _ in missing})
-
-
-# ---------------------------------------------------------------- the command
+# ---------------------------------------------------------------- the command's flags
 
 
 def arguments():
@@ -391,130 +80,381 @@ def arguments():
     group.add_argument(
         "--batch-size", type=int, default=64, help="patches per forward pass (default: 64)"
     )
-    group = parser.add_argument_group("runs")
-    group.add_argument(
-        "--runs", default="runs", metavar="DIR", help="folder of all runs (default: runs)"
-    )
-    flags.add_test_arguments(group)
-    group.add_argument(
-        "--resume",
-        action="store_true",
-        help="continue runs that were begun (does no harm otherwise)",
-    )
-    group.add_argument(
-        "--force",
-        action="store_true",
-        help="repeat runs that are there; a model that was exported into one goes too",
-    )
+    flags.add_run_arguments(parser)
     return parser.parse_args()
 
 
+@dataclasses.dataclass(frozen=True)
+class ProbeSettings(runs.Settings):
+    """The flags that change a probe's result."""
+
+    probe: str
+    tta: bool
+    C: float | None
+    standardize: bool
+    k: int
+    shots: int
+
+    def flags(self):
+        names = {name for own in OWN_FLAGS.values() for name in own}
+        unused = names - set(OWN_FLAGS[self.probe])
+        return {name: value for name, value in super().flags().items() if name not in unused}
+
+
+def settings_of(args, probe, split, encoder, dtype):
+    """The settings of one probe on one split."""
+    return ProbeSettings(
+        **split.settings,
+        data=split.dataset["name"],
+        model=args.model,
+        method="probe",
+        weights=checkpoint.absolute(args.weights),
+        pool=encoder.pool,
+        layer=args.layer,
+        fit=args.fit,
+        mpp=args.mpp,
+        dtype=models.name_of(dtype),
+        probe=probe,
+        tta=args.tta,
+        C=args.C,
+        standardize=args.standardize,
+        k=args.k,
+        shots=args.shots,
+    )
+
+
+def choices(settings, encoder):
+    """The choices that are not the default, for the run's name."""
+    own = [] if settings.probe == "uni" else [settings.probe]
+    if settings.probe == "l2" and settings.C is not None:
+        own.append(f"C{settings.C:g}")
+    if settings.probe == "l2" and settings.standardize:
+        own.append("standardized")
+    if settings.probe == "knn" and settings.k != 20:
+        own.append(f"k{settings.k}")
+    if settings.probe == "prototype" and settings.shots != 10:
+        own.append(f"shots{settings.shots}")
+    pool = settings.pool if settings.pool != encoder.spec.pool else None
+    return settings.choices(own, pool, settings.tta)
+
+
+# ---------------------------------------------------------------- the command
+
+
+@dataclasses.dataclass
+class Job:
+    """One probe on one split: rows of its training and validation set, its run, its solution."""
+
+    train: np.ndarray
+    val: np.ndarray
+    path: Path
+    settings: ProbeSettings = None
+    split: object = None
+    config: dict = None
+    run: runs.Run = None
+    weight: np.ndarray = None  # [D] float64
+    bias: float = None
+    facts: dict = dataclasses.field(default_factory=dict)  # about the fit, for metrics.json
+
+
 def main():
+    # Flags, data, encoder.
     args = arguments()
-    for name, least in (("k", 1), ("shots", 1), ("batch_size", 1)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least}")
+    flags.at_least(args, 1, "k", "shots", "batch_size")
     if args.C is not None and not 0 < args.C < math.inf:
-        raise UserError(f"--C {args.C}: a finite number above 0")
-    annotations, others = flags.from_arguments(args), flags.further(args)
+        raise UserError(f"--C {args.C}: give a finite number above 0")
+    rank, _ = engine.launched()
+    device = engine.process_device(args.device)
+    annotations = flags.from_arguments(args, quiet=rank > 0)
     flags.need_images(annotations)
-    rank = int(os.environ.get("RANK", 0))
-    device = models.resolve_device(args.device)
-    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    tests = flags.further(args, annotations, quiet=rank > 0)
+    splits = flags.splits(args, annotations, tests)
     dtype = models.resolve_dtype(args.dtype, device, models.find_encoder(args.model))
     encoder = models.load_encoder(
         args.model, args.weights, device, dtype, args.pool, args.layer, args.revision
     )
     model = models.PatchClassifier(encoder, tta=args.tta).to(device)
+    jobs = []
+    if rank == 0:
+        jobs = plan(args, annotations, splits, encoder, dtype)
 
-    # The runs that are to be done; the finished ones are named and left alone.
-    jobs, facts = [], flags.facts(annotations, args.fit)
-    for probe in dict.fromkeys(args.probe) if rank == 0 else ():
-        for domain in dict.fromkeys(args.domain or [None]):
-            for frac in dict.fromkeys(args.frac):
-                for fold in dict.fromkeys(args.fold):
-                    split = make_split(
-                        annotations, fold, frac, domain, args.seed, args.split, args.val_frac
-                    )
-                    flags.check_further(others, annotations, split)
-                    path = runs.run_path(
-                        args.runs,
-                        annotations.name,
-                        args.model,
-                        "probe",
-                        frac,
-                        fold,
-                        split.settings["domain"],
-                        suffixes(args, probe, encoder),
-                    )
-                    config = configuration(args, probe, annotations, facts, encoder, dtype, split)
-                    jobs.append(
-                        {
-                            "probe": probe,
-                            "path": path,
-                            "config": config,
-                            "split": split,
-                            "frac": frac,
-                            "fold": fold,
-                            "train": np.sort(annotations.rows(split.train)),
-                            "val": annotations.rows(split.val),
-                        }
-                    )
-                    if (path / "config.json").exists() and not args.force:
-                        runs.open_run(
-                            path, config, args.resume
-                        ).close()  # what it refuses, before the long pass
-
-    # Further test sets too, before the other processes leave: each holds a share of the rows.
-    X, tests = all_embeddings(model, annotations, args, dtype), []
-    for other in others:
-        shared = shared_cases(annotations, other)
-        if shared and rank == 0:
-            print(
-                f"note: {other.name} shares {len(shared)} cases with {annotations.name}, for "
-                "example "
-                f"{sorted(map(str, shared))[0]}: its figures are not those of unseen cases",
-                flush=True,
-            )
-        tests.append((other, all_embeddings(model, other, args, dtype)))
-    if rank:
+    # The long pass. Every process computes a share of the rows, further test sets included.
+    X = all_embeddings(model, annotations, args, dtype, args.source_mpp)
+    features = [(other, all_embeddings(model, other, args, dtype)) for other in tests]
+    if rank > 0:
         return
+
+    # All probes side by side; finished runs are named and left alone.
     with contextlib.ExitStack() as opened:
         for job in jobs:
-            job["run"] = opened.enter_context(
-                runs.open_run(job["path"], job["config"], args.resume, args.force)
+            run = runs.open_run(job.path, job.config, args.resume, args.force)
+            job.run = opened.enter_context(run)
+            if job.run.finished:
+                print(f"finished: {job.path}")
+        todo = [job for job in jobs if not job.run.finished]
+        fit(todo, X, annotations.label, args, device)
+        rows = []
+        for job in todo:
+            rows += finish(job, annotations, X)
+        for job in jobs:
+            rows += further_tests(job, annotations, X, features)
+    runs.print_metrics(rows)
+
+
+def plan(args, annotations, splits, encoder, dtype):
+    """The Jobs of all probes and splits; UserError if an existing run was done differently."""
+    jobs, facts = [], flags.facts(annotations, args.fit)
+    source = flags.source(args) | {"revision": args.revision}
+    domains = np.unique(annotations.domain)
+    for probe in dict.fromkeys(args.probe):
+        for split in splits:
+            settings = settings_of(args, probe, split, encoder, dtype)
+            path = runs.folder(args.runs, settings, choices(settings, encoder), domains)
+            config = runs.configuration(settings, annotations, facts, encoder, source)
+            if (path / "config.json").exists() and not args.force:
+                # What it refuses is known before the long pass.
+                runs.open_run(path, config, args.resume).close()
+            train, val = np.sort(annotations.rows(split.train)), annotations.rows(split.val)
+            jobs.append(Job(train, val, path, settings, split, config))
+    lines = [line for split in splits for line in runs.one_class(annotations, split)]
+    for line in dict.fromkeys(lines):
+        print(f"problem: {line}", flush=True)
+    return jobs
+
+
+def fit(jobs, X, labels, args, device):
+    """Solve all probes, those of one kind together."""
+    kinds = {}
+    for job in jobs:
+        kinds.setdefault(job.settings.probe, []).append(job)
+    for probe, group in kinds.items():
+        if probe in ("uni", "l2"):
+            standardize = args.standardize and probe == "l2"
+            fit_logistic(X, labels, group, probe, standardize, args.C, device)
+        elif probe == "prototype":
+            for job in group:
+                fit_prototypes(X, labels, job, args.shots, job.settings.run_seed)
+
+
+def finish(job, annotations, X):
+    """Head, predictions and metrics of one solved probe into its run folder → rows of the table."""
+    predicted = []
+    for name, ids in runs.sets_of(job.split).items():
+        rows = annotations.rows(ids)
+        predicted.append((name, annotations, rows, logits_of(job, X, rows, X, annotations.label)))
+    job.split.save(job.run.path / "split.json")
+    head = None
+    if job.settings.probe != "knn":
+        head = {
+            "head.weight": torch.tensor(job.weight, dtype=torch.float32)[None],
+            "head.bias": torch.tensor([job.bias], dtype=torch.float32),
+        }
+    training = {"train_annotations": len(job.split.train), **job.facts}
+    return checkpoint.finish(job.run, head, predicted, training)
+
+
+def further_tests(job, annotations, X, tests):
+    """Predictions of a finished run on the whole datasets of --test, where they are missing.
+
+    tests: [(Annotations, their embeddings)]. Returns rows of the table.
+    """
+    names = [other.name for other in runs.pending_tests(job.path, [other for other, _ in tests])]
+    pending = [(other, features) for other, features in tests if other.name in names]
+    if not pending:
+        return []
+    if job.settings.probe != "knn" and job.weight is None:  # solved by an earlier command
+        head, _ = checkpoint.load_tensors(job.path / "model.safetensors")
+        job.weight = head["head.weight"][0].double().numpy()
+        job.bias = head["head.bias"].item()
+    predicted = []
+    for other, features in pending:
+        rows = np.arange(len(other))
+        logits = logits_of(job, features, rows, X, annotations.label)
+        predicted.append((other.name, other, rows, logits))
+    return checkpoint.add_tests(job.path, predicted)
+
+
+# ---------------------------------------------------------------- embeddings
+
+
+def all_embeddings(model, annotations, args, dtype, source_mpp=None):
+    """Embeddings of one dataset, from their place below the runs' folder."""
+    encoder = model.encoder
+    patches = Patches(annotations, fit=args.fit, mpp=args.mpp, source_mpp=source_mpp)
+    parts = [encoder.spec.name, encoder.pool]
+    if args.layer:
+        parts.append(f"layer{args.layer}")
+    if args.tta:
+        parts.append("tta")
+    path = Path(args.runs) / "embeddings" / annotations.name / "-".join(parts)
+    return embeddings(model, patches, annotations, path, dtype, args.batch_size)
+
+
+def embeddings(model, patches, annotations, path, dtype, batch_size):
+    """Embeddings [N, D] of all annotated patches as a read-only memory map, computed if missing.
+
+    In float32, or float16 if the encoder's own numbers are that: half the disk, not a digit lost. A
+    kill costs the last seconds. Stored embeddings of other weights, pixels, annotations or another
+    normalisation are computed anew, which is said. Under torchrun each process computes a share of
+    the rows, and the first returns when all are done (the others get None).
+    """
+    encoder = model.encoder
+    rank, world = engine.launched()
+    fingerprint = {
+        "encoder": encoder.spec.name,
+        "weights": encoder.weights_hash,
+        "pool": encoder.pool,
+        "layer": encoder.layer,
+        "tta": model.tta,
+        "normalisation": [model.mean.flatten().tolist(), model.std.flatten().tolist()],
+        "dtype": models.name_of(dtype),
+        "annotations": annotations.fingerprint(),
+        "pixels": patches.fingerprint(),
+    }
+    try:
+        return memmap.open_store(path, fingerprint)
+    except memmap.Missing:
+        pass
+    except memmap.Stale as stale:
+        if rank == 0:
+            print(f"{stale}; computing the embeddings anew", flush=True)
+    shape = (len(annotations), encoder.embed_dim)
+    kind = np.float16 if dtype == torch.float16 and not model.tta else np.float32
+    with memmap.Writer(path, shape, kind, fingerprint, shared=world > 1) as writer:
+        todo = writer.todo
+        share = todo[todo % world == rank]
+        if rank == 0 and 0 < len(todo) < len(annotations):
+            done = len(annotations) - len(todo)
+            print(f"embeddings: continuing, {done:,} of {len(annotations):,} are done", flush=True)
+        waiting, written = [], time.monotonic()
+
+        def flush():
+            if waiting:
+                writer.write(*map(np.concatenate, zip(*waiting)))
+                waiting.clear()
+
+        def keep(rows, values):
+            nonlocal written
+            waiting.append((rows, values))
+            if time.monotonic() - written >= SECONDS:
+                flush()
+                written = time.monotonic()
+
+        try:
+            models.predict(
+                model,
+                patches,
+                share,
+                batch_size,
+                dtype=dtype,
+                output="embedding",
+                progress=f"embeddings, {encoder.spec.name}",
+                keep=keep,
             )
-            if job["run"].finished:
-                print(f"finished: {job['path']}")
-        todo = [job for job in jobs if not job["run"].finished]
-        for probe in dict.fromkeys(job["probe"] for job in todo):
-            own = [job for job in todo if job["probe"] == probe]
-            if probe in ("uni", "l2"):
-                fit_logistic(
-                    X,
-                    annotations.label,
-                    own,
-                    probe,
-                    args.standardize and probe == "l2",
-                    args.C,
-                    device,
+        finally:  # what is computed when it is stopped
+            flush()
+        if rank > 0:
+            return None
+        # The other processes' shares; torchrun ends all when one of them fails.
+        while world > 1 and len(writer.todo):
+            time.sleep(0.2)
+        writer.finish()
+    return memmap.open_store(path, fingerprint)
+
+
+# ---------------------------------------------------------------- probes
+
+
+def linear(features, rows, weight, bias):
+    """features[rows] @ weight + bias in float64, in pieces: all of it may not fit into memory."""
+    pieces = []
+    for i in range(0, len(rows), 4096):
+        pieces.append(features[rows[i : i + 4096]].astype(np.float64) @ weight + bias)
+    return np.concatenate(pieces) if pieces else np.empty((0, *weight.shape[1:]))
+
+
+def fit_logistic(X, labels, jobs, penalty, standardize, fixed_C, device):
+    """Fit all jobs side by side; sets their weight, bias and facts.
+
+    The probe l2 without a fixed C tries C_GRID and keeps the C of the lowest validation loss.
+    """
+    if penalty == "uni":
+        grid = (None,)
+    elif fixed_C is None:
+        grid = C_GRID
+    else:
+        grid = (fixed_C,)
+    problems = [(job.train, C) for job in jobs for C in grid]
+    with common.progress(total=len(problems), desc=f"{penalty} probes", unit="fits") as bar:
+        fits = logistic.fit(X, labels, problems, penalty, standardize, device=device, progress=bar)
+    for number, job in enumerate(jobs):
+        results = fits[number * len(grid) : (number + 1) * len(grid)]
+        for result in results:
+            if not result.converged:
+                raise UserError(
+                    f"{job.path}: the {penalty} probe did not converge (excess about "
+                    f"{result.excess:.0e} after {result.iterations} iterations); try "
+                    "--standardize with --probe l2"
                 )
-            elif probe == "prototype":
-                for job in own:
-                    fit_prototypes(
-                        X, annotations.label, job, args.shots, (args.seed << 16) + job["fold"]
-                    )
-        rows = [row for job in todo for row in finish(job, annotations, X, args)]
-        rows += [row for job in jobs for row in further_tests(job, annotations, X, tests, args)]
-    if rows:
-        print(
-            common.table(
-                rows,
-                ("run", "set", "patches", "balanced acc", "weighted F1", "AUROC"),
-                right=(2, 3, 4, 5),
-            )
-        )
+        weights = np.stack([result.weight for result in results], 1)  # [D, C]
+        logits = linear(X, job.val, weights, np.array([result.bias for result in results]))
+        losses = [0.0]
+        if len(logits):
+            losses = np.logaddexp(0, (1 - 2.0 * labels[job.val, None]) * logits).mean(0)
+        best = int(np.argmin(losses))  # on a tie the smaller C, which comes first
+        result, C = results[best], grid[best]
+        job.weight, job.bias = result.weight, result.bias
+        job.facts = {
+            "C": logistic.uni_C(X.shape[1]) if C is None else C,
+            "train_loss": result.loss,
+            "val_loss": float(losses[best]),
+            "iterations": result.iterations,
+            "excess": result.excess,
+            "change": result.change,
+        }
+
+
+def fit_prototypes(X, labels, job, shots, seed):
+    """Class means of `shots` training patches per class; sets the job's weight, bias and facts.
+
+    The logit is linear, -2 at one mean and +2 at the other.
+    """
+    rng = np.random.Generator(np.random.Philox(key=seed))
+    means = []
+    for label in (0, 1):
+        rows = job.train[labels[job.train] == label]
+        chosen = np.sort(rng.permutation(rows)[:shots])
+        means.append(X[chosen].astype(np.float64).mean(0))
+    difference = means[1] - means[0]
+    job.weight = 4 * difference / max(difference @ difference, 1e-300)
+    job.bias = -float(job.weight @ (means[0] + means[1]) / 2)
+    job.facts = {"shots": shots}
+
+
+def logits_of(job, features, rows, X, labels):
+    """Logits [n] of features[rows] by a solved probe; X, labels: of its own dataset."""
+    if job.settings.probe == "knn":
+        return knn_logits(features, X, labels, job.train, rows, job.settings.k)
+    return linear(features, rows, job.weight, job.bias)
+
+
+def knn_logits(features, X, labels, train, rows, k):
+    """Log-odds of the mitotic figures among the k training rows nearest by cosine, one of each
+    class added.
+    """
+
+    def normalised(part):
+        part = part.astype(np.float32)
+        return part / np.linalg.norm(part, axis=1, keepdims=True).clip(1e-12)
+
+    bank, k = normalised(X[train]), min(k, len(train))
+    logits = np.empty(len(rows))
+    for i in range(0, len(rows), 1024):
+        similarity = normalised(features[rows[i : i + 1024]]) @ bank.T
+        nearest = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
+        positive = labels[train][nearest].sum(1) + 1.0
+        logits[i : i + 1024] = np.log(positive / (k + 2 - positive))
+    return logits
 
 
 if __name__ == "__main__":

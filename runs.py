@@ -1,11 +1,14 @@
-"""A run's folder: its name, configuration, lock, log, predictions. No torch.
+"""A run's folder: its settings, name, configuration, lock, log, predictions.
 
     runs/<data>/<model>-<probe|lora|full>[-choices]/<frac0.1-fold0 | domainA-fold0>/
 
-A run is finished when `metrics.json` stands in it: that file is written last. Everything appears
-whole or not at all, so a sweep is a shell loop that can be killed and restarted anywhere."""
+A run is finished when its folder holds `metrics.json`: that file is written last. Every file
+appears whole or not at all, so a sweep is a shell loop that can be killed and restarted anywhere.
+"""
 
 import csv
+import dataclasses
+import hashlib
 import json
 import os
 import platform
@@ -19,23 +22,94 @@ import common
 from common import UserError
 
 PREDICTION_COLUMNS = ("set", "id", "case", "domain", "label", "logit", "probability")
+# Everything that a run, or an export into its folder, writes: what --force clears.
+WRITTEN = (
+    "metrics.json",
+    "checkpoint.*",
+    "log.csv",
+    "curves.png",
+    "model.safetensors",
+    "predictions.csv",
+    "split.json",
+    "model.onnx*",
+    "model-fp16.onnx*",
+    "model-int8.onnx*",
+    "model*.parity.json",
+    ".*.tmp",
+    "config.json",
+)
+SETS = {"val": "validation set", "test": "test set"}
 
 
-# ---------------------------------------------------------------- the folder
+# ---------------------------------------------------------------- settings
 
 
-def run_path(root, data, model, method, frac, fold, domain=None, suffixes=()):
-    """Folder of a run. `method`: probe | lora | full; `suffixes`: choices that are not the default,
-    e.g. ("r8",).
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The flags that change a run's result, by their names in config.json's "flags"."""
+
+    data: str  # name of the dataset
+    model: str
+    method: str  # "probe", "lora" or "full"
+    frac: float
+    fold: int
+    domain: str | None
+    seed: int
+    by: str  # --split
+    val_frac: float
+    weights: str | None
+    pool: str | None
+    layer: int | None
+    fit: str
+    mpp: float | None
+    dtype: str
+
+    def flags(self):
+        """config.json's "flags"."""
+        return dataclasses.asdict(self)
+
+    @property
+    def run_seed(self):
+        """Seed of everything random in the run: another one for each seed and fold."""
+        return (int(self.seed) << 16) + int(self.fold)
+
+    def choices(self, own=(), pool=None, tta=False):
+        """The parts of the run's name after the method: choices that are not the default.
+
+        own: those of the method; pool: --pool, if it is not the encoder's default.
+        """
+        parts = list(own)
+        if pool:
+            parts.append(pool)
+        if self.layer:
+            parts.append(f"layer{self.layer}")
+        if tta:
+            parts.append("tta")
+        if self.by != "case":
+            parts.append(f"by{self.by}")
+        if self.fit != "resize":
+            parts.append(self.fit)
+        return parts
+
+
+def configuration(settings, annotations, facts, encoder, source, **base):
+    """Content of config.json.
+
+    facts: flags.facts(annotations, …); encoder: has .licence and .weights_hash; source: the flags
+    that say where the data is; base: more of what the encoder starts from.
     """
-    name = "-".join([model, method, *suffixes])
-    share = f"domain{domain}" if domain else f"frac{frac:g}"
-    if domain and frac != 1:
-        share += f"-frac{frac:g}"
-    path = Path(root)
-    for part in (data, name, f"{share}-fold{fold}"):
-        path = path / common.file_name(part)
-    return path
+    return {
+        "flags": settings.flags(),
+        "data": {"name": annotations.name, "fingerprint": annotations.fingerprint(), **facts},
+        "encoder": {
+            "name": settings.model,
+            "licence": encoder.licence,
+            "weights_hash": encoder.weights_hash,
+            **base,
+        },
+        "source": source,
+        "environment": environment(),
+    }
 
 
 def environment():
@@ -48,15 +122,11 @@ def environment():
     for name in ("torch", "torchvision", "onnxruntime"):
         if name in sys.modules:
             versions[name] = getattr(sys.modules[name], "__version__", "?")
-    here = Path(__file__).resolve().parent
+    root = Path(__file__).resolve().parent
+    command = ["git", "-C", str(root), "describe"]
+    command += ["--always", "--dirty", "--abbrev=12", "--match="]
     try:
-        git = subprocess.run(
-            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--match="],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
-        )
+        git = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
         commit = git.stdout.strip() or "unknown"
     except (OSError, subprocess.SubprocessError):
         commit = "unknown"
@@ -71,27 +141,69 @@ def environment():
 
 def differing(old, new):
     """Names of the result-changing entries in which two configurations differ, with both values."""
-    found = []
+    differences = []
     for part in ("flags", "data", "encoder"):
         before, after = old.get(part, {}), new.get(part, {})
         for key in sorted(set(before) | set(after)):
-            if (part, key) == ("flags", "weights"):
-                continue  # what the weights are is compared by their hash, not where they lie
-            # Through JSON, so that tuples equal lists and numpy's numbers equal Python's.
-            was, now = (
-                json.dumps(d.get(key), default=common._plain, sort_keys=True)
-                for d in (before, after)
-            )
+            if part == "flags" and key in ("weights", "adapter"):
+                continue  # compared by their hash: where they lie does not matter
+            if part == "data" and key == "pixels" and not (before.get(key) and after.get(key)):
+                continue  # runs of version 1.0 and earlier do not tell
+            # Through JSON, so that tuples equal lists and NumPy's numbers equal Python's.
+            was = json.dumps(before.get(key), default=common.plain, sort_keys=True)
+            now = json.dumps(after.get(key), default=common.plain, sort_keys=True)
             if was != now:
-                flag = f"--{key.replace('_', '-')}" if part == "flags" else f"{part} {key}"
-                found.append(f"{flag} (was {was}, now {now})")
-    return found
+                name = f"--{key.replace('_', '-')}" if part == "flags" else f"{part} {key}"
+                differences.append(f"{name} (was {was}, now {now})")
+    return differences
+
+
+# ---------------------------------------------------------------- the folder
+
+
+def run_path(root, data, model, method, frac, fold, domain=None, suffixes=(), domains=()):
+    """Folder of a run.
+
+    method: probe | lora | full; suffixes: Settings.choices(…), e.g. ("r8",); domains: all of the
+    dataset's, so that two of them never share a folder.
+    """
+    share = f"frac{frac:g}"
+    if domain:
+        name = f"domain{domain}"
+        clashes = [other for other in domains if _folder_key(other) == _folder_key(domain)]
+        # The plain name goes to the domain that is spelled like it.
+        clashes.sort(key=lambda other: (other != common.file_name(other), other))
+        if domain in clashes[1:]:
+            name += "-" + hashlib.sha256(str(domain).encode()).hexdigest()[:6]
+        share = name if frac == 1 else f"{name}-{share}"
+    path = Path(root)
+    for part in (data, "-".join([model, method, *suffixes]), f"{share}-fold{fold}"):
+        path = path / common.file_name(part)
+    return path
+
+
+def folder(root, settings, choices, domains):
+    """run_path of a run with these Settings; choices: Settings.choices(…)."""
+    return run_path(
+        root,
+        settings.data,
+        settings.model,
+        settings.method,
+        settings.frac,
+        settings.fold,
+        settings.domain,
+        choices,
+        [str(domain) for domain in domains],
+    )
+
+
+def _folder_key(domain):
+    # Some file systems do not tell upper from lower case.
+    return common.file_name(domain).casefold()
 
 
 class Run:
-    """An opened run folder; holds its lock until close() (or the end of the process, however it
-    ends).
-    """
+    """An opened run folder; holds its lock until close() or the end of the process."""
 
     def __init__(self, path, config, finished, lock):
         self.path, self.config, self.finished, self._lock = path, config, finished, lock
@@ -104,15 +216,12 @@ class Run:
         self.close()
 
     def log(self, row):
-        """Append a row (dict) to log.csv as one whole line; the header is written with the first."""
+        """Append a row (dict) to log.csv as one whole line, the first time with a header."""
         path = self.path / "log.csv"
-        new = not path.exists() or path.stat().st_size == 0
-        text = (
-            ("" if not new else ",".join(row) + "\n")
-            + ",".join(_cell(value) for value in row.values())
-            + "\n"
-        )
-        # One write call: a kill leaves the line out, or whole.
+        text = ",".join(_cell(value) for value in row.values()) + "\n"
+        if not path.exists() or path.stat().st_size == 0:
+            text = ",".join(row) + "\n" + text
+        # One write call: after a kill the line is whole, or missing.
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             os.write(handle, text.encode())
@@ -120,9 +229,7 @@ class Run:
             os.close(handle)
 
     def truncate_log(self, rows):
-        """Keep the first `rows` rows of log.csv: what was logged after the last checkpoint is done
-        again.
-        """
+        """Keep the first `rows` rows of log.csv; training repeats what came after them."""
         path = self.path / "log.csv"
         if path.exists():
             lines = path.read_text().splitlines(keepends=True)
@@ -146,46 +253,37 @@ def _cell(value):
 
 
 def open_run(path, config, resume=False, force=False):
-    """Open or make the run folder `path` for `config` (parts "flags", "data", "encoder" are
-    compared).
+    """Open or make the run folder `path` for `config` → a locked Run.
 
-    Returns a locked Run. `.finished` is True where the same configuration is already done: there is
-    nothing to do. UserError: another process works on it; finished or begun with another
-    configuration (the flags are named); begun and neither `resume` nor `force` given. `force`
-    clears the folder."""
+    `.finished` is True if the same configuration is done already: nothing is left to do. The parts
+    "flags", "data" and "encoder" are compared. `force` clears what the former run wrote.
+    UserError: another process works on the run; it was done or begun with another configuration
+    (the flags are named); it was begun and neither `resume` nor `force` is given; the folder holds
+    something, but no config.json.
+    """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    lock = common.try_lock(path / "lock")
+    # With some patience: evaluate.py holds the lock for a moment to see whether it is free.
+    lock = common.try_lock(path / "lock", seconds=1)
     if lock is None:
         raise UserError(f"{path}: another process works on this run; wait for it or stop it")
     try:
-        for rest in path.glob(".*.tmp"):  # of a process killed while it wrote
-            if rest.is_file():  # export.py works in a folder, and may be alive
+        for rest in path.glob(".*.tmp"):  # of a process that was killed while it wrote
+            if rest.is_file():  # export.py works in a folder, and may still be running
                 rest.unlink(missing_ok=True)
         if force:
             _clear(path)
         if (path / "config.json").exists():
-            old = common.read_json(path / "config.json")
-            differences = differing(old, config)
-            finished = (path / "metrics.json").exists()
-            if differences:
-                raise UserError(
-                    f"{path}: this run was {'done' if finished else 'begun'} with other settings: "
-                    f"{'; '.join(differences)}. Repeat it with --force, or choose another --runs "
-                    "folder"
-                )
-            if finished:
-                return Run(path, old, True, lock)
-            if not resume:
-                raise UserError(
-                    f"{path}: this run was begun and is not finished; continue it with --resume, "
-                    "or "
-                    "start it over with --force"
-                )
-            return Run(path, old, False, lock)
-        _clear(path)  # a folder without a configuration holds remains at most
+            return _reopened(path, config, resume, lock)
+        others = sorted(p.name for p in path.iterdir() if p.name != "lock" and p.is_file())
+        if others and not force:
+            raise UserError(
+                f"{path}: holds files ({', '.join(others[:3])}) but no config.json: not the "
+                "folder of a run, or a damaged one; empty it, use another --runs folder, or "
+                "--force to delete what a run wrote there"
+            )
         # Through JSON once, so that a new and a reopened run hold equal values.
-        config = json.loads(json.dumps(config, default=common._plain))
+        config = json.loads(json.dumps(config, default=common.plain))
         common.write_json(path / "config.json", config)
         return Run(path, config, False, lock)
     except BaseException:
@@ -193,21 +291,44 @@ def open_run(path, config, resume=False, force=False):
         raise
 
 
+def _reopened(path, config, resume, lock):
+    """The Run of a folder with a config.json; UserError if it is not to be continued."""
+    old = common.read_json(path / "config.json")
+    if not isinstance(old, dict):
+        raise UserError(f"{path}/config.json: not the configuration of a run; restore it")
+    finished = (path / "metrics.json").exists()
+    differences = differing(old, config)
+    if differences:
+        raise UserError(
+            f"{path}: this run was {'done' if finished else 'begun'} with other settings: "
+            f"{'; '.join(differences)}. Repeat it with --force, or choose another --runs folder"
+        )
+    if not finished and not resume:
+        raise UserError(
+            f"{path}: this run was begun and is not finished; continue it with --resume, or start "
+            "it over with --force"
+        )
+    return Run(path, old, finished, lock)
+
+
 def _clear(path):
-    (path / "metrics.json").unlink(
-        missing_ok=True
-    )  # first: killed after it, the folder is unfinished
-    for old in path.iterdir():
-        if old.name != "lock" and old.is_file():
-            old.unlink()
+    """Delete what a run wrote.
+
+    metrics.json goes first and config.json last: whenever this is killed, the folder is an
+    unfinished run.
+    """
+    for pattern in WRITTEN:
+        for file in path.glob(pattern):
+            if file.is_file() or file.is_symlink():
+                file.unlink()
 
 
 # ---------------------------------------------------------------- predictions
 
 
 def write_predictions(path, rows):
-    """Write predictions.csv. rows: dict of equally long arrays, one per PREDICTION_COLUMNS; all
-    digits are kept.
+    """Write predictions.csv, all digits. rows: dict of equally long arrays, one per
+    PREDICTION_COLUMNS.
     """
     columns = [rows[name] for name in PREDICTION_COLUMNS]
     if len({len(column) for column in columns}) != 1:
@@ -218,10 +339,8 @@ def write_predictions(path, rows):
     ):
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(PREDICTION_COLUMNS)
-        for name, id, case, domain, label, logit, probability in zip(*columns):
-            writer.writerow(
-                [name, id, case, domain, int(label), repr(float(logit)), repr(float(probability))]
-            )
+        for *texts, label, logit, probability in zip(*columns):
+            writer.writerow([*texts, int(label), repr(float(logit)), repr(float(probability))])
 
 
 def predictions(sets):
@@ -229,23 +348,18 @@ def predictions(sets):
     columns = {name: [] for name in PREDICTION_COLUMNS}
     for name, table, rows, logits in sets:
         logits = np.asarray(logits, np.float64)
-        probability = 1 / (1 + np.exp(-logits.clip(-700, 700)))
-        for key, values in (
-            ("set", [name] * len(rows)),
-            ("id", table.id[rows]),
-            ("case", table.case[rows]),
-            ("domain", table.domain[rows]),
-            ("label", table.label[rows]),
-            ("logit", logits),
-            ("probability", probability),
-        ):
-            columns[key].extend(values)
+        columns["set"].extend([name] * len(rows))
+        columns["id"].extend(table.id[rows])
+        columns["case"].extend(table.case[rows])
+        columns["domain"].extend(table.domain[rows])
+        columns["label"].extend(table.label[rows])
+        columns["logit"].extend(logits)
+        columns["probability"].extend(1 / (1 + np.exp(-logits.clip(-700, 700))))
     return {name: np.asarray(values) for name, values in columns.items()}
 
 
 def add_predictions(path, columns):
-    """Put sets into the predictions.csv of a finished run, in the place of its own of the same
-    names.
+    """Add sets to the predictions.csv of a finished run, in place of its sets of the same names.
 
     Returns all columns, old and new.
     """
@@ -257,10 +371,9 @@ def add_predictions(path, columns):
 
 
 def pending_tests(path, tests):
-    """Those of `tests` (Annotations of --test) on which the finished run at `path` has no results
-    yet.
+    """Those of `tests` (Annotations of --test) on which the finished run at `path` has no results.
 
-    UserError where it has some on another dataset of the same name.
+    UserError if it has results on another dataset of the same name.
     """
     metrics, pending = common.read_json(Path(path) / "metrics.json"), []
     for other in tests:
@@ -269,43 +382,73 @@ def pending_tests(path, tests):
         elif metrics.get("tests", {}).get(other.name, other.fingerprint()) != other.fingerprint():
             raise UserError(
                 f"{path}: has results on another dataset called {other.name}, or on these "
-                "annotations "
-                "before they were changed; rename the file, or repeat the run with --force"
+                "annotations before they were changed; rename the file, or repeat the run with "
+                "--force"
             )
     return pending
 
 
 def finish_tests(path, metrics, tests):
-    """Write metrics.json of a run with further test sets. Whoever dies before it computes them
-    again.
+    """Write metrics.json of a run with further test sets.
+
+    It is written after predictions.csv: after a kill between the two, the tests are computed again.
     """
     old = common.read_json(Path(path) / "metrics.json")
     known = old.get("tests", {}) | {other.name: other.fingerprint() for other in tests}
     common.write_json(Path(path) / "metrics.json", {**old, **metrics, "tests": known})
 
 
+def sets_of(split):
+    """{name: ids} of the sets that a run predicts: validation, test, other domains."""
+    return {"val": split.val, "test": split.test, **split.others}
+
+
+def one_class(annotations, split):
+    """Lines about the validation and test sets of a split that hold one class only."""
+    lines = []
+    for name, ids in sets_of(split).items():
+        line = one_class_line(name, annotations.label[annotations.rows(ids)])
+        if line:
+            lines.append(f"{annotations.name}, fold {split.settings['fold']}: {line}")
+    return lines
+
+
+def one_class_line(name, labels):
+    """What is wrong with a set that holds one class only; None if it holds both."""
+    positives = int(np.sum(labels))
+    if len(labels) and positives not in (0, len(labels)):
+        return None
+    held = f"label {min(positives, 1)} only" if len(labels) else "no annotation"
+    title = SETS.get(name, f"test set {name}")
+    return f"the {title} holds {held}: balanced accuracy and AUROC are undefined on it"
+
+
+METRICS_HEADER = ("run", "set", "patches", "balanced acc", "weighted F1", "AUROC")
+
+
 def metric_rows(path, metrics, only=None):
-    """Rows (run, set, patches, balanced accuracy, weighted F1, AUROC) of the table that train.py
-    and probe.py print.
-    """
+    """Rows of the table that train.py and probe.py print (METRICS_HEADER), one per test set."""
+    rows = []
+    for name, values in metrics["sets"].items():
+        if name == "val" or (only is not None and name not in only):
+            continue
+        scores = [values[key] for key in ("balanced_accuracy", "weighted_f1", "auroc")]
+        if values["auroc"] is None:  # one class only: a weighted F1 of 1.000 would mean nothing
+            scores = [None] * 3
+        texts = ["–" if score is None else f"{score:.3f}" for score in scores]
+        rows.append((str(path), name, values["n"], *texts))
+    return rows
 
-    def text(value):
-        return "–" if value is None else f"{value:.3f}"
 
-    return [
-        (
-            str(path),
-            name,
-            values["n"],
-            *(text(values[k]) for k in ("balanced_accuracy", "weighted_f1", "auroc")),
-        )
-        for name, values in metrics["sets"].items()
-        if name != "val" and (only is None or name in only)
-    ]
+def print_metrics(rows):
+    """Print the table of metric_rows, if there are any."""
+    if rows:
+        print(common.table(rows, METRICS_HEADER, right=(2, 3, 4, 5)))
 
 
 def read_predictions(path):
-    """predictions.csv as a dict of arrays; UserError naming the line where it is broken."""
+    """predictions.csv as a dict of arrays; UserError naming the line if it is damaged."""
+    rows, number = [], 1
     try:
         with open(path, newline="", encoding="utf-8") as file:
             reader = csv.reader(file)
@@ -314,22 +457,19 @@ def read_predictions(path):
                     f"{path}: not a predictions file (columns {', '.join(PREDICTION_COLUMNS)} "
                     "expected)"
                 )
-            rows, number = [], 1
             for number, row in enumerate(reader, start=2):
                 try:
-                    name, id, case, domain, label, logit, probability = row
-                    if label not in ("0", "1"):
+                    *texts, label, logit, probability = row
+                    if len(texts) != 4 or label not in ("0", "1"):
                         raise ValueError
-                    rows.append(
-                        (name, id, case, domain, int(label), float(logit), float(probability))
-                    )
+                    rows.append((*texts, int(label), float(logit), float(probability)))
                 except ValueError:
                     raise UserError(
                         f"{path}, line {number}: not a row of predictions; the file is damaged"
                     ) from None
         with open(path, "rb") as file:
             file.seek(-1, os.SEEK_END)
-            if file.read() != b"\n":  # a last number without its last digits would go unseen
+            if file.read() != b"\n":  # a last number may have lost its last digits
                 raise UserError(f"{path}, line {number}: cut off; the file is damaged")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None

@@ -2,15 +2,18 @@
 
     python train.py --data midog2022 --model h-optimus-0 --lora --frac 0.1 --fold 0 1 2 3 4
     python train.py --data midog2022 --model resnet50 --domain A B C D E
-    torchrun --nproc-per-node 4 train.py …          one run on four GPUs, the same samples in the
-    same order
+    python train.py --data midog2022 --lora --adapter DIR    from an adapter in peft's format
+    torchrun --nproc-per-node 4 train.py …    one run on four GPUs: the same samples in their order
 
 Everything random (the patches of a pseudo-epoch, their augmentation, LoRA's dropout) is a pure
-function of the seed and of where the run stands, so that a run continued by --resume ends with the
-weights of an uninterrupted one."""
+function of the seed and of where the run stands: a run continued by --resume ends with the weights
+of an uninterrupted one.
+"""
 
+import common  # first: Ctrl-C during the imports below ends with one line
+
+# isort: split
 import argparse
-import contextlib
 import math
 import os
 import time
@@ -18,275 +21,19 @@ import time
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 
 import checkpoint
-import common
 import engine
 import flags
 import lora
 import models
 import runs
 from common import UserError
-from dataset.annotations import shared_cases
 from dataset.patches import Patches
 from dataset.sampler import Sampler
-from dataset.splits import make_split
 from reporting import figures, metrics
 
-# ---------------------------------------------------------------- a run
-
-
-def configuration(args, annotations, facts, dtype, weights_hash, licence, frac, fold, domain):
-    settings = {
-        "data": annotations.name,
-        "model": args.model,
-        "method": "lora" if args.lora else "full",
-        "frac": frac,
-        "fold": fold,
-        "domain": domain,
-        "seed": args.seed,
-        "by": args.split,
-        "val_frac": args.val_frac,
-        "weights": checkpoint.absolute(args.weights),
-        "pool": args.pool,
-        "layer": args.layer,
-        "fit": args.fit,
-        "mpp": args.mpp,
-        "dtype": models.name_of(dtype),
-        "epochs": args.epochs,
-        "epoch_size": args.epoch_size,
-        "batch_size": args.batch_size,
-        "lr": args.lr,
-        "balance": args.balance,
-        "random_share": args.random_share,
-        "jitter": args.jitter,
-        "stain_jitter": args.stain_jitter,
-        "tissue": args.tissue,
-    }
-    if args.lora:
-        settings |= {
-            name: getattr(args, name)
-            for name in ("rank", "alpha", "dropout", "targets", "dora", "rslora")
-        }
-    return {
-        "flags": settings,
-        "data": {"name": annotations.name, "fingerprint": annotations.fingerprint(), **facts},
-        "encoder": {"name": args.model, "licence": licence, "weights_hash": weights_hash},
-        "source": flags.source(args) | {"revision": args.revision},
-        "environment": runs.environment(),
-    }
-
-
-def suffixes(args):
-    """What goes into the run's name beside the method: the choices that are not the default."""
-    found = []
-    if args.lora:
-        found += [f"r{args.rank}"] * (args.rank != 16) + [f"a{args.alpha:g}"] * (args.alpha != 16)
-        found += [f"d{args.dropout:g}"] * (args.dropout != 0.1)
-        found += ["+".join(args.targets)] * (tuple(args.targets) != lora.TARGETS)
-        found += ["dora"] * args.dora + ["rslora"] * args.rslora
-    found += [args.pool] * bool(args.pool) + [f"layer{args.layer}"] * bool(args.layer)
-    return (
-        found + [f"by{args.split}"] * (args.split != "case") + [args.fit] * (args.fit != "resize")
-    )
-
-
-def train(args, annotations, patches, run, split, base, device, dtype):
-    """Train the run to its end (from its checkpoint, where there is one) and test it; rank 0
-    writes.
-    """
-    config, first = run.config, engine.rank() == 0
-    fold, method = config["flags"]["fold"], config["flags"]["method"]
-    seed = engine.run_seed(args.seed, fold)
-    model, parameters = engine.make_model(args, base, device, seed)
-    sampler = Sampler(
-        annotations,
-        split.train,
-        args.epoch_size,
-        args.seed,
-        fold,
-        args.balance,
-        args.random_share,
-        patches.window,
-        args.jitter,
-        patches.tissue if args.tissue else None,
-    )
-    trainer = engine.Engine(args, model, parameters, sampler, patches, device, dtype, seed)
-    validation = annotations.rows(split.val)
-    labels, val_patches = annotations.label[validation], engine.Decoded(patches, validation)
-    wide = None if args.lora else dtype
-    state = checkpoint.Progress(run)
-    if state.restore(model, parameters, trainer.optimizer, trainer.scaler) and first:
-        print(f"continuing after pseudo-epoch {state.epoch} of {args.epochs}", flush=True)
-    if first:
-        run.truncate_log(state.epoch)
-        if state.epoch == 0:
-            trained = sum(p.numel() for p in parameters.values())
-            everything = sum(p.numel() for p in model.parameters())
-            print(
-                f"training {trained:,} of {everything:,} parameters in {models.name_of(dtype)} on "
-                f"{device}"
-                f"{f', {engine.world()} processes' if engine.world() > 1 else ''}; "
-                f"{len(split.train):,} annotations, validation "
-                f"{len(split.val):,}, test {len(split.test):,}",
-                flush=True,
-            )
-    bar = (
-        common.progress(
-            total=(args.epochs - state.epoch) * args.epoch_size, desc="training", unit="patches"
-        )
-        if first
-        else contextlib.nullcontext(Silent())
-    )
-    with bar as bar:
-        validated = ""
-        for number in range(state.epoch, args.epochs):
-            start = time.perf_counter()
-            train_loss = trainer.epoch(number, bar, validated)
-            rate = args.epoch_size / (time.perf_counter() - start)
-            logits = engine.predict_together(model, val_patches, len(validation), args, wide)
-            loss, auroc = engine.validation_loss(labels, logits), metrics.auroc(labels, logits)
-            if first:
-                lr = engine.learning_rate(
-                    (number + 1) * trainer.steps_per_epoch - 1,
-                    args.epochs * trainer.steps_per_epoch,
-                    args.lr,
-                )
-                run.log(
-                    {
-                        "epoch": number + 1,
-                        "lr": lr,
-                        "train_loss": train_loss,
-                        "val_loss": loss,
-                        "val_auroc": auroc,
-                        "patches_per_s": round(rate, 2),
-                    }
-                )
-                state.save(
-                    model, method, parameters, trainer.optimizer, trainer.scaler, loss, auroc
-                )
-                validated = f", validation {loss:.3f}, AUROC {auroc:.3f}"
-            if engine.world() > 1:
-                dist.barrier()
-    return finish(args, annotations, patches, run, split, model, state, val_patches, dtype)
-
-
-class Silent:
-    """The progress bar of the processes that show none."""
-
-    def update(self, n):
-        pass
-
-    def set_postfix_str(self, note, refresh=True):
-        pass
-
-
-def finish(args, annotations, patches, run, split, model, state, val_patches, dtype):
-    """The best model: its file, its predictions on every set, its metrics. metrics.json comes last."""
-    best = None
-    if engine.rank() == 0:
-        best, numbers = checkpoint.load_tensors(state.best_file())
-    if engine.world() > 1:
-        box = [best]
-        dist.broadcast_object_list(box, src=0)
-        best = box[0]
-    model.load_state_dict(best, strict=False)
-    sets = [("val", annotations, annotations.rows(split.val), val_patches)]
-    sets += [
-        (name, annotations, annotations.rows(ids), None)
-        for name, ids in {"test": split.test, **split.others}.items()
-    ]
-    predicted = []
-    for name, table, rows, reader in sets:
-        reader = reader or engine.Decoded(patches, rows)
-        predicted.append(
-            (
-                name,
-                table,
-                rows,
-                engine.predict_together(
-                    model, reader, len(rows), args, None if args.lora else dtype
-                ),
-            )
-        )
-    if engine.rank():
-        return []
-    columns = runs.predictions(predicted)
-    metadata = {
-        "format": f"{common.NAME}-run",
-        "method": run.config["flags"]["method"],
-        "encoder": args.model,
-    }
-    with common.atomic(run.path / "model.safetensors") as temporary:
-        save_file(best, temporary, metadata=metadata)
-    runs.write_predictions(run.path / "predictions.csv", columns)
-    figures.curves(run.path)
-    summary = metrics.of_predictions(columns)
-    run.finish(
-        summary
-        | {
-            "training": {
-                "epochs": args.epochs,
-                "best_epoch": numbers["epoch"],
-                "val_loss": numbers["val_loss"],
-                "val_auroc": None if math.isnan(numbers["val_auroc"]) else numbers["val_auroc"],
-                "train_annotations": len(split.train),
-            }
-        }
-    )
-    return runs.metric_rows(run.path, summary)
-
-
-def further_tests(args, annotations, tests, path, device, dtype):
-    """Predictions of a finished run on the whole datasets of --test, by all processes; rows of the
-    table.
-    """
-    pending = [None]
-    if engine.rank() == 0:
-        pending = [[other.name for other in runs.pending_tests(path, tests)]]
-    if engine.world() > 1:  # the first process has written the file and is going to write it again
-        dist.broadcast_object_list(pending, src=0)
-    wanted = [other for other in tests if other.name in pending[0]]
-    if not wanted:
-        return []
-    model, config = checkpoint.load_run(path, args.weights, device)
-    predicted = []
-    for other in wanted:
-        shared = shared_cases(annotations, other)
-        if shared and engine.rank() == 0:
-            print(
-                f"note: {other.name} shares {len(shared)} cases with {annotations.name}, for "
-                "example "
-                f"{sorted(map(str, shared))[0]}: its figures are not those of unseen cases",
-                flush=True,
-            )
-        reader = Patches(other, fit=args.fit, mpp=args.mpp)
-        wide = dtype if dtype != torch.float32 else None
-        predicted.append(
-            (
-                other.name,
-                other,
-                np.arange(len(other)),
-                engine.predict_together(
-                    model,
-                    reader,
-                    len(other),
-                    args,
-                    wide,
-                    progress=other.name if engine.rank() == 0 else None,
-                ),
-            )
-        )
-    if engine.rank():
-        return []
-    columns = runs.add_predictions(path / "predictions.csv", runs.predictions(predicted))
-    summary = metrics.of_predictions(columns)
-    runs.finish_tests(path, summary, wanted)
-    return runs.metric_rows(path, summary, {other.name for other in wanted})
-
-
-# ---------------------------------------------------------------- the command
+# ---------------------------------------------------------------- the command's flags
 
 
 def arguments():
@@ -300,17 +47,14 @@ def arguments():
     group.add_argument(
         "--lora", action="store_true", help="adapt the encoder by LoRA (default: train all of it)"
     )
-    group.add_argument("--rank", type=int, default=16, help="rank of the adapters (default: 16)")
+    group.add_argument("--rank", type=int, help="rank of the adapters (default: 16)")
+    group.add_argument("--alpha", type=float, help="their scale is alpha / rank (default: 16)")
     group.add_argument(
-        "--alpha", type=float, default=16, help="their scale is alpha / rank (default: 16)"
-    )
-    group.add_argument(
-        "--dropout", type=float, default=0.1, help="dropout of the adapters' input (default: 0.1)"
+        "--dropout", type=float, help="dropout of the adapters' input (default: 0.1)"
     )
     group.add_argument(
         "--targets",
         nargs="+",
-        default=list(lora.TARGETS),
         choices=lora.TARGETS,
         metavar="T",
         help=f"layers that get an adapter (default: {' '.join(lora.TARGETS)})",
@@ -320,6 +64,12 @@ def arguments():
     )
     group.add_argument(
         "--rslora", action="store_true", help="scale alpha / sqrt(rank) (Kalajdzievski 2023)"
+    )
+    group.add_argument(
+        "--adapter",
+        metavar="DIR",
+        help="start from this adapter in peft's format, and from its head if it has one; rank, "
+        "alpha, targets … are the adapter's (default: a fresh one)",
     )
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=int, default=100, help="pseudo-epochs (default: 100)")
@@ -365,13 +115,13 @@ def arguments():
         type=int,
         default=1,
         metavar="N",
-        help="compute each batch in N parts (default: 1, and more where it does not fit)",
+        help="compute each batch in N parts (default: 1, more if it does not fit into memory)",
     )
     group.add_argument(
         "--checkpointing",
         action="store_true",
-        help="compute activations again in the backward pass: "
-        "a third slower, a fraction of the memory",
+        help="compute activations again in the backward pass: a third slower, a fraction of the "
+        "memory",
     )
     group.add_argument(
         "--compile",
@@ -383,163 +133,350 @@ def arguments():
         action="store_true",
         help="deterministic algorithms on the GPU too (slower)",
     )
-    group = parser.add_argument_group("runs")
-    group.add_argument(
-        "--runs", default="runs", metavar="DIR", help="folder of all runs (default: runs)"
-    )
-    flags.add_test_arguments(group)
-    group.add_argument(
-        "--resume",
-        action="store_true",
-        help="continue runs that were begun (does no harm otherwise)",
-    )
-    group.add_argument(
-        "--force",
-        action="store_true",
-        help="repeat runs that are there; a model that was exported into one goes too",
-    )
+    flags.add_run_arguments(parser)
     return parser.parse_args()
 
 
 def check(args):
-    for name in ("epochs", "batch_size", "accumulate", "rank"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
-    if not (math.isfinite(args.lr) and args.lr > 0):
-        raise UserError(f"--lr {args.lr}: a number above 0")
+    """UserError if a flag is out of range, or two do not go together."""
+    flags.at_least(args, 1, "epochs", "batch_size", "accumulate")
+    flags.at_least(args, 2, "epoch_size")
+    if not 0 < args.lr < math.inf:
+        raise UserError(f"--lr {args.lr}: give a number above 0")
+    if not 0 <= args.random_share <= 0.5:
+        raise UserError(f"--random-share {args.random_share}: give a number from 0 to 0.5")
     for name in ("jitter", "stain_jitter"):
-        if not 0 <= getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: a number in [0, 1)")
-    if args.epoch_size < 2 or not 0 <= args.random_share <= 0.5:
-        raise UserError(
-            f"--epoch-size {args.epoch_size} --random-share {args.random_share}: 2 patches at "
-            "least, and a "
-            "share between 0 and 0.5"
-        )
-    if (
-        not 0 <= args.dropout < 1
-        or not 0 < args.alpha < math.inf
-        or len(set(args.targets)) < len(args.targets)
-    ):
-        raise UserError(
-            f"--dropout {args.dropout} --alpha {args.alpha} --targets {' '.join(args.targets)}: a "
-            "number "
-            "in [0, 1), one above 0, and each target once"
-        )
+        value = getattr(args, name)
+        if not 0 <= value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: give a number from 0 to below 1")
     if args.accumulate > args.batch_size:
         raise UserError(f"--accumulate {args.accumulate}: more parts than patches in a batch")
     spec = models.find_encoder(args.model)
     if args.accumulate > 1 and not spec.depth:
         raise UserError(
-            f"--accumulate {args.accumulate}: {args.model} normalises over the batch, parts of "
-            "one would "
-            "be normalised each for itself; use a smaller --batch-size"
+            f"--accumulate {args.accumulate}: {args.model} normalises over the batch, and would "
+            "normalise each part by itself; use a smaller --batch-size"
         )
     if args.lora and not spec.depth:
         raise UserError(
             f"--lora adapts the linear layers of a transformer, {args.model} has none: train it "
-            "end to "
-            "end, without --lora"
+            "end to end, without --lora"
         )
+    if args.adapter and not args.lora:
+        raise UserError(f"--adapter {args.adapter}: needs --lora")
+
+
+def adapter_settings(args):
+    """Settings of LoRA: of the flags, else of --adapter, else the defaults."""
+    settings = {"rank": 16, "alpha": 16, "dropout": 0.1, "targets": lora.TARGETS}
+    settings |= {"dora": args.dora, "rslora": args.rslora}
+    given = {name: getattr(args, name) for name in ("rank", "alpha", "dropout", "targets")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if len(set(args.targets or ())) < len(args.targets or ()):
+        raise UserError(f"--targets {' '.join(args.targets)}: name each target once")
+    if args.adapter:
+        theirs = lora.peft_settings(args.adapter)
+        given |= {name: True for name in ("dora", "rslora") if getattr(args, name)}
+        for name, value in given.items():
+            same = theirs[name] == value
+            if name == "targets":
+                same = set(theirs[name]) == set(value)
+            if not same and name != "dropout":  # another dropout suits any adapter
+                raise UserError(
+                    f"--{name}: the adapter of --adapter has {theirs[name]}; leave the flag out"
+                )
+        settings |= theirs | {"adapter": os.path.abspath(args.adapter)}
+    settings |= given
+    lora.check_settings(settings["rank"], settings["alpha"], settings["dropout"])
+    return settings
+
+
+def settings_of(args, split, dtype, adapter):
+    """The settings of the run on one split; adapter: adapter_settings(…), {} without LoRA."""
+    kind = engine.LoRASettings if args.lora else engine.TrainingSettings
+    return kind(
+        **split.settings,
+        data=split.dataset["name"],
+        model=args.model,
+        method="lora" if args.lora else "full",
+        weights=checkpoint.absolute(args.weights),
+        pool=args.pool,
+        layer=args.layer,
+        fit=args.fit,
+        mpp=args.mpp,
+        dtype=models.name_of(dtype),
+        epochs=args.epochs,
+        epoch_size=args.epoch_size,
+        batch_size=args.batch_size,
+        lr=args.lr,
+        balance=args.balance,
+        random_share=args.random_share,
+        jitter=args.jitter,
+        stain_jitter=args.stain_jitter,
+        tissue=args.tissue,
+        **adapter,
+    )
+
+
+def choices(settings, adapter_hash):
+    """The choices that are not the default, for the run's name."""
+    own = []
+    if settings.method == "lora":
+        if settings.rank != 16:
+            own.append(f"r{settings.rank}")
+        if settings.alpha != 16:
+            own.append(f"a{settings.alpha:g}")
+        if settings.dropout != 0.1:
+            own.append(f"d{settings.dropout:g}")
+        if tuple(settings.targets) != lora.TARGETS:
+            own.append("+".join(settings.targets))
+        if settings.dora:
+            own.append("dora")
+        if settings.rslora:
+            own.append("rslora")
+        if adapter_hash:
+            own.append(f"from{adapter_hash[:8]}")
+    return settings.choices(own, settings.pool)
+
+
+# ---------------------------------------------------------------- the command
 
 
 @engine.others_may_fail()
 def main():
+    # Flags and processes.
     args = arguments()
     check(args)
-    annotations = flags.from_arguments(args)
-    flags.need_images(annotations)
-    tests = flags.further(args)
-    device = engine.start_processes(args)
+    adapter, adapter_hash = adapter_settings(args) if args.lora else {}, None
+    if args.adapter:
+        adapter_hash = lora.adapter_hash(args.adapter)
+    quiet = engine.launched()[0] > 0
+    device = engine.process_device(args.device)
+    engine.join_processes(device, args.batch_size, args.epoch_size)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     dtype = models.resolve_dtype(args.dtype, device, models.find_encoder(args.model))
-    if args.weights == "random" and engine.rank() == 0:
+
+    # Data and weights: everything that can be wrong with them is found before the training.
+    annotations = flags.from_arguments(args, quiet=quiet)
+    flags.need_images(annotations)
+    tests = flags.further(args, annotations, quiet)
+    splits = flags.splits(args, annotations, tests)
+    facts = flags.facts(annotations, args.fit)
+    patches = Patches(
+        annotations, fit=args.fit, mpp=args.mpp, source_mpp=args.source_mpp, jitter=args.jitter
+    )
+    if args.weights == "random" and not quiet:
         print(
             "WEIGHTS: random numbers, for dry runs and benchmarks: the results mean nothing",
             flush=True,
         )
-    # Before anything is written: what is wrong with the weights is said first.
-    base = engine.load_base(args, dtype, device)
-    patches, rows, facts = None, [], flags.facts(annotations, args.fit)
-    for domain in dict.fromkeys(args.domain or [None]):
-        for frac in dict.fromkeys(args.frac):
-            for fold in dict.fromkeys(args.fold):
-                split = make_split(
-                    annotations, fold, frac, domain, args.seed, args.split, args.val_frac
-                )
-                flags.check_further(tests, annotations, split)  # before the training, not after it
-                config = configuration(
-                    args,
-                    annotations,
-                    facts,
-                    dtype,
-                    base.weights_hash,
-                    base.licence,
-                    frac,
-                    fold,
-                    split.settings["domain"],
-                )
-                path = runs.run_path(
-                    args.runs,
-                    annotations.name,
-                    args.model,
-                    config["flags"]["method"],
-                    frac,
-                    fold,
-                    split.settings["domain"],
-                    suffixes(args),
-                )
-                run, finished = open_on_first(path, config, args)
-                with run:
-                    if engine.rank() == 0:
-                        print(f"{'finished' if finished else 'run'}: {path}", flush=True)
-                    if not finished:
-                        if engine.rank() == 0:
-                            split.save(path / "split.json")
-                        patches = patches or Patches(
-                            annotations,
-                            fit=args.fit,
-                            mpp=args.mpp,
-                            source_mpp=args.source_mpp,
-                            jitter=args.jitter,
-                        )
-                        rows += train(args, annotations, patches, run, split, base, device, dtype)
-                    if tests:
-                        rows += further_tests(args, annotations, tests, path, device, dtype)
-    if rows:
-        print(
-            common.table(
-                rows,
-                ("run", "set", "patches", "balanced acc", "weighted F1", "AUROC"),
-                right=(2, 3, 4, 5),
-            )
+    base = load_base(args, dtype, device)
+
+    # One run after the other.
+    rows = []
+    for split in splits:
+        settings = settings_of(args, split, dtype, adapter)
+        more = {"adapter_hash": adapter_hash} if adapter_hash else {}
+        source = flags.source(args) | {"revision": args.revision}
+        config = runs.configuration(settings, annotations, facts, base, source, **more)
+        path = runs.folder(
+            args.runs, settings, choices(settings, adapter_hash), np.unique(annotations.domain)
         )
-    if dist.is_initialized():
-        dist.barrier()  # the first process still writes when the others are done
-        dist.destroy_process_group()
+        with open_run(path, config, args) as run:
+            if not quiet:
+                print(f"{'finished' if run.finished else 'run'}: {path}", flush=True)
+                for line in runs.one_class(annotations, split):
+                    print(f"problem: {line}", flush=True)
+            if not run.finished:
+                if not quiet:
+                    split.save(path / "split.json")
+                rows += train(args, settings, annotations, patches, run, split, base, device, dtype)
+            if tests:
+                rows += further_tests(args, settings, tests, path, device, dtype)
+    runs.print_metrics(rows)
+    engine.leave_processes()
 
 
-def open_on_first(path, config, args):
-    """(run, whether it is finished): the first process opens and locks the folder, the others only
-    read from it.
+def load_base(args, dtype, device):
+    """The encoder that all runs of this command start from.
+
+    LoRA's frozen weights are held where and in the precision they are used; training end to end
+    keeps float32 under autocast.
     """
+    if not args.lora:
+        device, dtype = "cpu", torch.float32
+    return models.load_encoder(
+        args.model, args.weights, device, dtype, args.pool, args.layer, args.revision
+    )
+
+
+def open_run(path, config, args):
+    """The Run of a folder: the first process opens and locks it, the others only read from it."""
     if engine.world() == 1:
-        run = runs.open_run(path, config, args.resume, args.force)
-        return run, run.finished
-    answer = [None]
+        return runs.open_run(path, config, args.resume, args.force)
+    run = finished = kept = error = None
     if engine.rank() == 0:
         try:
             run = runs.open_run(path, config, args.resume, args.force)
-            answer = [(run.finished, run.config, None)]
-        except UserError as error:
-            answer = [(None, None, str(error))]
-    dist.broadcast_object_list(answer, src=0)
-    finished, kept, error = answer[0]
+            finished, kept = run.finished, run.config
+        except UserError as refusal:
+            error = str(refusal)
+    finished, kept, error = engine.from_first((finished, kept, error))
     if error:
         raise UserError(error)
-    return (run if engine.rank() == 0 else runs.Run(path, kept, finished, None)), finished
+    return run or runs.Run(path, kept, finished, None)
+
+
+def train(args, settings, annotations, patches, run, split, base, device, dtype):
+    """Train the run to its end, from its checkpoint if there is one, and test it.
+
+    Returns its rows of the table. The first process writes.
+    """
+    first = engine.rank() == 0
+    model, parameters = engine.make_model(settings, base, device, args.checkpointing)
+    sampler = Sampler(
+        annotations,
+        split.train,
+        settings.epoch_size,
+        settings.seed,
+        settings.fold,
+        settings.balance,
+        settings.random_share,
+        patches.window,
+        settings.jitter,
+        patches.tissue if settings.tissue else None,
+    )
+    trainer = engine.Engine(
+        settings,
+        model,
+        parameters,
+        sampler,
+        patches,
+        device,
+        dtype,
+        args.accumulate,
+        args.compile,
+    )
+    validation = annotations.rows(split.val)
+    labels, decoded = annotations.label[validation], engine.Decoded(patches, validation)
+    # Training end to end predicts under autocast, LoRA in the precision of its frozen weights.
+    autocast = None if args.lora else dtype
+
+    # Where the run stands.
+    state = checkpoint.Progress(run)
+    continued = state.restore(model, parameters, trainer.optimizer, trainer.scaler)
+    if first:
+        run.truncate_log(state.epoch)
+        if continued:
+            print(f"continuing after pseudo-epoch {state.epoch} of {settings.epochs}", flush=True)
+        else:
+            print(summary(model, parameters, split, dtype, device), flush=True)
+
+    # Pseudo-epochs: train, validate, write the checkpoint.
+    todo, validated = (settings.epochs - state.epoch) * settings.epoch_size, ""
+    with common.progress(total=todo, desc="training", unit="patches", quiet=not first) as bar:
+        for number in range(state.epoch, settings.epochs):
+            start = time.perf_counter()
+            train_loss = trainer.epoch(number, bar, validated)
+            speed = settings.epoch_size / (time.perf_counter() - start)
+            logits = engine.predict_together(
+                model, decoded, len(validation), settings.batch_size, autocast
+            )
+            loss, auroc = engine.validation_loss(labels, logits), metrics.auroc(labels, logits)
+            if first:
+                last_step = (number + 1) * trainer.steps_per_epoch - 1
+                row = {
+                    "epoch": number + 1,
+                    "lr": engine.learning_rate(last_step, trainer.steps, settings.lr),
+                    "train_loss": train_loss,
+                    "val_loss": loss,
+                    "val_auroc": auroc,
+                    "patches_per_s": round(speed, 2),
+                }
+                run.log(row)
+                state.save(
+                    model,
+                    settings.method,
+                    parameters,
+                    trainer.optimizer,
+                    trainer.scaler,
+                    loss,
+                    auroc,
+                )
+                validated = f", validation {loss:.3f}, AUROC {auroc:.3f}"
+            if engine.world() > 1:
+                dist.barrier()
+    return finish(settings, annotations, patches, run, split, model, state, decoded, autocast)
+
+
+def summary(model, parameters, split, dtype, device):
+    """The line about a run that begins."""
+    trained = sum(p.numel() for p in parameters.values())
+    everything = sum(p.numel() for p in model.parameters())
+    place = f"{models.name_of(dtype)} on {device}"
+    if engine.world() > 1:
+        place += f", {engine.world()} processes"
+    return (
+        f"training {trained:,} of {everything:,} parameters in {place}; {len(split.train):,} "
+        f"annotations, validation {len(split.val):,}, test {len(split.test):,}"
+    )
+
+
+def finish(settings, annotations, patches, run, split, model, state, decoded, autocast):
+    """The best model: its file, its predictions on every set, its metrics → rows of the table."""
+    best = numbers = None
+    if engine.rank() == 0:
+        best, numbers = checkpoint.load_tensors(state.best_file())
+    best = engine.from_first(best)
+    model.load_state_dict(best, strict=False)
+    predicted = []
+    for name, ids in runs.sets_of(split).items():
+        rows = annotations.rows(ids)
+        reader = decoded if name == "val" else engine.Decoded(patches, rows)
+        logits = engine.predict_together(model, reader, len(rows), settings.batch_size, autocast)
+        predicted.append((name, annotations, rows, logits))
+    if engine.rank():
+        return []
+    figures.curves(run.path)
+    auroc = numbers["val_auroc"]
+    training = {
+        "epochs": settings.epochs,
+        "best_epoch": numbers["epoch"],
+        "val_loss": numbers["val_loss"],
+        "val_auroc": None if math.isnan(auroc) else auroc,
+        "train_annotations": len(split.train),
+    }
+    return checkpoint.finish(run, best, predicted, training)
+
+
+def further_tests(args, settings, tests, path, device, dtype):
+    """Predictions of a finished run on the whole datasets of --test, where they are missing.
+
+    By all processes; returns rows of the table.
+    """
+    names = None
+    if engine.rank() == 0:
+        names = [other.name for other in runs.pending_tests(path, tests)]
+    # The first process has written the files and is going to write them again.
+    names = engine.from_first(names)
+    pending = [other for other in tests if other.name in names]
+    if not pending:
+        return []
+    model, _ = checkpoint.load_run(path, args.weights, device)
+    autocast = dtype if dtype != torch.float32 else None
+    predicted = []
+    for other in pending:
+        reader = Patches(other, fit=settings.fit, mpp=settings.mpp)
+        title = other.name if engine.rank() == 0 else None
+        logits = engine.predict_together(
+            model, reader, len(other), settings.batch_size, autocast, title
+        )
+        predicted.append((other.name, other, np.arange(len(other)), logits))
+    if engine.rank():
+        return []
+    return checkpoint.add_tests(path, predicted)
 
 
 if __name__ == "__main__":

@@ -154,7 +154,7 @@ def write_model(
     extra["data_name"] = weights.name
     proto.metadata_props.add(key="format", value=session.FORMAT)
     for key, value in {**METADATA, **extra, **dict(metadata)}.items():
-        proto.metadata_props.add(key=key, value=json.dumps(value, default=common._plain))
+        proto.metadata_props.add(key=key, value=json.dumps(value, default=common.plain))
     graph.save(proto, weights, path, inline)
     if inline:
         weights.unlink()

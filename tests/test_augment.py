@@ -138,7 +138,22 @@ def test_stain_jitter_leaves_white_white_and_keeps_an_unchanged_image():
     assert (augment.stain_jitter(pure, stains) - wanted).abs().max() < 1e-5
 
 
-def test_margin_holds_the_diagonal():
-    assert augment.margin(224) == 320 and augment.margin(96) >= 96 * 2**0.5
+def test_crops_smaller_than_the_patch_are_refused():
     with pytest.raises(ValueError):
         augment.augment(crops(1, 208), (0, 0, [0]))
+
+
+def test_random_numbers_are_those_of_splitmix64():
+    """As published (Steele et al. 2014), in Python's whole numbers: earlier runs drew the same."""
+
+    def mix(x):
+        x %= 2**64
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+        return x ^ x >> 31
+
+    for seed, step, sample in ((0, 0, 0), (5 << 16, 1234, 15), (2**62 + 7, 99_999, 1023)):
+        key = mix(sample + mix(step + mix(seed)))
+        words = [mix(key + (i + 1) * 0x9E3779B97F4A7C15) for i in range(6)]
+        expected = [(word >> 11) / 2**53 for word in words]
+        assert augment.uniform(seed, step, [sample], 6)[0].tolist() == expected

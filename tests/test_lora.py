@@ -254,7 +254,7 @@ def test_merging_twice_changes_nothing():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_rounded_once(dtype):
-    """The merged weight is the float64 sum rounded to the precision, not a sum of rounded numbers."""
+    """The merged weight is the float64 sum, rounded, not a sum of rounded numbers."""
     ours, _, _ = pair(dtype)
     layer = ours.blocks[1].mlp.fc1
     assert layer.lora_A.dtype == torch.float32  # the adapter is not trained in half precision
@@ -516,9 +516,22 @@ def test_our_adapter_loads_into_peft_and_back(tmp_path, kind):
         ({"peft_type": "IA3"}, "not the configuration"),
         ({"bias": "all"}, "bias"),
         ({"rank_pattern": {"qkv": 8}}, "rank_pattern"),
-        ({"r": "many"}, "must be numbers"),
-        ({"modules_to_save": ["head"]}, "modules_to_save"),
-        ({"r": 8}, "does not fit"),
+        ({"r": "many"}, "whole number"),
+        ({"r": 16.9}, "whole number"),
+        ({"r": True}, "whole number"),
+        ({"r": float("inf")}, "whole number"),
+        ({"r": 10**9}, "rank 1000000000"),
+        ({"lora_alpha": float("nan")}, "alpha"),
+        ({"lora_dropout": 1}, "dropout"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"a_setting_of_the_future": {"x": 1}}, "a_setting_of_the_future"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights = pissa"),
+        ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights = pissa"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights"),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights"),
+        ({"modules_to_save": ["score"]}, "modules_to_save = score"),
+        ({"r": 8}, "rank 8"),
         ({"r": 0}, "rank"),
     ],
 )
@@ -539,11 +552,91 @@ def test_broken_adapters_are_one_line(tmp_path):
     file.write_bytes(content[:-50])
     with pytest.raises(UserError, match="not readable"):
         lora.load_peft(vit(), tmp_path)
+    file.write_bytes(content)
+    tensors = load_file(file)
+    for name, words in (
+        ("base_model.model.norm.weight", "does not belong to a LoRA adapter"),
+        ("base_model.model.blocks.7.mlp.fc1.lora_A.weight", "does not fit"),
+    ):
+        save_file(tensors | {name: torch.zeros(RANK, 48)}, file)
+        with pytest.raises(UserError, match=words):
+            lora.load_peft(vit(), tmp_path)
     save_file({"base_model.model.head.weight": torch.zeros(2)}, file)
-    with pytest.raises(UserError, match="no part of a LoRA adapter"):
+    with pytest.raises(UserError, match="holds no adapter"):
         lora.load_peft(vit(), tmp_path)
     file.unlink()
     with pytest.raises(UserError, match="not readable"):
         lora.load_peft(vit(), tmp_path)
+    (tmp_path / "adapter_model.bin").write_bytes(b"pickle")
+    with pytest.raises(UserError, match="safe_serialization"):
+        lora.load_peft(vit(), tmp_path)
     with pytest.raises(UserError, match="no adapter"):
         lora.save_peft(vit(), tmp_path)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_an_adapter_on_changed_base_weights_is_refused(tmp_path, start):
+    """peft's own files: on the published weights such an adapter would give other numbers."""
+    config = peft.LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, init_lora_weights=start
+    )
+    theirs, x = peft.get_peft_model(vit(), config).eval(), torch.randn(2, 3, 32, 32)
+    theirs.save_pretrained(str(tmp_path))
+    with pytest.raises(UserError, match=f"init_lora_weights = {start}"):
+        lora.load_peft(vit(), tmp_path)
+    config = json.loads((tmp_path / lora.CONFIG).read_text())
+    (tmp_path / lora.CONFIG).write_text(json.dumps(config | {"init_lora_weights": True}))
+    unaware = vit()
+    lora.load_peft(unaware, tmp_path)
+    with torch.no_grad():  # what the refusal saves from
+        assert relative(unaware.eval()(x), theirs(x)) > 0.01
+
+
+@pytest.mark.parametrize("start", [True, "gaussian", "orthogonal"])
+def test_starts_that_keep_the_base_weights_are_loaded(tmp_path, start):
+    config = peft.LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, init_lora_weights=start
+    )
+    theirs, x = peft.get_peft_model(vit(), config).eval(), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.1)
+        theirs.save_pretrained(str(tmp_path))
+        ours = vit()
+        lora.load_peft(ours, tmp_path)
+        assert relative(ours.eval()(x), theirs(x)) < 1e-5
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_a_head_saved_by_peft_is_read(tmp_path, outputs):
+    network = vit()
+    network.head = nn.Linear(48, outputs)
+    config = peft.LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, modules_to_save=["head"]
+    )
+    theirs = peft.get_peft_model(copy.deepcopy(network), config).eval()
+    theirs.save_pretrained(str(tmp_path))
+    ours, x = vit(), torch.randn(3, 48)
+    assert lora.load_peft(ours, tmp_path) == 8
+    weight, bias = lora.load_head(tmp_path)
+    logits = network.head(x)
+    if outputs == 2:  # the log-odds of a softmax over two outputs
+        logits = logits.log_softmax(1)[:, 1:] - logits.log_softmax(1)[:, :1]
+    assert relative(x @ weight.T + bias, logits) < 1e-5
+
+
+def test_a_head_is_written_beside_the_adapter_and_read_again(tmp_path):
+    ours, _, _ = pair()
+    head = nn.Linear(48, 1)
+    lora.save_peft(ours, tmp_path, "vit", head)
+    peft.PeftModel.from_pretrained(vit(), str(tmp_path))
+    weight, bias = lora.load_head(tmp_path)
+    assert torch.equal(weight, head.weight) and torch.equal(bias, head.bias)
+    first = lora.adapter_hash(tmp_path)
+    assert first == lora.adapter_hash(tmp_path)
+    lora.save_peft(ours, tmp_path, "vit")
+    assert lora.load_head(tmp_path) is None and lora.adapter_hash(tmp_path) != first
+    save_file({"head.weight": torch.zeros(3, 48)}, tmp_path / lora.HEAD)
+    with pytest.raises(UserError, match="one or two outputs"):
+        lora.load_head(tmp_path)

@@ -132,7 +132,7 @@ def test_C_is_the_best_on_validation_not_on_training():
     X, w = rng.normal(size=(400, 60)).astype(np.float32), rng.normal(size=60) / 8
     labels = (1 / (1 + np.exp(-X @ w)) > rng.random(400)).astype(int)
     train, val = np.arange(120), np.arange(120, 400)
-    job = {"train": train, "val": val, "path": "x"}
+    job = probe.Job(train, val, "x")
     probe.fit_logistic(X, labels, [job], "l2", False, None, "cpu")
     losses = {}
     for C in probe.C_GRID:
@@ -144,9 +144,7 @@ def test_C_is_the_best_on_validation_not_on_training():
         losses[C] = log_loss(labels[val], p)
     best = min(losses, key=losses.get)
     assert probe.C_GRID[0] < best < probe.C_GRID[-1]  # neither end, where training would take it
-    assert job["fit"]["C"] == best and job["fit"]["val_loss"] == pytest.approx(
-        losses[best], abs=1e-4
-    )
+    assert job.facts["C"] == best and job.facts["val_loss"] == pytest.approx(losses[best], abs=1e-4)
 
 
 def test_knn_votes():
@@ -162,9 +160,9 @@ def test_knn_votes():
 
 def test_prototypes_lie_between_the_means():
     X, labels = np.array([[0.0, 0], [2, 0], [0, 4], [2, 4]]), np.array([0, 0, 1, 1])
-    job = {"train": np.arange(4)}
+    job = probe.Job(np.arange(4), np.arange(0), "x")
     probe.fit_prototypes(X, labels, job, 10, 0)
-    assert X @ job["weight"] + job["bias"] == pytest.approx([-2, -2, 2, 2])
+    assert X @ job.weight + job.bias == pytest.approx([-2, -2, 2, 2])
 
 
 def test_one_class_names_fraction_fold_and_counts(tmp_path, table, capsys):
@@ -298,13 +296,13 @@ def test_a_stopped_extraction_is_continued(tmp_path, table, monkeypatch, capsys)
     monkeypatch.setattr(patches_module.Patches, "read", read)
     assert small.call(probe, *flags(table, cut, "--batch-size", 16)) == 130
     found = capsys.readouterr()
-    assert "what was finished is kept" in found.err
+    assert "finished work is kept" in found.err
     read.stops = False
     kept = int((np.fromfile(cut / "embeddings" / "small" / "wide-cls.done", np.uint8)).sum())
     assert kept in (16, 32, 48)  # a batch is written when the next one is under way
     del done[kept:]
     assert small.call(probe, *flags(table, cut, "--batch-size", 16)) == 0
-    assert f"continuing, {kept} of 96 are there" in capsys.readouterr().out
+    assert f"continuing, {kept} of 96 are done" in capsys.readouterr().out
     assert sorted(done) == list(range(96))  # what was kept is not done twice
     a, b = (np.load(out / "embeddings" / "small" / "wide-cls.npy") for out in (whole, cut))
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
@@ -347,7 +345,7 @@ def test_kill_9_in_the_extraction(tmp_path, table, capsys):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert small.call(probe, *args) == 0
-    assert "continuing, 48 of 96 are there" in capsys.readouterr().out
+    assert "continuing, 48 of 96 are done" in capsys.readouterr().out
     assert small.call(probe, *flags(table, tmp_path / "whole", "--batch-size", 16)) == 0
     cut, whole = (
         tmp_path / name / "embeddings" / "small" / "wide-cls.npy" for name in ("cut", "whole")

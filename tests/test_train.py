@@ -191,7 +191,7 @@ LIVES = """
 import json, os, signal, sys
 sys.path[:0] = [{root!r}, {here!r}]
 import small, safetensors.torch, train
-import common
+import checkpoint, common, engine
 import matplotlib.pyplot, torch._dynamo  # what a run imports on its way: once, before the forks
 
 def live(log, flags, calls=None, file=None, share=0.5):
@@ -201,7 +201,7 @@ def live(log, flags, calls=None, file=None, share=0.5):
         seen += 1
         if seen == calls:
             os.kill(os.getpid(), signal.SIGKILL)
-    real_step, real_save = engine.Engine.step, train.save_file
+    real_step, real_save = engine.Engine.step, checkpoint.save_file
     def step(self, number, *rest):
         log.write(f"{{os.getpid()}} {{number}} {{seen}}\\n")
         return real_step(self, number, *rest)
@@ -213,7 +213,7 @@ def live(log, flags, calls=None, file=None, share=0.5):
             path.write_bytes(content[:int(share * len(content))])
             os.kill(os.getpid(), signal.SIGKILL)
         real_save(tensors, path, metadata)
-    engine.Engine.step, train.save_file = step, save_file
+    engine.Engine.step, checkpoint.save_file = step, save_file
     sys.argv = ["train.py", *flags]
     sys.setprofile(count)
     common.command(train.main)
@@ -447,14 +447,14 @@ def test_bf16_trains_and_resumes(tmp_path, table, monkeypatch, method):
 
 
 def test_the_encoder_is_loaded_once_and_left_as_it_is(tmp_path, table, monkeypatch):
-    real, loaded = engine.load_base, []
+    real, loaded = train.load_base, []
 
     def load_base(*a):
         loaded.append(real(*a))
         loaded.append({name: value.clone() for name, value in loaded[0].state_dict().items()})
         return loaded[0]
 
-    monkeypatch.setattr(engine, "load_base", load_base)
+    monkeypatch.setattr(train, "load_base", load_base)
     for method in ("lora", "full"):
         loaded.clear()
         assert (
@@ -617,7 +617,7 @@ def test_two_processes_equal_one_even_if_one_is_killed(tmp_path, table):
     script.write_text(f"""import os, signal, sys
 sys.path[:0] = [{str(small.HERE.parent)!r}, {str(small.HERE)!r}]
 import small, train
-import common
+import common, engine
 real = engine.Engine.step
 def step(self, number, *rest):
     if number == 6 and os.environ["RANK"] == os.environ["KILLED"]:
@@ -749,27 +749,3 @@ def test_config_tells_everything(tmp_path, table):
     assert config["data"]["patch"] == 48 and config["encoder"]["weights_hash"] == "random"
     annotations, args = flags.from_source(config["source"])
     assert annotations.fingerprint() == config["data"]["fingerprint"] and args.fit == "resize"
-
-
-def test_the_command_that_writes_pefts_format(tmp_path, table):
-    """As a script: python makes it the module __main__, which is another one than what models.py
-    imports.
-    """
-    assert small.call(train, *flags(table, tmp_path / "r", epochs=1)) == 0
-    code = (
-        f"import runpy, sys; sys.path[:0] = [{str(small.HERE.parent)!r}, {str(small.HERE)!r}]; "
-        "import small; "
-        f"runpy.run_path({str(small.HERE.parent / 'lora.py')!r}, run_name='__main__')"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(folder(tmp_path / "r")), "--out", str(tmp_path / "peft")],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    adapter = load_file(tmp_path / "peft" / "adapter_model.safetensors")
-    own = weights(folder(tmp_path / "r"))
-    assert len(adapter) == len(own) - 2  # all but the head
-    assert any(
-        torch.equal(value, own["encoder.blocks.1.mlp.fc1.lora_A"]) for value in adapter.values()
-    )
