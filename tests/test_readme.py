@@ -55,6 +55,10 @@ OTHERS_FILES = {
 CHECKED = (".py", ".sh", ".json", ".csv", ".cff", ".md", ".txt")
 
 
+def read(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
 def blocks(page, language):
     return re.findall(rf"^```{language}\n(.*?)^```", PAGES[page], re.DOTALL | re.MULTILINE)
 
@@ -133,14 +137,9 @@ def test_the_table_of_encoders_is_the_codes():
 
 
 def test_the_examples_in_contributing_are_the_code():
-    code = ""
-    for place in ("encoders/table.py", "models.py", "dataset/annotations.py"):
-        if (ROOT / place).exists():
-            code += (ROOT / place).read_text(encoding="utf-8")
-    examples = blocks("CONTRIBUTING.md", "python")
-    assert len(examples) == 2
-    for example in examples:
-        assert example in code
+    encoder, dataset = blocks("CONTRIBUTING.md", "python")
+    assert re.sub(r"\s", "", encoder) in re.sub(r"\s", "", read("encoders/table.py"))
+    assert re.sub(r"\s", "", dataset) in re.sub(r"\s", "", read("dataset/annotations.py"))
 
 
 # ---------------------------------------------------------------- what is run
