@@ -320,20 +320,20 @@ def _leaks(annotations, leaks):
     same_case = any(leak["cases"] for leak in leaks)
     same_place = any(leak["near"] for leak in leaks)
     near = (
-        f"{span('near')} within {NEAR:g} px of a training annotation "
-        f"({span('near_chebyshev')} by the larger of |dx| and |dy|)"
+        f"within {NEAR:g} px of a training annotation ({span('near_chebyshev')} by the larger of "
+        "|dx| and |dy|)"
     )
     if not same_case and not same_place:
         return "no case is on two sides"
     if not same_case:
         return (
-            f"LEAKS: {near}:\n  the same places under other case names; correct the cases of the "
-            "annotation file"
+            f"LEAKS: {span('near')} of the test annotations lie {near},\n"
+            "  under other case names; correct the cases of the annotation file"
         )
     text = f"LEAKS: {span('on_trained_cases')} of the test annotations lie on trained cases"
     if annotations.kind == "patches":
         return text
-    return f"{text},\n  {near}"
+    return f"{text},\n  {span('near')} {near}"
 
 
 # ---------------------------------------------------------------- the command

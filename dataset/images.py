@@ -191,13 +191,28 @@ def _notes_of_files(facts, problems):
         problems.lines.append(f"{names[0]} {note}{others}")
 
 
+def patch_side(annotations, fit="resize", size=PATCH):
+    """Side in px that is used of ready-made patches, as Patches cuts them: of the most frequent
+    size, if there are several.
+    """
+    sides = Counter()
+    for name in annotations.codes("image")[0].tolist():
+        width, height = image_size(annotations, name)
+        side = min(width, height)
+        if fit == "pad":
+            side = max(width, height)
+        sides[min(size, side)] += 1
+    return sides.most_common(1)[0][0]
+
+
 def _patch_sizes(facts, problems):
     sizes = Counter(fact[:2] for fact in facts.values())
     if len(sizes) > 1:
         shown = [f"{w} x {h} px ({n:,})" for (w, h), n in sizes.most_common()]
         problems.lines.append(
             f"the patches have {len(sizes):,} sizes: {examples(shown)}; each is cropped or resized "
-            "by itself (--fit), so a cell's scale may differ between them"
+            "by itself (--fit), so a cell's scale may differ between them; an exported model reads "
+            "windows of the most frequent size"
         )
 
 

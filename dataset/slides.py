@@ -7,6 +7,7 @@ process, and the decoded image is kept for the reads that follow.
 One rule for all kinds of file: pixels are read as they are stored. Orientation tags are ignored;
 `notes` says so. Of a file of several images the first is read, and `notes` says that, too."""
 
+import functools
 import os
 import stat
 import threading
@@ -130,6 +131,7 @@ class Opened:
         self.lock = threading.RLock()
         self.slides = OrderedDict()  # path → slide, the longest unused first
         self.decoded = OrderedDict()  # path → array, the longest unused first
+        self.decoded_bytes = 0
         self.facts = {}  # path → (state of the file, Facts)
 
 
@@ -174,8 +176,11 @@ def close(image):
     """Let go of an image and of its decoded pixels: for whoever is done with it."""
     key, mine = str(image), opened()
     with mine.lock:
-        for kept in (mine.slides, mine.decoded, mine.facts):
-            kept.pop(key, None)
+        mine.slides.pop(key, None)
+        mine.facts.pop(key, None)
+        array = mine.decoded.pop(key, None)
+        if array is not None:
+            mine.decoded_bytes -= array.nbytes
 
 
 def close_all():
@@ -199,7 +204,12 @@ def _regular_file(path):
 
 
 def _open_file(path):
+    """The opened file, by the library that reads it rightly; UserError if none does."""
     _regular_file(path)
+    with open(path, "rb") as file:
+        head = file.read(8)
+    if head.startswith((b"\x89PNG", b"\xff\xd8\xff")):  # OpenSlide would look in vain
+        return PlainImage(path)
     try:
         vendor = openslide.OpenSlide.detect_format(path)
         pages = tiff.directories(path)
@@ -386,14 +396,14 @@ class PlainImage:
             array = self._decode()
             with mine.lock:
                 mine.decoded[self.path] = array
-                while (
-                    len(mine.decoded) > 1
-                    and sum(kept.nbytes for kept in mine.decoded.values()) > DECODED_BYTES
-                ):
-                    mine.decoded.popitem(last=False)
+                mine.decoded_bytes += array.nbytes
+                while len(mine.decoded) > 1 and mine.decoded_bytes > DECODED_BYTES:
+                    _, unused = mine.decoded.popitem(last=False)
+                    mine.decoded_bytes -= unused.nbytes
             return array
 
     def _decode(self):
+        """The pixels; UserError if the file is broken, deeper than 8 bits, or too large."""
         try:
             with self._file() as image:
                 deep = any(";16" in str(tile[3]) for tile in image.tile)
@@ -451,6 +461,7 @@ def _check_pixels(path, width, height, what):
         )
 
 
+@functools.cache
 def memory():
     """Bytes of memory that this process may have: the machine's, its container's, or its limit.
 
@@ -475,6 +486,8 @@ def memory():
 
 
 def _exif_orientation(image):
+    if not {"exif", "Raw profile type exif"} & set(image.info):
+        return 1
     try:
         return image.getexif().get(tiff.ORIENTATION, 1)
     except Exception:  # broken EXIF data: there is no orientation to report

@@ -266,7 +266,10 @@ def test_the_same_places_under_other_case_names_are_a_leak(tmp_path):
                 rows.append(f"{image:02d}.png,{x},{y},{number % 2},{twin}{image}")
     (tmp_path / "a.csv").write_text("\n".join(rows) + "\n")
     text = report(tmp_path / "a.csv", "--fold", "0")
-    assert "LEAKS:" in text and "% within 112 px of a training annotation" in text
+    assert (
+        "LEAKS:" in text
+        and "% of the test annotations lie within 112 px of a training annotation" in text
+    )
     assert "no case is on two sides" not in text and "other case names" in text
 
 
