@@ -28,12 +28,15 @@ from torch import nn
 import common
 import weights as published
 from common import UserError
-from encoders.table import ENCODERS, POOLS, SIZE, find_encoder
+from encoders.swin import Swin
+from encoders.table import ENCODERS, POOLS, SIZE, find_encoder, flops
 from encoders.vit import ViT
 
 
 def build(spec, pool=None, layer=None, size=SIZE):
     """The network of a row, without weights: make it under `torch.device("meta")`."""
+    if spec.stages:
+        return Swin(spec, size)
     if spec.depth:
         return ViT(spec, size, pool, layer)
     from encoders.resnet import ResNet  # imports torchvision, which only this row needs
@@ -78,11 +81,11 @@ def load_encoder(
 
 def check_choices(spec, pool, layer):
     """UserError if --pool or --layer does not fit this encoder."""
-    if not spec.depth:
-        if pool not in (None, "average") or layer:
+    if spec.family in ("ResNet", "Swin"):
+        if pool not in (None, spec.pool) or layer:
             raise UserError(
-                f"--pool and --layer choose among a transformer's tokens and blocks; {spec.name} "
-                "has neither"
+                f"--pool and --layer choose among the tokens and blocks of a ViT; {spec.name} is a "
+                f"{spec.family} and has one embedding ({spec.pool})"
             )
         return
     if pool not in (None, *POOLS):
@@ -423,17 +426,20 @@ def table():
     for spec in ENCODERS.values():
         row = {
             "name": spec.name,
-            "parameters": f"{spec.params / 1e6:,.1f} M",
-            "embedding": spec.embed_dim,
+            "family": spec.family,
+            "dim": spec.embed_dim,
             "layers": spec.depth or "–",
             "patch": spec.patch or "–",
-            "stored": f"{spec.stored} px",
+            "px": SIZE,
+            "M params": f"{spec.params / 1e6:,.1f}",
+            "GFLOP": f"{flops(spec) / 1e9:,.1f}",
             "licence": spec.licence,
             "gated": "yes" if spec.gated else "no",
             "weights here": published.availability(spec),
         }
         rows.append(row)
-    return common.table([tuple(row.values()) for row in rows], tuple(row), right=(1, 2, 3, 4, 5))
+    lines = [tuple(row.values()) for row in rows]
+    return common.table(lines, tuple(row), right=(2, 3, 4, 5, 6, 7))
 
 
 def fixed_image():
@@ -514,8 +520,10 @@ def main():
     else:
         print(table())
         print(
-            "\nA position embedding stored at 518 px is resampled to 224 px as timm does it: "
-            "bicubic with antialias, in float32.\n"
+            "\ndim: of the embedding. px: of the patches that the network reads. GFLOP: for one "
+            "patch (an addition counts, too).\n"
+            "Position embeddings stored at 518 px (DINOv2, kaiko-l14) are resampled as in timm: "
+            "bicubic, antialias, float32.\n"
             "Every encoder can be loaded without the Hub: --weights PATH (file or folder)."
         )
 

@@ -248,6 +248,8 @@ def load(encoder, files, device="cpu", dtype=torch.float32):
     for file in files:
         stored.update(read_tensors(file))
     plan, kind = rename(stored)
+    if spec.pos == "rotary":
+        zero_key_bias(spec, plan, stored)
     check(spec, plan, stored, expected_tensors(encoder), kind, files[0])
 
     ours = encoder.state_dict()
@@ -278,6 +280,30 @@ def load(encoder, files, device="cpu", dtype=torch.float32):
         state[name] = state[name].to(device, dtype)
     encoder.load_state_dict(state, strict=True, assign=True)
     return whole.hexdigest()
+
+
+def zero_key_bias(spec, plan, stored):
+    """DINOv3 has no bias of the keys: its files leave it out, or hold one that is masked. Files
+    that also leave out those of queries and values mean zeros. This project stores all three.
+    """
+    for number in range(spec.depth):
+        name = f"blocks.{number}.attn.qkv"
+        weight = plan.get(f"{name}.weight", [None])[0]
+        if weight is None or not spec.qkv_bias:
+            continue
+        zeros = torch.zeros(spec.dim, dtype=stored[weight].dtype)
+        parts = plan.get(f"{name}.bias", [])
+        query = value = zeros
+        if len(parts) == 1 and stored[parts[0]].shape == (3 * spec.dim,):
+            query, _, value = stored[parts[0]].chunk(3)
+        elif len(parts) == 2:
+            query, value = stored[parts[0]], stored[parts[1]]
+        elif parts:
+            continue  # check() reports it
+        plan[f"{name}.bias"] = []
+        for part, bias in (("query", query), ("key", zeros), ("value", value)):
+            plan[f"{name}.bias"].append(f"{name}.bias of {part}")
+            stored[f"{name}.bias of {part}"] = bias.contiguous()
 
 
 def fingerprint(name, parts):

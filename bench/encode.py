@@ -26,6 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import references
 
 import models
+from encoders.table import flops
 
 GPU_MODEL, GPU_BATCH = "h-optimus-0", 128
 
@@ -101,17 +102,6 @@ def times(functions, images, device, rounds, limit=float("inf")):
             wait(device)
             seconds[label].append(time.perf_counter() - start)
     return seconds
-
-
-def flops(spec):
-    """Floating point operations of an image in the matrix products (a multiplication and an
-    addition are two).
-    """
-    tokens = (224 // spec.patch) ** 2 + 1 + spec.registers
-    fc2 = spec.hidden // 2 if spec.mlp == "swiglu" else spec.hidden
-    linear = spec.dim * (4 * spec.dim + spec.hidden + fc2)
-    embed = (224 // spec.patch) ** 2 * spec.dim * 3 * spec.patch**2
-    return 2 * (spec.depth * (tokens * linear + 2 * tokens**2 * spec.dim) + embed)
 
 
 @torch.inference_mode()

@@ -1,4 +1,5 @@
-"""Layers that the transformers share. The names of the parameters are timm's."""
+"""Layers that the transformers share, up to the whole block. The names of the parameters are
+timm's."""
 
 import torch
 import torch.nn.functional as F
@@ -78,3 +79,27 @@ class LayerScale(nn.Module):
 
     def forward(self, x):
         return x * self.gamma
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block around the attention `attn`."""
+
+    def __init__(self, attn, dim, hidden, eps, mlp="gelu", layerscale=False):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = attn
+        self.ls1 = LayerScale(dim) if layerscale else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = SwiGLU(dim, hidden) if mlp == "swiglu" else Mlp(dim, hidden)
+        self.ls2 = LayerScale(dim) if layerscale else nn.Identity()
+
+    def forward(self, x, positions=None, first=False):
+        """x [B, T, dim] → the same; first: the first token alone → [B, 1, dim].
+
+        positions: what this kind of attention needs to know of the tokens' places.
+        """
+        attended = self.ls1(self.attn(self.norm1(x), positions, first))
+        if first:
+            x = x[:, :1]
+        x = x + attended
+        return x + self.ls2(self.mlp(self.norm2(x)))

@@ -10,9 +10,39 @@ from common import UserError
 # The patch embedding, or the first layer, under the name that tells each format.
 SIGNATURES = (
     "patch_embed.proj.weight",
+    "patch_embed.proj.0.weight",
     "embeddings.patch_embeddings.projection.weight",
+    "embeddings.patch_embeddings.weight",
     "conv_proj.weight",
     "layer1.0.conv1.weight",
+)
+
+# timm, DINO, DINOv2, DINOv3 and Swin: what differs from timm's vision transformer.
+TIMM = {"register_tokens": "reg_token", "storage_tokens": "reg_token"}
+TIMM_BLOCK = {  # name in a block → (ours, place among the parts that are put together)
+    "ls1.weight": ("ls1.gamma", 0),
+    "ls2.weight": ("ls2.gamma", 0),
+    "gamma_1": ("ls1.gamma", 0),
+    "gamma_2": ("ls2.gamma", 0),
+    "attn.q_bias": ("attn.qkv.bias", 0),
+    "attn.v_bias": ("attn.qkv.bias", 2),
+    "mlp.w12.weight": ("mlp.fc1.weight", 0),
+    "mlp.w12.bias": ("mlp.fc1.bias", 0),
+    "mlp.w1.weight": ("mlp.fc1.weight", 0),
+    "mlp.w1.bias": ("mlp.fc1.bias", 0),
+    "mlp.w2.weight": ("mlp.fc1.weight", 1),
+    "mlp.w2.bias": ("mlp.fc1.bias", 1),
+    "mlp.w3.weight": ("mlp.fc2.weight", 0),
+    "mlp.w3.bias": ("mlp.fc2.bias", 0),
+    "mlp.fc1_g.weight": ("mlp.fc1.weight", 0),
+    "mlp.fc1_g.bias": ("mlp.fc1.bias", 0),
+    "mlp.fc1_x.weight": ("mlp.fc1.weight", 1),
+    "mlp.fc1_x.bias": ("mlp.fc1.bias", 1),
+}
+# Classifiers, what only pretraining uses, and constants that the networks compute themselves.
+TIMM_UNUSED = re.compile(
+    r"mask_token|head\.(fc\.)?(weight|bias)|local_cls_norm\..*|rope_embed\.periods"
+    r"|.*\.(bias_mask|relative_position_index|attn_mask|num_batches_tracked)"
 )
 
 # transformers writes other names since version 5; files hold either.
@@ -47,6 +77,8 @@ TRANSFORMERS = {
     "embeddings.position_embeddings": "pos_embed",
     "embeddings.patch_embeddings.projection.weight": "patch_embed.proj.weight",
     "embeddings.patch_embeddings.projection.bias": "patch_embed.proj.bias",
+    "embeddings.patch_embeddings.weight": "patch_embed.proj.weight",  # DINOv3
+    "embeddings.patch_embeddings.bias": "patch_embed.proj.bias",
     "layernorm.weight": "norm.weight",
     "layernorm.bias": "norm.bias",
 }
@@ -116,19 +148,37 @@ def prefix(names):
 
 def naming(names):
     """The format of these names (without prefix), and the rule name → (ours, place) or None."""
-    if any("patch_embeddings.projection." in name for name in names):
+    if any(name.startswith("embeddings.patch_embeddings.") for name in names):
         return "transformers", _transformers
     if any(name.startswith("conv_proj.") for name in names):
         return "torchvision", _torchvision
     if any(name.startswith("layer1.0.") for name in names):
         return "resnet", _resnet
+    if "layers.0.downsample.reduction.weight" in names:
+        return "timm 0.5 Swin", _early_swin
     return "timm", _timm
 
 
 def _timm(name):
-    if name == "mask_token":
+    if TIMM_UNUSED.fullmatch(name):
         return None
-    return name, 0
+    # DINOv2 trains with its blocks in chunks: blocks.CHUNK.NUMBER, numbered throughout.
+    name = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name)
+    block = re.fullmatch(r"(blocks\.\d+\.)(.+)", name)
+    if block and block[2] in TIMM_BLOCK:
+        ours, place = TIMM_BLOCK[block[2]]
+        return block[1] + ours, place
+    return TIMM.get(name, name), 0
+
+
+def _early_swin(name):
+    """timm 0.5 and the original merge patches at the end of a stage, later versions of timm (and
+    this project) at the start of the next.
+    """
+    stage = re.fullmatch(r"layers\.(\d+)\.downsample\.(.+)", name)
+    if stage:
+        return f"layers.{int(stage[1]) + 1}.downsample.{stage[2]}", 0
+    return _timm(name)
 
 
 def _resnet(name):
@@ -141,7 +191,9 @@ def _transformers(name):
     if name == "embeddings.mask_token" or name.startswith("pooler."):
         return None
     block = re.fullmatch(
-        r"(?:encoder\.layer|encoder\.layers|layers)\.(\d+)\.(.+)\.(weight|bias|lambda1)", name
+        r"(?:encoder\.layer|encoder\.layers|layers|layer|model\.layer)\.(\d+)\.(.+)"
+        r"\.(weight|bias|lambda1)",
+        name,
     )
     if block:
         number, inner, leaf = block.groups()

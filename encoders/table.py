@@ -37,7 +37,12 @@ class Encoder:
     hidden: int = 3072  # outputs of fc1; with swiglu both halves together
     layerscale: bool = False
     registers: int = 0
-    pos: str = "all"  # which tokens carry a position embedding: all (registers too) | patches
+    # Which tokens carry a position embedding: all (registers too) | patches. rotary: DINOv3's, none
+    # stored. window: Swin's, a bias inside the attention.
+    pos: str = "all"
+    qkv_bias: bool = True
+    stages: tuple = ()  # Swin: blocks per stage; dim, heads and hidden are those of the last stage
+    stem: str = "patches"  # Swin: patches (one convolution) | convolutions (CTransPath)
     # Size in px that the file's position embedding is for. Another grid is resampled as timm does
     # it: bicubic with antialias, in float32 (DINOV2 below says why).
     stored: int = SIZE
@@ -52,6 +57,13 @@ class Encoder:
     revision: str | None = None  # commit that downloads are pinned to; None: the newest
 
     @property
+    def family(self):
+        if not self.depth:
+            return "ResNet"
+        names = {"rotary": "DINOv3", "window": "Swin"}
+        return names.get(self.pos, "ViT")
+
+    @property
     def embed_dim(self):
         return embed_dim(self, self.pool)
 
@@ -64,6 +76,38 @@ class Encoder:
 
 def embed_dim(spec, pool):
     return 2 * spec.dim if pool == "cls+mean" else spec.dim
+
+
+def flops(spec, size=SIZE):
+    """Floating-point operations for one image in the matrix products and convolutions (a
+    multiplication and an addition are two).
+    """
+    if spec.family == "ResNet":
+        return 8.18e9  # as torchvision states it, times two
+    if spec.family == "Swin":
+        return swin_flops(spec, size)
+    patches = (size // spec.patch) ** 2
+    tokens = patches + 1 + spec.registers
+    fc2 = spec.hidden // 2 if spec.mlp == "swiglu" else spec.hidden
+    weights = spec.dim * (4 * spec.dim + spec.hidden + fc2)  # of a block's products
+    embedding = patches * spec.dim * 3 * spec.patch**2
+    return 2 * (spec.depth * (tokens * weights + 2 * tokens**2 * spec.dim) + embedding)
+
+
+def swin_flops(spec, size):
+    last = len(spec.stages) - 1
+    side, dim = size // spec.patch, spec.dim >> last
+    if spec.stem == "convolutions":
+        narrow, middle = dim // 8, dim // 4
+        products = side**2 * (4 * narrow * 27 + middle * 9 * narrow + dim * middle)
+    else:
+        products = side**2 * dim * 3 * spec.patch**2
+    for number, blocks in enumerate(spec.stages):
+        if number:
+            side, dim = side // 2, 2 * dim
+            products += side**2 * 2 * dim * dim  # merging: four halves of dim to dim
+        products += blocks * side**2 * (12 * dim * dim + 2 * 49 * dim)  # windows of 49 tokens
+    return 2 * products
 
 
 SMALL = dict(dim=384, depth=12, heads=6, hidden=1536)
@@ -85,9 +129,22 @@ HIBOU_14 = dict(
 # Kaiko publishes its model as a timm model, so timm's way is the publisher's; for DINOv2 timm is
 # the reference that most benchmarks (and these tests) use.
 DINOV2 = dict(patch=14, layerscale=True, stored=518, keys="transformers")
+DINOV2_REG = dict(**DINOV2, registers=4, pos="patches")
+# DINOv3's files leave out the bias of the keys, which is zero; `params` counts it.
+DINOV3 = dict(
+    licence="DINOv3", layerscale=True, registers=4, pos="rotary", eps=1e-5, keys="transformers",
+    files=("model.safetensors",), gated=True,
+)  # fmt: skip
+SWIN = dict(patch=4, pos="window", pool="mean", eps=1e-5)
+SWIN_T = dict(**SWIN, dim=768, depth=12, heads=24, hidden=3072, stages=(2, 2, 6, 2))
+SWIN_B = dict(**SWIN, dim=1024, depth=24, heads=32, hidden=4096, stages=(2, 2, 18, 2))
 TORCHVISION = dict(keys="torchvision")
 ND = dict(licence="CC-BY-NC-ND-4.0", gated=True, derivatives=False)
 NC = "non-commercial"
+
+
+def dinov3(size):
+    return f"facebook/dinov3-{size}-pretrain-lvd1689m"
 
 
 def kaiko(network):
@@ -163,6 +220,46 @@ ROWS = [
             revision="47b73eefe95e8d44ec3623f8890bd894b6ea2d6c"),
     Encoder("dinov2-g", "facebook/dinov2-giant", "Apache-2.0", 1_136_479_232, **{**GIANT, **DINOV2},
             revision="611a9d42f2335e0f921f1e313ad3c1b7178d206d"),
+    Encoder("dinov2-s-reg", "facebook/dinov2-with-registers-small", "Apache-2.0", 22_057_344,
+            **SMALL, **DINOV2_REG),
+    Encoder("dinov2-b-reg", "facebook/dinov2-with-registers-base", "Apache-2.0", 86_582_016, **BASE,
+            **DINOV2_REG),
+    Encoder("dinov2-l-reg", "facebook/dinov2-with-registers-large", "Apache-2.0", 304_370_688,
+            **LARGE, **DINOV2_REG),
+    Encoder("dinov2-g-reg", "facebook/dinov2-with-registers-giant", "Apache-2.0", 1_136_483_840,
+            **{**GIANT, **DINOV2_REG}),
+    Encoder("gpfm", "majiabo/GPFM", **{**ND, "gated": False}, params=303_227_904, **LARGE, patch=14,
+            layerscale=True, files=("GPFM.pth",)),
+    Encoder("kaiko-s8", kaiko("vit_small_patch8_224"), f"Kaiko {NC}", 21_670_272, **SMALL, patch=8,
+            norm=HALF),
+    Encoder("kaiko-b8", kaiko("vit_base_patch8_224"), f"Kaiko {NC}", 85_807_872, **BASE, patch=8,
+            norm=HALF),
+    Encoder("mstar", "Wangyh/mSTAR", **ND, params=303_350_784, **LARGE, layerscale=True,
+            files=BIN_OR_SAFE),
+    Encoder("pathorchestra", "AI4Pathology/PathOrchestra", **ND, params=303_350_784, **LARGE,
+            layerscale=True, files=BIN_OR_SAFE),
+    # the vision transformer alone, without the head that projects it beside the text's embedding
+    Encoder("keep", "Astaxanthin/KEEP", "MIT", 303_350_784, **LARGE, layerscale=True),
+    Encoder("sp22m", "MountSinaiCompPath/SP22M", "CC-BY-NC-SA-4.0", 21_665_664, **SMALL,
+            files=BIN_OR_SAFE),
+    Encoder("sp85m", "MountSinaiCompPath/SP85M", "CC-BY-NC-SA-4.0", 85_798_656, **BASE,
+            files=BIN_OR_SAFE),
+    Encoder("openmidnight", "SophontAI/OpenMidnight", "Apache-2.0", 1_134_774_272, **GIANT,
+            registers=4, pos="patches", files=("teacher_checkpoint_load.pt",), gated=True),
+    Encoder("dinov3-s", dinov3("vits16"), params=21_600_768, **SMALL, **DINOV3),
+    Encoder("dinov3-s-plus", dinov3("vits16plus"), params=28_697_088, **{**SMALL, "hidden": 3072},
+            mlp="swiglu", **DINOV3),
+    Encoder("dinov3-b", dinov3("vitb16"), params=85_668_864, **BASE, **DINOV3),
+    Encoder("dinov3-l", dinov3("vitl16"), params=303_153_152, **LARGE, **DINOV3),
+    Encoder("dinov3-h-plus", dinov3("vith16plus"), params=840_632_320, dim=1280, depth=32, heads=20,
+            mlp="swiglu", hidden=10240, **DINOV3),
+    Encoder("dinov3-7b", dinov3("vit7b16"), params=6_716_030_976, dim=4096, depth=40, heads=32,
+            mlp="swiglu", hidden=16384, qkv_bias=False, **DINOV3),
+    # trained at 1 µm/px
+    Encoder("ctranspath", "1aurent/swin_tiny_patch4_window7_224.CTransPath",
+            "GPL-3.0, academic", 27_520_038, **SWIN_T, stem="convolutions"),
+    Encoder("swin-t", "timm/swin_tiny_patch4_window7_224.ms_in1k", "MIT", 27_519_354, **SWIN_T),
+    Encoder("swin-b", "timm/swin_base_patch4_window7_224.ms_in1k", "MIT", 86_743_224, **SWIN_B),
 ]
 # fmt: on
 ENCODERS = {row.name: row for row in ROWS}

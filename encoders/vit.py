@@ -1,9 +1,12 @@
 """The vision transformer of most encoders."""
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from encoders.layers import LayerScale, Linear, Mlp, SwiGLU, attention
+from encoders.layers import Block, Linear, attention, linear
 from encoders.table import SIZE, embed_dim
 
 
@@ -17,46 +20,69 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, dim, heads):
+    def __init__(self, spec):
         super().__init__()
-        self.heads = heads
-        self.qkv = Linear(dim, 3 * dim)
-        self.proj = Linear(dim, dim)
+        self.heads = spec.heads
+        qkv = KeylessLinear if spec.pos == "rotary" and spec.qkv_bias else Linear
+        self.qkv = qkv(spec.dim, 3 * spec.dim, bias=spec.qkv_bias)
+        self.proj = Linear(spec.dim, spec.dim)
 
-    def forward(self, x, first=False):
-        """x [B, T, dim] → the same; first: only the first token's query → [B, 1, dim]."""
+    def forward(self, x, rotary=None, first=False):
+        """x [B, T, dim] → the same; first: only the first token's query → [B, 1, dim].
+
+        rotary: (cos, sin), each [T, d], for DINOv3.
+        """
         B, T, dim = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.heads, dim // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, h, T, d]
         if first:
             q = q[:, :, :1]
+        if rotary is not None:
+            cos, sin = rotary
+            q, k = rotate(q, cos[: q.shape[2]], sin[: q.shape[2]]), rotate(k, cos, sin)
         x = attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
-class Block(nn.Module):
-    def __init__(self, spec):
-        super().__init__()
-        mlp = SwiGLU if spec.mlp == "swiglu" else Mlp
-        self.norm1 = nn.LayerNorm(spec.dim, eps=spec.eps)
-        self.attn = Attention(spec.dim, spec.heads)
-        self.ls1 = LayerScale(spec.dim) if spec.layerscale else nn.Identity()
-        self.norm2 = nn.LayerNorm(spec.dim, eps=spec.eps)
-        self.mlp = mlp(spec.dim, spec.hidden)
-        self.ls2 = LayerScale(spec.dim) if spec.layerscale else nn.Identity()
+class KeylessLinear(Linear):
+    """qkv without a bias of the keys: that third of `bias` is zero, and stays so in training."""
 
-    def forward(self, x, first=False):
-        """x [B, T, dim] → the same; first: the first token alone → [B, 1, dim]."""
-        attended = self.ls1(self.attn(self.norm1(x), first))
-        if first:
-            x = x[:, :1]
-        x = x + attended
-        return x + self.ls2(self.mlp(self.norm2(x)))
+    def forward(self, x):
+        query, key, value = self.bias.chunk(3)
+        return linear(x, self.weight, torch.cat([query, torch.zeros_like(key), value]))
+
+
+def rotary_factors(grid, prefix, d, dtype, device=None):
+    """DINOv3's rotary position embedding: (cos, sin), each [prefix + grid², d], float32 (float64
+    for a float64 network).
+
+    The centre of a patch lies at (y, x) in [-1, 1]. d/4 periods from 1 to 100 turn the pairs of
+    channels (i, i + d/2) by y, then d/4 by x. The tokens before the patches are not turned.
+    Pretraining also jitters the positions; fine-tuning here does not.
+    """
+    centres = torch.arange(0.5, grid, device=device) / grid * 2 - 1
+    periods = 100 ** (torch.arange(d // 4, device=device) * 2 / (d // 2))
+    if dtype == torch.float64:
+        centres, periods = centres.double(), periods.double()
+    angles = 2 * math.pi * centres[:, None] / periods  # [grid, d/4]
+    by_y = angles[:, None].expand(-1, grid, -1)
+    by_x = angles[None].expand(grid, -1, -1)
+    angles = torch.cat([by_y, by_x], dim=-1).flatten(0, 1).tile(2)  # [grid², d]
+    angles = F.pad(angles, (0, 0, prefix, 0))
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn the channels of x [B, h, T, d] by the factors [T, d], in their precision."""
+    low, high = x.chunk(2, dim=-1)
+    turned = torch.cat([-high, low], dim=-1)
+    return (x * cos + turned * sin).to(x.dtype)
 
 
 class ViT(nn.Module):
     """Pre-norm vision transformer (Dosovitskiy et al. 2021) with what its descendants added:
-    LayerScale, packed SwiGLU, registers. The names of the parameters are timm's.
+    LayerScale, packed SwiGLU, registers, and DINOv3's rotary positions. The names of the parameters
+    are timm's.
 
     forward: normalised images [B, 3, size, size] → embedding [B, D]. Tokens are in the order class,
     registers, patches. `pool` reads them after the final norm:
@@ -79,12 +105,19 @@ class ViT(nn.Module):
         self.reg_token = None
         if spec.registers:
             self.reg_token = nn.Parameter(torch.zeros(1, spec.registers, spec.dim))
-        positions = self.grid**2
-        if spec.pos == "all":
-            positions += self.prefix
-        self.pos_embed = nn.Parameter(torch.zeros(1, positions, spec.dim))
+        self.pos_embed = None
+        if spec.pos != "rotary":
+            positions = self.grid**2
+            if spec.pos == "all":
+                positions += self.prefix
+            self.pos_embed = nn.Parameter(torch.zeros(1, positions, spec.dim))
         self.patch_embed = PatchEmbed(spec.patch, spec.dim)
-        self.blocks = nn.ModuleList(Block(spec) for _ in range(self.layer))
+        self.blocks = nn.ModuleList()
+        for _ in range(self.layer):
+            block = Block(
+                Attention(spec), spec.dim, spec.hidden, spec.eps, spec.mlp, spec.layerscale
+            )
+            self.blocks.append(block)
         self.norm = nn.LayerNorm(spec.dim, eps=spec.eps)
 
     @property
@@ -102,15 +135,25 @@ class ViT(nn.Module):
         prefix = prefix.expand(x.shape[0], -1, -1)
         if self.spec.pos == "all":
             return torch.cat([prefix, x], dim=1) + self.pos_embed
-        return torch.cat([prefix, x + self.pos_embed], dim=1)
+        if self.spec.pos == "patches":
+            x = x + self.pos_embed
+        return torch.cat([prefix, x], dim=1)
+
+    def rotary(self, like):
+        """The rotary factors for a network of the precision of `like`, or None."""
+        if self.spec.pos != "rotary":
+            return None
+        d = self.spec.dim // self.spec.heads
+        return rotary_factors(self.grid, self.prefix, d, like.dtype, like.device)
 
     def forward(self, images):
         x = self.tokens(images)
+        rotary = self.rotary(x)
         for block in self.blocks[:-1]:
-            x = block(x)
+            x = block(x, rotary)
         # If only the class token is pooled, compute only its query in the last block: same result,
         # less work.
-        x = self.norm(self.blocks[-1](x, first=self.pool == "cls"))
+        x = self.norm(self.blocks[-1](x, rotary, first=self.pool == "cls"))
         if self.pool == "cls":
             return x[:, 0]
         patches = x[:, self.prefix :]

@@ -47,6 +47,47 @@ TIMM = {  # name → (constructor, arguments)
     "kaiko-l14": ("vit_large_patch14_reg4_dinov2", dict(img_size=518)),
     "lunit-s16": ("vit_small_patch16_224", {}),
     "lunit-s8": ("vit_small_patch8_224", {}),
+    "gpfm": ("vit_large_patch14_dinov2", dict(img_size=224)),
+    "kaiko-s8": ("vit_small_patch8_224", {}),
+    "kaiko-b8": ("vit_base_patch8_224", {}),
+    "mstar": ("vit_large_patch16_224", dict(init_values=1e-5)),
+    "pathorchestra": ("vit_large_patch16_224", dict(init_values=1e-5)),
+    "keep": ("vit_large_patch16_224", dict(init_values=1e-5)),
+    "sp22m": ("vit_small_patch16_224", {}),
+    "sp85m": ("vit_base_patch16_224", {}),
+    "openmidnight": ("vit_giant_patch14_reg4_dinov2", dict(img_size=224)),
+}
+SWIN = {
+    "ctranspath": ("swin_tiny_patch4_window7_224", dict(stem=True)),
+    "swin-t": ("swin_tiny_patch4_window7_224", {}),
+    "swin-b": ("swin_base_patch4_window7_224", {}),
+}
+# name → (timm's constructor, transformers' configuration)
+DINOV3 = {
+    "dinov3-s": (
+        "vit_small_patch16_dinov3",
+        dict(hidden_size=384, intermediate_size=1536, num_attention_heads=6),
+    ),
+    "dinov3-s-plus": (
+        "vit_small_plus_patch16_dinov3",
+        dict(hidden_size=384, intermediate_size=1536, num_attention_heads=6, use_gated_mlp=True),
+    ),
+    "dinov3-b": (
+        "vit_base_patch16_dinov3",
+        dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12),
+    ),
+    "dinov3-l": (
+        "vit_large_patch16_dinov3",
+        dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16),
+    ),
+    "dinov3-h-plus": (
+        "vit_huge_plus_patch16_dinov3",
+        dict(hidden_size=1280, intermediate_size=5120, num_attention_heads=20, use_gated_mlp=True),
+    ),
+    "dinov3-7b": (
+        "vit_7b_patch16_dinov3",
+        dict(hidden_size=4096, intermediate_size=8192, num_attention_heads=32, use_gated_mlp=True),
+    ),
 }
 # What timm's constructor would be for the models that transformers publishes: the names and shapes
 # of our network.
@@ -64,6 +105,10 @@ EQUIVALENT = {
     "dinov2-b": ("vit_base_patch14_dinov2", {}),
     "dinov2-l": ("vit_large_patch14_dinov2", {}),
     "dinov2-g": ("vit_giant_patch14_dinov2", {}),
+    "dinov2-s-reg": ("vit_small_patch14_reg4_dinov2", {}),
+    "dinov2-b-reg": ("vit_base_patch14_reg4_dinov2", {}),
+    "dinov2-l-reg": ("vit_large_patch14_reg4_dinov2", {}),
+    "dinov2-g-reg": ("vit_giant_patch14_reg4_dinov2", {}),
 }
 DINO = dict(layer_norm_eps=1e-6, image_size=224)
 TRANSFORMERS = {  # name → (model, configuration)
@@ -133,6 +178,7 @@ DINOV2 = {
     "dinov2-l": (1024, 16, False),
     "dinov2-g": (1536, 24, True),
 }
+DINOV2 |= {f"{name}-reg": facts for name, facts in DINOV2.items()}
 TORCHVISION = {
     "vit-b-tv": dict(patch_size=16, num_heads=12, hidden_dim=768, mlp_dim=3072),
     "vit-h-swag": dict(patch_size=14, num_heads=16, hidden_dim=1280, mlp_dim=5120),
@@ -155,7 +201,17 @@ NORMALISATION = {
     "lunit-s8": LUNIT,
 }
 NORMALISATION |= {
-    name: HALF for name in ("vit-b", "vit-h", "midnight", "kaiko-s16", "kaiko-b16", "kaiko-l14")
+    name: HALF
+    for name in (
+        "vit-b",
+        "vit-h",
+        "midnight",
+        "kaiko-s16",
+        "kaiko-b16",
+        "kaiko-l14",
+        "kaiko-s8",
+        "kaiko-b8",
+    )
 }
 
 
@@ -171,14 +227,158 @@ def timm_model(name, **changes):
         return timm.create_model(constructor, num_classes=0, **arguments).eval()
 
 
+class ConvStem(torch.nn.Module):
+    """CTransPath's patch embedding, for timm's Swin transformer: images [B, 3, S, S] → [B, S/4,
+    S/4, 96].
+    """
+
+    def __init__(self, img_size, patch_size, in_chans, embed_dim, norm_layer, **unused):
+        super().__init__()
+        self.grid_size, self.num_patches = (56, 56), 56 * 56
+        layers, channels = [], in_chans
+        for out in (embed_dim // 8, embed_dim // 4):
+            layers += [
+                torch.nn.Conv2d(channels, out, 3, stride=2, padding=1, bias=False),
+                torch.nn.BatchNorm2d(out),
+                torch.nn.ReLU(),
+            ]
+            channels = out
+        self.proj = torch.nn.Sequential(*layers, torch.nn.Conv2d(channels, embed_dim, 1))
+        self.norm = norm_layer(embed_dim)
+
+    def forward(self, x):
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+
+
+def swin_model(name, depths=None):
+    """timm's network on the meta device, of `depths` blocks per stage; see `fill`."""
+    import timm
+
+    constructor, arguments = SWIN[name]
+    arguments = dict(arguments)
+    if arguments.pop("stem", False):
+        arguments["embed_layer"] = ConvStem
+    if depths:
+        arguments["depths"] = depths
+    with torch.device("meta"):
+        return timm.create_model(constructor, num_classes=0, **arguments).eval()
+
+
+def dinov3_transformers(name, depth):
+    """transformers' network with seeded weights, zero bias of the keys (it has none)."""
+    import transformers
+
+    config = transformers.DINOv3ViTConfig(
+        num_hidden_layers=depth,
+        num_register_tokens=4,
+        hidden_act="silu" if "use_gated_mlp" in DINOV3[name][1] else "gelu",
+        image_size=224,
+        **DINOV3[name][1],
+    )
+    return fill(transformers.DINOv3ViTModel(config).eval(), empty=False)
+
+
+def dinov3_timm(name, depth, bias=True):
+    """timm's network; with `bias`, the one that has biases of queries and values."""
+    import timm
+
+    constructor = DINOV3[name][0] + ("_qkvb" if bias else "")
+    arguments = {"depth": depth} if depth else {}
+    with torch.device("meta"):
+        network = timm.create_model(constructor, num_classes=0, global_pool="token", **arguments)
+    return network.eval()
+
+
+def dinov3_timm_names(state):
+    """transformers' tensors of DINOv3 in timm's names."""
+    ours, qkv = {}, {}
+    for name, tensor in state.items():
+        name = re.sub(r"^(model\.)?layer\.", "blocks.", name)
+        for theirs, timms in (
+            ("embeddings.patch_embeddings", "patch_embed.proj"),
+            ("embeddings.register_tokens", "reg_token"),
+            ("embeddings.", ""),
+            ("layer_scale1.lambda1", "gamma_1"),
+            ("layer_scale2.lambda1", "gamma_2"),
+            ("attention.o_proj", "attn.proj"),
+            ("attention.q_proj.bias", "attn.q_bias"),
+            ("attention.v_proj.bias", "attn.v_bias"),
+            ("mlp.down_proj", "mlp.fc2"),
+            ("mlp.gate_proj", "mlp.fc1_g"),
+        ):
+            name = name.replace(theirs, timms)
+        gated = any("gate_proj" in other for other in state)
+        name = name.replace("mlp.up_proj", "mlp.fc1_x" if gated else "mlp.fc1")
+        part = re.fullmatch(r"(.*)attention\.([qkv])_proj\.weight", name)
+        if part:
+            qkv.setdefault(part[1], {})[part[2]] = tensor
+        elif name != "mask_token":
+            ours[name] = tensor
+    for block, parts in qkv.items():
+        ours[f"{block}attn.qkv.weight"] = torch.cat([parts[part] for part in "qkv"])
+    return ours
+
+
+def dinov3_native_names(state):
+    """timm's tensors of DINOv3 in the names of its own files, with a bias of the keys that is
+    masked.
+    """
+    native = {}
+    for name, tensor in state.items():
+        for timms, theirs in (
+            ("reg_token", "storage_tokens"),
+            ("gamma_1", "ls1.gamma"),
+            ("gamma_2", "ls2.gamma"),
+            ("mlp.fc1_g", "mlp.w1"),
+            ("mlp.fc1_x", "mlp.w2"),
+        ):
+            name = name.replace(timms, theirs)
+        native[name] = tensor
+    gated = any("mlp.w1." in name for name in native)
+    for name in list(native):
+        if gated and "mlp.fc2" in name:
+            native[name.replace("mlp.fc2", "mlp.w3")] = native.pop(name)
+        if name.endswith("attn.q_bias"):
+            query = native.pop(name)
+            value = native.pop(name.replace("q_bias", "v_bias"))
+            start = name.removesuffix("q_bias")
+            native[f"{start}qkv.bias"] = torch.cat([query, query.new_full(query.shape, 7.0), value])
+            mask = torch.ones(3, len(query))
+            mask[1] = 0
+            native[f"{start}qkv.bias_mask"] = mask.flatten()
+    native["mask_token"] = torch.zeros(1, 1, native["cls_token"].shape[-1])
+    native["rope_embed.periods"] = torch.ones(16, dtype=torch.bfloat16)
+    return native
+
+
+def dinov2_native_names(state, pos_of_class):
+    """timm's tensors of DINOv2 with registers in the names of its own training code, the blocks in
+    chunks.
+    """
+    native = {}
+    for name, tensor in state.items():
+        name = name.replace("reg_token", "register_tokens")
+        name = name.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3")
+        name = re.sub(r"^blocks\.(\d+)\.", lambda m: f"blocks.{int(m[1]) // 10}.{m[1]}.", name)
+        native[name] = tensor
+    native["cls_token"] = state["cls_token"] - pos_of_class
+    native["pos_embed"] = torch.cat([pos_of_class, state["pos_embed"]], dim=1)
+    native["mask_token"] = torch.zeros(1, state["cls_token"].shape[-1])
+    return native
+
+
 def transformers_model(name, depth):
     import transformers
 
     if name in DINOV2:
         dim, heads, swiglu = DINOV2[name]
+        registers = {}
+        if name.endswith("-reg"):
+            registers["num_register_tokens"] = 4
         kind, arguments = (
-            "Dinov2",
+            "Dinov2WithRegisters" if registers else "Dinov2",
             dict(
+                **registers,
                 hidden_size=dim,
                 num_attention_heads=heads,
                 patch_size=14,
@@ -211,11 +411,15 @@ def noise(count, start):
     return _NOISE.repeat(repeats)[start : start + count]
 
 
-def fill(model, seed=0):
+def fill(model, seed=0, empty=True):
     """Non-trivial seeded weights for a meta model: position embeddings, registers and LayerScale
     that matter.
     """
-    model.to_empty(device="cpu")
+    if empty:
+        model.to_empty(device="cpu")
+        for module in model.modules():  # timm's constants
+            if hasattr(module, "init_non_persistent_buffers"):
+                module.init_non_persistent_buffers()
     with torch.no_grad():
         for number, (name, tensor) in enumerate(model.state_dict().items()):
             if not tensor.is_floating_point():
@@ -224,7 +428,9 @@ def fill(model, seed=0):
             value = noise(tensor.numel(), 7919 * (number + 1) + 104729 * seed).view(tensor.shape)
             if "running_var" in name:
                 value = 1 + 0.1 * value.abs()
-            elif re.search(r"norm\w*\.weight|ln\w*\.weight|bn\d\.weight|gamma|lambda1", name):
+            elif re.search(
+                r"norm\w*\.weight|ln\w*\.weight|bn\d\.weight|gamma|lambda1|proj\.[14]\.weight", name
+            ):
                 value = 0.8 + 0.2 * value
             elif re.search(r"pos|token|bias|running_mean", name):
                 value = 0.1 * value

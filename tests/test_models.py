@@ -19,7 +19,7 @@ import weights
 from common import UserError
 from encoders.layers import Linear, attention
 from encoders.names import rename
-from encoders.table import OPTIMUS, ROWS, Encoder, embed_dim
+from encoders.table import OPTIMUS, ROWS, Encoder, embed_dim, flops
 
 TINY = dict(dim=48, depth=3, heads=3, hidden=96, patch=16, layerscale=True)
 TRANSFORMERS_SPECS = {
@@ -119,7 +119,41 @@ def test_every_row_has_a_reference():
         "resnet50",
         *references.TIMM,
         *references.EQUIVALENT,
+        *references.SWIN,
+        *references.DINOV3,
     }
+
+
+@pytest.mark.parametrize("name", references.SWIN)
+def test_a_swin_transformer_is_timms(name):
+    spec, reference = models.ENCODERS[name], references.swin_model(name)
+    network = on_meta(spec)
+    theirs = {k: v for k, v in shapes(reference).items() if not k.endswith("batches_tracked")}
+    assert shapes(network) == theirs
+    assert sum(p.numel() for p in network.parameters()) == spec.params
+    assert len(network.blocks) == spec.depth
+    blocks = [block for stage in reference.layers for block in stage.blocks]
+    assert [block.norm1.eps for block in blocks] == [spec.eps] * spec.depth
+
+
+@pytest.mark.parametrize("name", references.DINOV3)
+def test_dinov3_is_timms(name):
+    """Of all depth, on meta; its files have biases of queries and values, timm's may have none."""
+    spec, reference = models.ENCODERS[name], references.dinov3_timm(name, depth=None, bias=False)
+    plan, _ = rename(reference.state_dict())
+    theirs = shapes(reference)
+    joined = {}
+    for ours, parts in plan.items():
+        joined[ours] = (sum(theirs[part][0] for part in parts), *theirs[parts[0]][1:])
+        if len(parts) == 1:
+            joined[ours] = theirs[parts[0]]
+    if spec.qkv_bias:
+        joined |= {f"blocks.{i}.attn.qkv.bias": (3 * spec.dim,) for i in range(spec.depth)}
+    assert shapes(on_meta(spec)) == joined
+    parameters = sum(p.numel() for p in reference.parameters())
+    assert spec.params == parameters + spec.qkv_bias * spec.depth * 3 * spec.dim
+    assert {block.norm1.eps for block in reference.blocks} == {spec.eps}
+    assert spec.heads == reference.blocks[0].attn.num_heads
 
 
 def test_resnet50_is_torchvisions():
@@ -193,15 +227,6 @@ def test_collected_names_of_resnet50():
     ours = shapes(on_meta(models.ENCODERS["resnet50"]))
     assert len(ours) == collected["n_tensors"] - 2  # fc's two
     assert theirs.items() - ours.items() == {("fc.weight", (1000, 2048)), ("fc.bias", (1000,))}
-
-
-def test_every_row_is_collected():
-    assert {row.name for row in ROWS} == {
-        "demo",
-        "resnet50",
-        *TIMM_SPECS,
-        *TRANSFORMERS_SPECS,
-    }
 
 
 @pytest.mark.parametrize(
@@ -304,8 +329,10 @@ def test_what_cannot_be_chosen():
         with pytest.raises(UserError, match=word):
             models.load_encoder("kaiko-s16", "random", **choices)
     for choices in (dict(pool="cls"), dict(layer=1)):
-        with pytest.raises(UserError, match="resnet50 has neither"):
+        with pytest.raises(UserError, match="resnet50 is a ResNet and has one embedding"):
             models.load_encoder("resnet50", "random", **choices)
+        with pytest.raises(UserError, match="swin-t is a Swin and has one embedding"):
+            models.load_encoder("swin-t", "random", **choices)
     with pytest.raises(UserError, match="unknown encoder; choose among demo, phikon"):
         models.load_encoder("vit")
 
@@ -696,6 +723,20 @@ def test_the_table_is_printed(monkeypatch, capsys):
     assert max(map(len, out.splitlines())) <= 120
     rows = json.loads(command(monkeypatch, capsys, "--json"))
     assert rows["virchow"]["embed_dim"] == 2560 and rows["uni"]["gated"]
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet50", "uni", "h0-mini", "dinov3-s-plus", "ctranspath", "swin-b"]
+)
+def test_flops_are_torchs_count(name):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    spec = models.ENCODERS[name]
+    with torch.device("meta"):
+        network, images = models.build(spec, pool="mean").eval(), torch.empty(1, 3, 224, 224)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(images)
+    assert flops(spec) == pytest.approx(counter.get_total_flops(), rel=2e-3)
 
 
 def test_a_file_is_verified(monkeypatch, capsys, base):

@@ -8,6 +8,7 @@ import http.server
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import tempfile
@@ -28,7 +29,8 @@ from encoders.names import rename
 from encoders.table import ROWS
 
 DEPTH = 2
-ALL = [row.name for row in ROWS if row.name != "demo"]
+STAGES = (2, 2, 2, 2)  # of a Swin transformer
+ALL = [row.name for row in ROWS if row.name not in ("demo", "dinov3-7b")]
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +38,8 @@ def two_blocks(monkeypatch):
     """Real width, two blocks: the table with another depth."""
     for name, spec in models.ENCODERS.items():
         shallow = dataclasses.replace(spec, depth=min(spec.depth, DEPTH))
+        if spec.stages:
+            shallow = dataclasses.replace(spec, depth=sum(STAGES), stages=STAGES)
         monkeypatch.setitem(models.ENCODERS, name, shallow)
 
 
@@ -58,6 +62,15 @@ def reference(name, depth=DEPTH):
             dict(model.state_dict()),
             Reference(name, resampled(name, model, depth), "forward_features"),
         )
+    elif name in references.SWIN:
+        model = references.fill(references.swin_model(name, STAGES if depth == DEPTH else None))
+        state = {k: v for k, v in model.state_dict().items() if not k.endswith("tracked")}
+        run = Reference(name, model, "swin")
+    elif name in references.DINOV3:
+        state = dict(references.dinov3_transformers(name, depth).state_dict())
+        model = references.fill(references.dinov3_timm(name, depth))
+        model.load_state_dict(references.dinov3_timm_names(state))
+        run = Reference(name, model, "forward_features")
     elif name in references.TRANSFORMERS:
         model = references.fill(references.transformers_model(name, depth))
         state, run = dict(model.state_dict()), Reference(name, model, "last_hidden_state")
@@ -92,6 +105,8 @@ class Reference:
         self.model.to(x.dtype)
         if self.output == "forward_features":
             return references.embedding_of(self.name, self.model.forward_features(x))
+        if self.output == "swin":
+            return self.model.forward_features(x).mean((1, 2))
         if self.output == "last_hidden_state":
             return references.embedding_of(self.name, self.model(x).last_hidden_state)
         return self.model(x)
@@ -148,6 +163,10 @@ def timm_of_dinov2(name, state, depth):
                 (mine[f"{ours}mlp.{fc}.{leaf}"],) = found
         for k in (1, 2):
             mine[f"{ours}ls{k}.gamma"] = state[f"{theirs}layer_scale{k}.lambda1"]
+    if "embeddings.register_tokens" in state:
+        mine["reg_token"] = state["embeddings.register_tokens"]
+        mine["cls_token"] = mine["cls_token"] + mine["pos_embed"][:, :1]
+        mine["pos_embed"] = mine["pos_embed"][:, 1:]
     model.load_state_dict(mine)
     return model
 
@@ -157,7 +176,15 @@ def publish(name, state, folder):
     tensors.
     """
     spec = models.ENCODERS[name]
-    if spec.keys == "transformers":
+    if name == "openmidnight":
+        state = references.dinov2_native_names(state, torch.full((1, 1, spec.dim), 0.5))
+    if name == "keep":
+        state = {re.sub(r"(ls\d)\.gamma", r"\1.weight", k): v for k, v in state.items()}
+        state = {f"visual.{k}": v for k, v in state.items()}
+        state |= {"visual_head.0.weight": torch.ones(2, 2), "text.pooler.weight": torch.ones(2, 2)}
+    if name.startswith("sp"):
+        state = {f"encoder.{k}": v for k, v in state.items()}
+    if spec.keys == "transformers" and not name.startswith("dinov3"):
         state = references.old_names(state)
         if spec.repo.startswith("google/"):
             state["pooler.dense.weight"] = state.get(
