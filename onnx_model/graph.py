@@ -24,6 +24,7 @@ from onnx import TensorProto, helper
 import common
 from onnx_model.nodes import FUSED, Graph, fits_half, to_numpy
 from onnx_model.resnet import resnet
+from onnx_model.swin import swin
 from onnx_model.vit import vit
 
 OLDEST, NEWEST = 18, 24  # opsets that can be written
@@ -61,7 +62,9 @@ def emit(
     if model.tta:
         x = flips_and_turns(g, x, input_type)
     mean, std = (np.array(v, np.float64) for v in encoder.spec.norm)
-    if encoder.spec.depth:
+    if encoder.spec.stages:
+        out = swin(g, encoder, x, input_type, mean, std, peaks or {})
+    elif encoder.spec.depth:
         out = vit(g, encoder, x, input_type, mean, std, peaks or {})
     else:
         out = resnet(g, encoder, x, input_type, mean, std)

@@ -196,8 +196,11 @@ def block(g, x, layers, spec, at, i, peaks, attend, first=False):
 
 def self_attention(g, x, layers, at, i, peaks, half, attend, first):
     """x + LayerScale(attention(LayerNorm(x)))."""
-    weight, bias = to_numpy(layers.attn.qkv.weight), to_numpy(layers.attn.qkv.bias)
+    weight = to_numpy(layers.attn.qkv.weight)
     dim = weight.shape[1]
+    bias = np.zeros(3 * dim)
+    if layers.attn.qkv.bias is not None:
+        bias = to_numpy(layers.attn.qkv.bias)
     divisor = evening(g, peaks, (i, "attn.qkv"), weight)
     y = layer_norm(g, x, layers.norm1, f"{at}.norm1", divisor)
     weight = weight * divisor

@@ -4,7 +4,7 @@ import functools
 
 import numpy as np
 
-from onnx_model.nodes import attention, block, layer_norm, patch_product, to_numpy
+from onnx_model.nodes import attention, block, float_type, layer_norm, patch_product, to_numpy
 
 
 def vit(g, encoder, x, input_type, mean, std, peaks):
@@ -14,6 +14,8 @@ def vit(g, encoder, x, input_type, mean, std, peaks):
     last = len(encoder.blocks) - 1
     for i, layers in enumerate(encoder.blocks):
         first = i == last and encoder.pool == "cls"
+        if spec.pos == "rotary":
+            attend = functools.partial(rotary_attention, g, encoder=encoder, first=first)
         x = block(g, x, layers, spec, f"blocks.{i}", i, peaks, attend, first)
     x = layer_norm(g, x, encoder.norm, "norm")
     return pool(g, encoder, x)
@@ -23,7 +25,9 @@ def tokens(g, encoder, x, input_type, mean, std):
     """Patch embedding as one product; class token, registers and positions as constants."""
     weight = to_numpy(encoder.patch_embed.proj.weight)
     bias = to_numpy(encoder.patch_embed.proj.bias)
-    position = to_numpy(encoder.pos_embed)[0]
+    position = None
+    if encoder.pos_embed is not None:
+        position = to_numpy(encoder.pos_embed)[0]
     prefix = to_numpy(encoder.cls_token)[0]
     if encoder.reg_token is not None:
         prefix = np.concatenate([prefix, to_numpy(encoder.reg_token)[0]])
@@ -36,6 +40,35 @@ def tokens(g, encoder, x, input_type, mean, std):
     shape = g.op("Concat", batch, g.ints(*prefix.shape), at="tokens", axis=0)
     prefix = g.op("Expand", g.tensor("prefix", prefix[None], np.float32), shape, at="tokens")
     return g.op("Concat", prefix, x, at="tokens", axis=1)
+
+
+def rotary_attention(g, q, k, v, half, at, encoder, first):
+    """Attention after q and k were turned by DINOv3's rotary factors, as constants. first: q is
+    that of the class token alone, which is not turned.
+    """
+    spec = encoder.spec
+    factors = [to_numpy(factor) for factor in encoder.rotary(encoder.norm.weight)]
+    k = rotate(g, k, factors, spec.heads, half, f"{at}.k")
+    if not first:
+        q = rotate(g, q, factors, spec.heads, half, f"{at}.q")
+    return attention(g, q, k, v, spec.heads, spec.dim, half, at)
+
+
+def rotate(g, x, factors, heads, half, at):
+    """Turn the channels of each head of x [N, T, dim] by (cos, sin), each [T, d]."""
+    d = factors[0].shape[1]
+    cos, sin = (
+        g.tensor(f"{at}.{name}", factor[:, None, : d // 2], float_type(half))
+        for name, factor in zip(("cos", "sin"), factors)
+    )  # [T, 1, d/2]; the other half of the channels has the same
+    x = g.op("Reshape", x, g.ints(0, 0, heads, d), at=at)
+    low, high = g.op("Split", x, at=at, outputs=2, axis=-1, num_outputs=2)
+    turned = (
+        g.op("Sub", g.op("Mul", low, cos, at=at), g.op("Mul", high, sin, at=at), at=at),
+        g.op("Add", g.op("Mul", high, cos, at=at), g.op("Mul", low, sin, at=at), at=at),
+    )
+    x = g.op("Concat", *turned, at=at, axis=-1)
+    return g.op("Reshape", x, g.ints(0, 0, heads * d), at=at)
 
 
 def pool(g, encoder, x):

@@ -42,6 +42,19 @@ FAMILIES = {
         registers=4,
         pool="cls+mean",
     ),
+    "dinov3": Encoder(
+        "tiny-dinov3", **SMALL, patch=16, layerscale=True, registers=4, pos="rotary", eps=1e-5
+    ),
+    "swin": Encoder(
+        "tiny-swin",
+        **{**SMALL, "heads": 4, "depth": 4},
+        patch=4,
+        pos="window",
+        pool="mean",
+        eps=1e-5,
+        stages=(2, 2),
+        stem="convolutions",
+    ),
     "torchvision": Encoder("tiny-tv", **SMALL, patch=16, keys="torchvision", eps=1e-5),
     "resnet50": dataclasses.replace(
         models.ENCODERS["resnet50"], name="tiny-resnet50", repo="", files=("x.safetensors",)
@@ -77,8 +90,12 @@ def encoder(family, seed=0, **choices):
                     noise
                     * (0.5 if "token" in name or "pos" in name else 1.5 / value[0].numel() ** 0.5)
                 )
+            elif name.endswith("running_var"):
+                value.copy_(0.5 + noise.abs())
             else:
                 value.copy_((1 if name.endswith("weight") or "gamma" in name else 0) + 0.3 * noise)
+            if family == "dinov3" and name.endswith("qkv.bias"):
+                value[64:128] = 0  # the keys have none
     network.weights_hash, network.licence = "random", "MIT"
     return network
 

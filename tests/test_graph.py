@@ -69,7 +69,7 @@ def test_other_opsets(opset, precision, tmp_path):
     )
 
 
-@pytest.mark.parametrize("family", VITS)
+@pytest.mark.parametrize("family", [family for family in VITS if family not in ("dinov3", "swin")])
 def test_one_attention_per_block_and_nothing_left_to_fold(family, tmp_path):
     proto = write_model(tmp_path / "m.onnx", classifier(family))
     kinds = [node.op_type for node in proto.graph.node]
@@ -78,6 +78,21 @@ def test_one_attention_per_block_and_nothing_left_to_fold(family, tmp_path):
         "LayerScale is folded"
     )
     assert kinds.count("Mul") == (2 if FAMILIES[family].mlp == "swiglu" else 0) * 2
+
+
+def test_constants_of_the_positions_are_baked(tmp_path):
+    """DINOv3's factors and Swin's bias are constants: no trigonometry, and no look-up but of the
+    tokens' order.
+    """
+    for family in ("dinov3", "swin"):
+        proto = write_model(tmp_path / "m.onnx", classifier(family))
+        kinds = [node.op_type for node in proto.graph.node]
+        assert not {"Sin", "Cos", "Range", "Where", "ScatterND"} & set(kinds)
+        orders = [node for node in proto.graph.node if node.op_type == "Gather"]
+        assert all("order" in node.input[1] or node.input[1] == "first" for node in orders)
+        names = [tensor.name for tensor in proto.graph.initializer]
+        wanted = ".cos" if family == "dinov3" else ".attn.bias"
+        assert sum(name.endswith(wanted) for name in names) >= 3
 
 
 @pytest.mark.parametrize("family", ["gelu", "resnet50"])
