@@ -27,8 +27,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import common
 from common import UserError
-from dataset import annotations, slides
-from dataset import candidates as formats
+from dataset import annotations, formats, slides
 from onnx_model import doctor, session
 from onnx_model.session import Classifier, SlideReader
 from reporting import metrics
@@ -170,7 +169,7 @@ def plan(candidates, images, missing, metadata, mpp):
             continue
         reader = job.readers[readers[path]]
         x, y = float(candidates.x[row]), float(candidates.y[row])
-        if candidates.kind == "challenge":  # millimetres
+        if candidates.unit == "mm":  # millimetres
             if reader.mpp is None:
                 raise UserError(
                     f"{path}: its µm/px is unknown, and the candidates are in millimetres; give "
@@ -396,7 +395,9 @@ def classify(args):
     threshold = None
     if args.threshold is not None:
         threshold = metrics.parse_threshold(args.threshold)
-    candidates = formats.read(args.candidates)
+    candidates = formats.read_candidates(args.candidates)
+    for note in candidates.notes:
+        say(f"{candidates.path.name}: {note}")
     out = Path(args.out)
     if out.exists() and out.samefile(args.candidates):
         raise UserError(
@@ -407,14 +408,15 @@ def classify(args):
     if args.overlay:
         check_output("--overlay", Path(args.overlay))
     images, missing = find_images(candidates, args.slide)
+    formats.move_to_level0(candidates, images, say)
     classifier = Classifier(args.model, args.device, args.batch_size, args.threads)
     if classifier.input != "uint8":
         raise UserError(
             f"{args.model}: was exported with --input float, for hosts that normalise; this "
             "command needs --input uint8"
         )
-    if args.relabel and candidates.kind == "sqlite":
-        formats.class_numbers(candidates, classifier.labels, relabel=True)
+    if args.relabel:
+        formats.own_classes(candidates, classifier.labels)
     say(f"{args.model}: {classifier.note}")
     if threshold is None:
         threshold = classifier.threshold

@@ -12,7 +12,7 @@ import common
 import runs
 from common import UserError
 from dataset import annotations as annotation_tables
-from dataset import readers, slides
+from dataset import formats, slides
 from dataset.annotations import PATCH, root_folder, shared_cases
 from dataset.splits import make_split
 from demo import synthetic
@@ -70,7 +70,7 @@ def add_reading_arguments(group):
         help="class ids or names of the two labels, if the file's class names do not tell",
     )
     group.add_argument(
-        "--profile", choices=readers.PROFILES, help="class ids of a known dataset (default: none)"
+        "--profile", choices=formats.PROFILES, help="class ids of a known dataset (default: none)"
     )
     group.add_argument(
         "--positive", metavar="VALUE", help="the label (or labels, with commas) that counts as 1"
@@ -83,7 +83,7 @@ def add_reading_arguments(group):
     group.add_argument(
         "--columns",
         metavar="path=A,case=B,label=C",
-        help=f"columns of a CSV that have other names ({', '.join(readers.COLUMNS)})",
+        help=f"columns of a CSV that have other names ({', '.join(formats.COLUMNS)})",
     )
 
 
@@ -244,7 +244,7 @@ def from_arguments(args, data=None, images=None, quiet=False):
         images if data else args.images,
         _classes(args),
         args.profile,
-        readers.parse_columns(args.columns) if args.columns else None,
+        formats.parse_columns(args.columns) if args.columns else None,
         mpp=None if data else args.source_mpp,
     )
     for column in (annotations.id, annotations.case, annotations.domain):
@@ -279,7 +279,7 @@ def _classes(args):
     if args.negative and not args.positive:
         raise UserError("--negative needs --positive")
     if args.classes:
-        return readers.parse_classes(args.classes)
+        return formats.parse_classes(args.classes)
     if args.positive:
         other = _labels(args.negative) if args.negative else None
         return {"mitotic": _labels(args.positive), "other": other}

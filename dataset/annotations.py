@@ -1,26 +1,41 @@
-"""Known datasets, and the table of annotations that every format becomes. No torch.
+"""Known datasets, and the table of annotations that every format becomes.
 
-`load_dataset` takes a dataset's name, a folder or an annotation file, lets dataset/readers.py read
-it, finds the images, and returns `Annotations`: id, image, case, domain, x, y, label, sorted by
+`load_dataset` takes a dataset's name, a folder or an annotation file, lets dataset/formats read it,
+finds the images, and returns `Annotations`: id, image, case, domain, x, y, label, sorted by
 image."""
 
 import hashlib
 import os
 import re
+import unicodedata
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+import common
 from common import UserError
-from dataset import readers
+from dataset import formats
+from dataset.formats import cells, class_folders
 
 PATCH = 224  # px
 NEAR = PATCH / 2  # two centres nearer than this lie in each other's patch
 MAX_FILES = 2_000_000  # looked through for images, before --images was probably a mistake
+CHUNK = 1_000_000  # pairs of points that are compared at a time
 
 
 # ---------------------------------------------------------------- known datasets
+
+
+class Domain(NamedTuple):
+    """A domain of a known dataset: the numbers of its image files, first to last."""
+
+    first: int
+    last: int
+    description: str = ""
+    counts: tuple = None  # mitotic figures, hard negatives
 
 
 @dataclass(frozen=True)
@@ -33,11 +48,9 @@ class Known:
     images: int = None  # labelled ones
     profile: str = None
     licence: str = None
-    mpp: float = None  # µm/px, where all slides share it
+    mpp: float = None  # µm/px, if all slides share it
     address: str = None
-    domains: dict = field(
-        default_factory=dict
-    )  # domain → (first file number, last, description, counts or None)
+    domains: dict = field(default_factory=dict)  # name → Domain
     official_test: tuple = ()  # cases
 
 
@@ -45,12 +58,12 @@ KNOWN = {
     "ccmct": Known(
         "canine cutaneous mast cell tumour, 32 slides (MITOS_WSI_CCMCT, variant ODAEL)",
         ("MITOS_WSI_CCMCT_ODAEL.sqlite", "MITOS_WSI_CCMCT_ODAEL_binary_labels.csv"),
-        (44880, 27965),
-        32,
-        "ccmct",
-        "CC BY-NC-ND",
-        0.25,
-        "https://ndownloader.figshare.com/files/16261571",
+        counts=(44880, 27965),
+        images=32,
+        profile="ccmct",
+        licence="CC BY-NC-ND",
+        mpp=0.25,
+        address="https://ndownloader.figshare.com/files/16261571",
         official_test=(
             "f26e9fcef24609b988be",
             "dd4246ab756f6479c841",
@@ -74,16 +87,16 @@ KNOWN = {
     "midog2021": Known(
         "human breast cancer by four scanners (MIDOG 2021 training set)",
         ("MIDOG.json", "MIDOG.sqlite"),
-        (1721, 2714),
-        150,
-        "midog",
-        "CC BY-NC-ND",
+        counts=(1721, 2714),
+        images=150,
+        profile="midog",
+        licence="CC BY-NC-ND",
         address="https://github.com/DeepMicroscopy/MIDOG",
         domains={
-            "Hamamatsu XR": (1, 50, "scanner", None),
-            "Hamamatsu S360": (51, 100, "scanner", None),
-            "Aperio CS2": (101, 150, "scanner", None),
-            "unlabelled": (151, 200, "scanner", None),
+            "Hamamatsu XR": Domain(1, 50, "scanner"),
+            "Hamamatsu S360": Domain(51, 100, "scanner"),
+            "Aperio CS2": Domain(101, 150, "scanner"),
+            "unlabelled": Domain(151, 200, "scanner"),
         },
     ),
     "midog2022": Known(
@@ -96,18 +109,17 @@ KNOWN = {
             "MIDOG2022_training_png.csv",
             "MIDOG2022_training_tiff.csv",
         ),
-        (9501, 11051),
-        354,
-        "midog",
-        None,
+        counts=(9501, 11051),
+        images=354,
+        profile="midog",
         address="https://zenodo.org/records/6547151",
         domains={
-            "A": (250, 299, "canine cutaneous mast cell tumour", (2327, 1366)),
-            "B": (195, 249, "canine lymphoma", (3959, 4257)),
-            "C": (1, 150, "human breast cancer", (1721, 2714)),
-            "D": (300, 354, "human neuroendocrine tumour", (639, 1762)),
-            "E": (151, 194, "canine lung cancer", (855, 952)),
-            "unlabelled": (355, 405, "unlabelled", None),
+            "A": Domain(250, 299, "canine cutaneous mast cell tumour", (2327, 1366)),
+            "B": Domain(195, 249, "canine lymphoma", (3959, 4257)),
+            "C": Domain(1, 150, "human breast cancer", (1721, 2714)),
+            "D": Domain(300, 354, "human neuroendocrine tumour", (639, 1762)),
+            "E": Domain(151, 194, "canine lung cancer", (855, 952)),
+            "unlabelled": Domain(355, 405, "unlabelled"),
         },
     ),
     "midogpp": Known(
@@ -121,25 +133,30 @@ KNOWN = {
             "MultiDomainMitoticFigureDataset.json.gz",
             "MultiDomainMitoticFigureDataset.json",
         ),
-        (11937, 14349),
-        503,
-        "midog",
-        "CC0 (its JSON)",
+        counts=(11937, 14349),
+        images=503,
+        profile="midog",
+        licence="CC0 (its JSON)",
         address="https://figshare.com/ndownloader/files/40283737",
         domains={
-            "human breast cancer": (1, 200, "", (1721, 2714)),
-            "canine lung cancer": (201, 244, "", (855, 951)),
-            "canine lymphosarcoma": (245, 299, "", (3959, 4257)),
-            "canine cutaneous mast cell tumor": (300, 349, "", (2327, 1366)),
-            "human neuroendocrine tumor": (350, 404, "", (639, 1761)),
-            "canine soft tissue sarcoma": (405, 504, "", (1286, 2375)),
-            "human melanoma": (505, 553, "", (1150, 925)),
+            "human breast cancer": Domain(1, 200, "", (1721, 2714)),
+            "canine lung cancer": Domain(201, 244, "", (855, 951)),
+            "canine lymphosarcoma": Domain(245, 299, "", (3959, 4257)),
+            "canine cutaneous mast cell tumor": Domain(300, 349, "", (2327, 1366)),
+            "human neuroendocrine tumor": Domain(350, 404, "", (639, 1761)),
+            "canine soft tissue sarcoma": Domain(405, 504, "", (1286, 2375)),
+            "human melanoma": Domain(505, 553, "", (1150, 925)),
         },
     ),
 }
 
 
-def root_folder():
+DOWNLOADABLE = ("ccmct", "midog2022", "midogpp")
+# MIDOG 2022 numbers its files differently from MIDOG++: up to this number, add so many.
+MIDOG2022_OFFSETS = ((150, 0), (346, 50), (353, 51), (354, 43))
+
+
+def root_folder() -> Path:
     return Path(os.environ.get("MITOSIS_ROOT") or "data")
 
 
@@ -147,74 +164,70 @@ def recognise(path, table):
     """Name of the known dataset that an annotation file is, or None: by its published name and its
     images' names.
     """
+    stems = {Path(image).stem for image in table.sizes}
+    numbers = [int(stem) for stem in stems if re.fullmatch(r"\d{3}", stem, re.ASCII)]
     for name, known in KNOWN.items():
         if path.name not in known.files:
             continue
-        stems = {Path(image).stem for image in table.images}
-        numbered = [int(stem) for stem in stems if re.fullmatch(r"\d{3}", stem)]
         # MIDOG.json is a name that other files have too; the numbers must be the published ones,
-        # and nearly all there.
-        if path.stem == "MIDOG" and len(set(table.image)) < 0.9 * known.images:
+        # and nearly all of them.
+        if path.stem == "MIDOG" and len(set(table.images)) < 0.9 * known.images:
             continue
-        if known.domains and (
-            len(numbered) < len(stems)
-            or max(numbered) > max(last for _, last, *_ in known.domains.values())
-        ):
-            continue
+        if known.domains:
+            last = max(domain.last for domain in known.domains.values())
+            if len(numbers) < len(stems) or max(numbers) > last:
+                continue
         return name
     return None
 
 
 def domain_of(known, image):
-    """A known dataset's domain of an image, by the file's number; None where the number says
-    nothing.
-    """
+    """A known dataset's domain of an image, by its file's number; None if that says nothing."""
     stem = Path(image).stem
     if re.fullmatch(r"\d{1,4}", stem, re.ASCII):
-        for domain, (first, last, *_) in KNOWN[known].domains.items():
-            if first <= int(stem) <= last:
-                return domain
+        for name, domain in KNOWN[known].domains.items():
+            if domain.first <= int(stem) <= domain.last:
+                return name
     return None
 
 
 def _midog_number(case, known):
-    """A MIDOG case as its MIDOG++ number, so that cases of 2021, 2022 and ++ can be compared."""
+    """A MIDOG case by its MIDOG++ number, so that cases of 2021, 2022 and ++ can be compared."""
     if not re.fullmatch(r"\d{1,3}", case, re.ASCII):
         return None
-    n = int(case)
-    if known == "midog2022":
-        n = (
-            n
-            if n <= 150
-            else n + 50
-            if n <= 346
-            else n + 51
-            if n <= 353
-            else 397
-            if n == 354
-            else -n
-        )
-    return f"midog{n}"
+    number = int(case)
+    if known != "midog2022":
+        return f"midog{number}"
+    for last, offset in MIDOG2022_OFFSETS:
+        if number <= last:
+            return f"midog{number + offset}"
+    return f"midog2022-{number}"  # unlabelled images that MIDOG++ does not have
 
 
 def shared_cases(a, b):
     """Cases that two datasets have in common, as named in `b` (sorted): a test on them would be no
     test.
 
-    The MIDOG datasets number the same slides differently, which is taken into account.
+    The MIDOG datasets number the same slides differently, which is accounted for.
     """
 
     def keys(annotations):
-        family = annotations.known in ("midog2021", "midog2022", "midogpp")
-        return {
-            (_midog_number(str(case), annotations.known) if family else None) or str(case): str(
-                case
-            )
-            for case in np.unique(annotations.case)
-        }
+        cases = {}
+        for case in np.unique(annotations.case).tolist():
+            key = None
+            if annotations.known in ("midog2021", "midog2022", "midogpp"):
+                key = _midog_number(case, annotations.known)
+            cases[key or case_key(case)] = case
+        return cases
 
     first, second = keys(a), keys(b)
     return sorted(second[key] for key in first.keys() & second.keys())
+
+
+def case_key(case):
+    """A case without what spreadsheets and typists change: 12 and 12.0, P-01 and p-01, blanks."""
+    name = unicodedata.normalize("NFC", str(case)).casefold()
+    return cells.canonical(" ".join(name.split()))
 
 
 # ---------------------------------------------------------------- annotations
@@ -241,50 +254,43 @@ class Annotations:
     source: Path = None  # the annotation file
     known: str = None  # key of KNOWN
     licence: str = None
-    mpp: dict = None  # image → µm/px, where known beside the image file itself
-    sizes: dict = field(
-        default_factory=dict
-    )  # image → (width, height), where the annotation file tells
+    mpp: dict = None  # image → µm/px, if known beside the image file itself
+    sizes: dict = field(default_factory=dict)  # image → (width, height) by the annotation file
     all_images: list = field(default_factory=list)  # labelled and unlabelled
     missing: list = field(default_factory=list)  # images that are not below root
     notes: list = field(default_factory=list)
-    _kept: dict = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )  # what was sorted once
+    _cache: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __len__(self):
         return len(self.id)
 
     def take(self, index):
         """The annotations of a mask or of row indices; the images' facts stay."""
-        return replace(
-            self,
-            **{
-                name: getattr(self, name)[index]
-                for name in ("id", "image", "case", "domain", "x", "y", "label")
-            },
-        )
+        names = ("id", "image", "case", "domain", "x", "y", "label")
+        return replace(self, **{name: getattr(self, name)[index] for name in names})
+
+    def _cached(self, key, column, make):
+        """make(column), computed once for a column as long as it is the same array."""
+        values = getattr(self, column)
+        if key not in self._cache or self._cache[key][0] is not values:
+            self._cache[key] = values, make(values)
+        return self._cache[key][1]
 
     def order(self):
         """The rows in the order of their ids."""
-        if self._kept.get("id", (None,))[0] is not self.id:
-            self._kept["id"] = self.id, np.argsort(self.id, kind="stable")
-        return self._kept["id"][1]
+        return self._cached("order", "id", lambda ids: np.argsort(ids, kind="stable"))
 
     def codes(self, column):
         """(names, code): the sorted different values of a column, and for each row which it has."""
-        values = getattr(self, column)
-        if self._kept.get(column, (None,))[0] is not values:
-            self._kept[column] = values, np.unique(values, return_inverse=True)
-        return self._kept[column][1]
+        return self._cached(column, column, lambda values: np.unique(values, return_inverse=True))
 
     def rows(self, ids):
-        """Row indices of annotation ids, in their order; UserError for an id that is not there."""
-        if self._kept.get("row", (None,))[0] is not self.id:
-            self._kept["row"] = self.id, {id: row for row, id in enumerate(self.id.tolist())}
-        row = self._kept["row"][1]
+        """Row indices of annotation ids, in their order; UserError for an unknown id."""
+        row = self._cached(
+            "rows", "id", lambda ids: {name: i for i, name in enumerate(ids.tolist())}
+        )
         try:
-            return np.array([row[id] for id in np.asarray(ids, dtype=str).tolist()], np.int64)
+            return np.array([row[name] for name in np.asarray(ids, dtype=str).tolist()], np.int64)
         except KeyError as error:
             raise UserError(
                 f"{self.name}: there is no annotation {error.args[0]!r}; the ids belong to another "
@@ -292,169 +298,228 @@ class Annotations:
             ) from None
 
     def path(self, i):
-        """Path of the image of row i (or of an image's name), below `root`."""
+        """Path of the image of row i, below `root`."""
         return self.image_path(self.image[i])
 
     def image_path(self, image):
-        return self.root / readers.image_name(self.name, str(image))
+        return self.root / cells.relative_name(self.name, str(image))
 
     def fingerprint(self):
         """Hex digest of the table: ids, file names, cases, domains, positions and labels; not of
         the pixels.
         """
         digest = hashlib.sha256()
-        # The file's name only: where below root it lies, and in which format, may differ between
-        # machines.
-        stem = {image: file_stem(image) for image in np.unique(self.image).tolist()}
-        for column in (
-            self.id,
-            [stem[image] for image in self.image.tolist()],
-            self.case,
-            self.domain,
-        ):
+        # The file's name only: in which folder below root it lies, in which format, and in which
+        # normal form its file system keeps the name, may differ between machines.
+        stems = {}
+        for image in np.unique(self.image).tolist():
+            stems[image] = unicodedata.normalize("NFC", file_stem(image))
+        columns = (self.id, [stems[image] for image in self.image.tolist()], self.case, self.domain)
+        for column in columns:
             digest.update(("\x1f".join(np.asarray(column, dtype=str).tolist()) + "\x1e").encode())
         for column in (self.x, self.y, self.label):
             digest.update((np.asarray(column, "<f8") + 0.0).tobytes())
         return digest.hexdigest()[:32]
 
 
-def load_dataset(path, images=None, classes=None, profile=None, columns=None, name=None, mpp=None):
+def load_dataset(
+    path: str | Path,
+    images: str | Path | None = None,
+    classes: dict | None = None,
+    profile: str | None = None,
+    columns: dict | None = None,
+    name: str | None = None,
+    mpp: float | None = None,
+) -> Annotations:
     """Annotations of a known dataset (its name), a folder, or an annotation file.
 
     images: folder of the image files (default: beside the annotations; subfolders are searched).
-    classes: dict, see readers.parse_classes; profile: a name of readers.PROFILES; columns: dict,
-    see readers.parse_columns; name: what to call it in run folders; mpp: µm/px of all images, where
-    their files do not say it. Annotations whose image is not there are dropped, with a note, unless
-    no image is there at all: then the table is of use without pixels. UserError: not found,
-    unreadable, ambiguous."""
+    classes: dict, see formats.parse_classes; profile: a name of formats.PROFILES; columns: dict,
+    see formats.parse_columns; name: what to call it in run folders; mpp: µm/px of all images, if
+    their files do not say it. Annotations of missing images are dropped, with a note, unless all
+    images are missing: then the table is of use without pixels. UserError: not found, unreadable,
+    ambiguous."""
     source, known = _find(path)
-    guessed = known
-    if known is None and source.is_file():
-        guessed = next(
-            (key for key, k in KNOWN.items() if source.name in k.files and k.profile == "ccmct"),
-            None,
-        )
-    sqlite = source.name.lower().endswith((".sqlite", ".sqlite3", ".db"))
-    if sqlite and not classes and not profile and guessed:
-        profile = KNOWN[guessed].profile
-    table = readers.read(source, classes, profile, columns)
+    table = formats.read(source, classes, profile or _profile(source, known, classes), columns)
     known = known or recognise(source, table)
-    root = Path(images) if images is not None else source if source.is_dir() else source.parent
-    if not root.is_dir():
-        raise UserError(f"{root}: no such folder of images (--images)")
-    notes = list(table.notes)
-    place = locate(list(table.images), root, notes)
-    missing = [image for image, found in place.items() if found is None]
-    gone = set() if len(missing) == len(place) else set(missing)
-    place = {image: found or image for image, found in place.items()}
-    if len(set(place.values())) < len(place):
-        twice = next(found for found in place.values() if list(place.values()).count(found) > 1)
-        raise UserError(
-            f"{source}: two of its images are the file {twice}; name them by their paths below "
-            f"{root}"
-        )
+    root = _image_folder(source, images)
+    notes = table.notes
 
-    keep = [i for i, image in enumerate(table.image) if image not in gone]
-    dropped = len(table.image) - len(keep)
-    if dropped:
-        what = "patches" if table.kind == "patches" else "annotations"
-        files = "" if table.kind == "patches" else f" on {len(set(table.image) & gone):,} images"
-        notes.append(
-            f"{dropped:,} of {len(table.image):,} {what} dropped{files}: their files are not "
-            f"under {root}"
-        )
-    if not keep:
-        raise UserError(
-            f"{source}: none of the images with annotations is under {root}; give --images FOLDER"
-        )
+    place = locate(list(table.sizes), root, notes, source)
+    missing = [image for image, found in place.items() if found is None]
+    absent = set(missing) if len(missing) < len(place) else set()
+    for image in missing:
+        place[image] = _name_below(image)
+    _check_distinct(source, root, place)
+    _drop_absent(table, absent, source, root, notes)
     if table.kind == "patches":
-        present = _count_images(root)
-        if gone or len(missing) < len(place):
-            notes.append(
-                f"{len(keep):,} of the {present:,} image files under {root} are listed in "
-                f"{source.name}"
-            )
-    numbered = _numbers_files(table)
-    if table.kind == "patches" and all(case is None for case in table.case):
-        notes.append(
-            "no column of cases: every patch counts as a case of its own, so patches of one "
-            "patient may lie "
-            "on both sides of a split"
-        )
-    mitos2014 = all(
-        re.fullmatch(r"[AH]\d\d_\d\d[A-D][a-d]", Path(image).stem) for image in table.images
-    )
-    cases, domains = [], []
-    numbered_domain = {image: domain_of(known, image) for image in table.images} if known else {}
-    for i in keep:
-        image, stem = table.image[i], file_stem(table.image[i])
-        case = table.case[i]
-        if case is None or numbered:
-            # The fields of MITOS 2014, as A03_00Aa, are pieces of one slide, A03.
-            case = stem[:3] if mitos2014 and case is None else stem
-        cases.append(case)
-        domains.append(
-            numbered_domain.get(image) or table.domain[i] or table.image_domain.get(image) or "all"
-        )
-    order = sorted(range(len(keep)), key=lambda j: place[table.image[keep[j]]])
-    rows = [keep[j] for j in order]
-    size = {
-        place[image]: size for image, size in table.images.items() if size and image not in gone
-    }
-    known_mpp = {place[image]: value for image, value in table.mpp.items()}
-    if mpp is None and known and KNOWN[known].mpp:
-        known_mpp = {found: KNOWN[known].mpp for found in place.values()} | known_mpp
-    if mpp is not None:
-        known_mpp = {found: float(mpp) for found in place.values()}
+        _note_patches(table, len(missing) < len(place), source, root, notes)
+    if len(missing) < len(place):
+        paths = [root / place[image] for image in table.images]
+        formats.move_to_level0(table, paths, notes.append)
+
+    cases = _cases(table, notes)
+    domains = _domains(table, known)
+    order = sorted(range(len(table)), key=lambda row: place[table.images[row]])
+
+    def column(values, dtype):
+        return np.array([values[row] for row in order], dtype=dtype)
+
     return Annotations(
-        id=np.array([table.id[i] for i in rows], dtype=str),
-        image=np.array([place[table.image[i]] for i in rows], dtype=str),
-        case=np.array([cases[j] for j in order], dtype=str),
-        domain=np.array([domains[j] for j in order], dtype=str),
-        x=np.array([table.x[i] for i in rows], dtype=np.float64),
-        y=np.array([table.y[i] for i in rows], dtype=np.float64),
-        label=np.array([table.label[i] for i in rows], dtype=np.int8),
-        name=name or known or _plain_name(path, source),
+        id=column(table.ids, str),
+        image=column([place[image] for image in table.images], str),
+        case=column(cases, str),
+        domain=column(domains, str),
+        x=column(table.x, np.float64),
+        y=column(table.y, np.float64),
+        label=column(table.labels, np.int8),
+        name=name or known or _dataset_name(path, source),
         root=root,
         kind=table.kind,
         source=source,
         known=known,
         licence=(KNOWN[known].licence if known else None) or table.licence,
-        mpp=known_mpp or None,
-        sizes=size,
-        all_images=sorted(found for image, found in place.items() if image not in gone),
-        missing=sorted(missing),
+        mpp=_resolutions(table, place, known, mpp),
+        sizes={place[i]: size for i, size in table.sizes.items() if size and i not in absent},
+        all_images=sorted(found for image, found in place.items() if image not in absent),
+        missing=sorted(place[image] for image in missing),
         notes=notes,
     )
+
+
+def _profile(source, known, classes):
+    """The profile of a known dataset's database, whose class names say nothing."""
+    if classes or not source.name.lower().endswith((".sqlite", ".sqlite3", ".db")):
+        return None
+    if known is None and source.is_file() and source.name in KNOWN["ccmct"].files:
+        known = "ccmct"
+    return KNOWN[known].profile if known else None
+
+
+def _image_folder(source, images):
+    if images is not None:
+        root = Path(images)
+    elif source.is_dir():
+        root = source
+    else:
+        root = source.parent
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder of images (--images)")
+    return root
+
+
+def _check_distinct(source, root, place):
+    """UserError if two images of the annotation file are one file on disk."""
+    for found, count in Counter(place.values()).items():
+        if count > 1:
+            raise UserError(
+                f"{source}: two of its images are the file {found}; name them by their paths below "
+                f"{root}"
+            )
+
+
+def _drop_absent(table, absent, source, root, notes):
+    """Drop the rows of images that are missing, with a note."""
+    rows = [row for row, image in enumerate(table.images) if image not in absent]
+    dropped = len(table) - len(rows)
+    if not dropped:
+        return
+    what = "patches dropped"
+    if table.kind == "points":
+        what = f"annotations dropped on {len(set(table.images) & absent):,} images"
+    notes.append(f"{dropped:,} of {len(table):,} {what}: their files are not under {root}")
+    if not rows:
+        raise UserError(
+            f"{source}: none of the images with annotations is under {root}; give --images FOLDER"
+        )
+    table.keep(rows)
+
+
+def _note_patches(table, some_exist, source, root, notes):
+    if some_exist and source.is_file():
+        files = sum(1 for _ in _walk(root))
+        notes.append(
+            f"{len(table):,} of the {files:,} image files under {root} are listed in {source.name}"
+        )
+    if all(case is None for case in table.cases):
+        notes.append(
+            "no column of cases: every patch counts as a case of its own, so patches of one "
+            "patient may lie on both sides of a split"
+        )
+
+
+def _cases(table, notes):
+    """The case of each row: the file's, each written in one way, else the image's name."""
+    written = table.cases
+    if _numbers_files(table):
+        written = [None] * len(table)
+    # The fields of MITOS 2014, as A03_00Aa, are pieces of one slide, A03.
+    mitos2014 = all(
+        re.fullmatch(r"[AH]\d\d_\d\d[A-D][a-d]", Path(image).stem) for image in table.sizes
+    )
+    spellings = {}  # key → how often each spelling occurs
+    for case in written:
+        if case is not None:
+            spellings.setdefault(case_key(case), Counter())[case] += 1
+    several = sorted(", ".join(sorted(names)) for names in spellings.values() if len(names) > 1)
+    if several:
+        notes.append(
+            f"{len(several):,} cases are written in several ways and count as one each "
+            f"({cells.shown('; '.join(several))})"
+        )
+    cases = []
+    for image, case in zip(table.images, written):
+        if case is not None:
+            counts = spellings[case_key(case)]
+            cases.append(min(counts, key=lambda name: (-counts[name], name)))
+        elif mitos2014:
+            cases.append(file_stem(image)[:3])
+        else:
+            cases.append(file_stem(image))
+    return cases
+
+
+def _domains(table, known):
+    """The domain of each row: a known dataset's by the file's number, else the file's, else all."""
+    numbered = {}
+    if known:
+        numbered = {image: domain_of(known, image) for image in table.sizes}
+    domains = []
+    for image, domain in zip(table.images, table.domains):
+        domains.append(numbered.get(image) or domain or table.image_domain.get(image) or "all")
+    return domains
+
+
+def _resolutions(table, place, known, mpp):
+    """{image: µm/px} as the user says (mpp), the annotation file, or the known dataset; or None."""
+    if mpp is not None:
+        return {found: float(mpp) for found in place.values()}
+    resolutions = {}
+    if known and KNOWN[known].mpp:
+        resolutions = {found: KNOWN[known].mpp for found in place.values()}
+    for image, value in table.mpp.items():
+        resolutions[place[image]] = value
+    return resolutions or None
 
 
 def file_stem(image):
     """The file's name without folder and suffix (only an image's: "01.4" stays what it is)."""
     name = image.rsplit("/", 1)[-1]
     base, dot, suffix = name.rpartition(".")
-    return base if dot and base and f".{suffix.lower()}" in readers.IMAGE_SUFFIXES else name
+    return base if dot and base and f".{suffix.lower()}" in formats.IMAGE_SUFFIXES else name
 
 
-def _plain_name(path, source):
+def _dataset_name(path, source):
+    """What run folders call a dataset: its folder, or its file without suffixes."""
     # A folder's name says more than that of the file in it, which is often annotations.json.
-    name = source.name if Path(path).is_file() or source.is_dir() else source.resolve().parent.name
-    for suffix in (
-        ".gz",
-        ".geojson",
-        ".json",
-        ".sqlite3",
-        ".sqlite",
-        ".csv",
-        ".tsv",
-        ".txt",
-        ".db",
-    ):
-        name = (
-            name[: -len(suffix)]
-            if name.lower().endswith(suffix) and len(name) > len(suffix)
-            else name
-        )
-    return "".join(c if c.isalnum() or c in "-_.+" else "_" for c in name).lstrip(".") or "data"
+    name = source.name
+    if not Path(path).is_file() and not source.is_dir():
+        name = source.resolve().parent.name
+    suffixes = (".geojson", ".json", ".sqlite3", ".sqlite", ".csv", ".tsv", ".txt", ".db", ".xml")
+    for suffix in (".gz", *suffixes):
+        if name.lower().endswith(suffix) and len(name) > len(suffix):
+            name = name[: -len(suffix)]
+    return common.file_name(name) or "data"
 
 
 def _numbers_files(table):
@@ -463,85 +528,79 @@ def _numbers_files(table):
 
     The file's name then says the same and stays the same in all formats of the dataset.
     """
-    pairs = {(image, case) for image, case in zip(table.image, table.case)}
+    if table.kind != "points" or None in table.cases:
+        return False
+    pairs = set(zip(table.images, table.cases))
     images = {image for image, _ in pairs}
     cases = {case for _, case in pairs}
-    return (
-        table.kind == "points"
-        and None not in cases
-        and len(pairs) == len(images) == len(cases)
-        and all(re.fullmatch(r"\d+", case, re.ASCII) for case in cases)
-    )
+    one_to_one = len(pairs) == len(images) == len(cases)
+    return one_to_one and all(re.fullmatch(r"\d+", case, re.ASCII) for case in cases)
+
+
+# ---------------------------------------------------------------- finding the annotation file
 
 
 def _find(path):
     """(annotation file or folder, key of KNOWN or None) of what --data says."""
     text = str(path)
+    folder = root_folder() / text
     if text == "demo":  # as for the other names; a folder of this name is given as ./demo
-        if not (root_folder() / "demo").is_dir():
-            raise UserError(
-                f"{root_folder() / 'demo'}: the demo is not there; python -m demo.synthetic makes "
-                "it"
-            )
-        return _annotation_file(root_folder() / "demo", None), None
-    if text in KNOWN:
-        folder = root_folder() / text
         if not folder.is_dir():
-            how = (
-                f"fetch it with python data.py --download {text}, or "
-                if text in DOWNLOADABLE
-                else ""
+            raise UserError(
+                f"{folder}: the demo dataset does not exist; make it with python -m demo.synthetic"
             )
+        return _annotation_file(folder, None), None
+    if text in KNOWN:
+        if not folder.is_dir():
+            how = ""
+            if text in DOWNLOADABLE:
+                how = f"download it with python data.py --download {text}, or "
             raise UserError(
                 f"{folder}: the dataset {text} is not there; {how}set MITOSIS_ROOT to the folder "
-                "that "
-                f"holds {text}/"
+                f"that holds {text}/"
             )
         return _annotation_file(folder, text), text
     path = Path(text)
     if path.is_dir():
-        known = path.resolve().name if path.resolve().name in KNOWN else None
+        name = path.resolve().name
+        known = name if name in KNOWN else None
         return _annotation_file(path, known), known
-    if path.is_file():
+    if path.exists():
         return path, None
-    if (root_folder() / text).is_dir() and re.fullmatch(r"[\w.+-]+", text):
-        return _annotation_file(root_folder() / text, None), None
+    if re.fullmatch(r"[\w.+-]+", text) and folder.is_dir():
+        return _annotation_file(folder, None), None
     raise UserError(
-        f"{text}: neither a known dataset ({', '.join(KNOWN)}, demo) nor a file or folder that is "
-        "there"
+        f"{text}: neither a known dataset ({', '.join(KNOWN)}, demo) nor an existing file or folder"
     )
-
-
-DOWNLOADABLE = ("ccmct", "midog2022", "midogpp")
 
 
 def _annotation_file(folder, known):
-    """The annotation file in a folder: a known dataset's, or the only one there."""
-    for name in KNOWN[known].files if known else ():
-        if (folder / name).is_file():
-            return folder / name
-    found = sorted(
-        p
-        for p in folder.iterdir()
-        if p.is_file()
-        and not p.name.startswith(".")
-        and p.name.lower().endswith((".json", ".json.gz", ".sqlite", ".sqlite3", ".csv"))
-    )
-    if len(found) == 1:
-        return found[0]
-    if not found and any(
-        p.name.lower().endswith((".geojson", ".geojson.gz")) for p in folder.iterdir()
-    ):
+    """The annotation file in a folder: a known dataset's, or the only one; the folder itself if it
+    holds one file per image or a folder per class."""
+    if known:
+        for name in KNOWN[known].files:
+            if (folder / name).is_file():
+                return folder / name
+    suffixes = (".json", ".json.gz", ".sqlite", ".sqlite3", ".csv", ".csv.gz")
+    files = []
+    for path in sorted(folder.iterdir()):
+        hidden = path.name.startswith(".")
+        if path.name.lower().endswith(suffixes) and path.is_file() and not hidden:
+            files.append(path)
+    if len(files) == 1:
+        return files[0]
+    if not files and (formats.per_image_files(folder) or class_folders.recognises(folder)):
         return folder
-    if not found:
+    if not files:
         raise UserError(
             f"{folder}: holds no annotation file; give it as --data and its images with --images"
         )
-    names = ", ".join(p.name for p in found[:6]) + (", …" if len(found) > 6 else "")
+    names = ", ".join(path.name for path in files[:6])
+    if len(files) > 6:
+        names += ", …"
     raise UserError(
-        f"{folder}: holds {len(found)} annotation files ({names}); give the right one as --data "
-        "and its "
-        "images with --images"
+        f"{folder}: holds {len(files)} annotation files ({names}); give the right one as --data "
+        "and its images with --images"
     )
 
 
@@ -557,45 +616,93 @@ def _walk(root):
             seen += 1
             if seen > MAX_FILES:
                 raise UserError(
-                    f"{root}: more than {MAX_FILES:,} files; give the images' own folder with "
+                    f"{root}: more than {MAX_FILES:,} files; give the folder of the images with "
                     "--images"
                 )
-            if name.lower().endswith(readers.IMAGE_SUFFIXES) and not name.startswith("."):
+            if name.lower().endswith(formats.IMAGE_SUFFIXES) and not name.startswith("."):
                 yield os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/")
 
 
-def _count_images(root):
-    return sum(1 for _ in _walk(root))
+def locate(names, root, notes, source=None):
+    """{name in an annotation file: path below root, or None}. source: that file, for errors.
 
-
-def locate(names, root, notes):
-    """{name in the annotation file: path below root, or None}; subfolders and other image suffixes
-    are tried.
-    """
-    place = {name: name if (root / name).is_file() else None for name in names}
+    Absolute paths must lie below root; those of Windows belong to another machine and count from
+    their end. Subfolders are searched, and file names also match in another Unicode normal form and
+    with another image suffix."""
+    place = {name: _directly(name, root, source) for name in names}
     lost = [name for name, found in place.items() if found is None]
     if not lost:
         return place
-    by_name, by_stem = {}, {}
-    for found in _walk(root):
-        by_name.setdefault(found.rsplit("/", 1)[-1], []).append(found)
-        by_stem.setdefault(file_stem(found), []).append(found)
+    by_name, by_stem, by_ome_stem = {}, {}, {}
+    for path in _walk(root):
+        name = _normal(path.rsplit("/", 1)[-1])
+        by_name.setdefault(name, []).append(path)
+        stem = file_stem(name)
+        by_stem.setdefault(stem, []).append(path)
+        if stem.lower().endswith(".ome"):
+            by_ome_stem.setdefault(stem[: -len(".ome")], []).append(path)
     renamed = 0
     for name in lost:
-        exact = by_name.get(name.rsplit("/", 1)[-1], [])
-        found = [path for path in exact if path.endswith("/" + name)] or exact
-        if not found:
-            found = by_stem.get(file_stem(name), [])
-            renamed += len(found) == 1
-        if len(found) > 1:
+        normal = _normal(name)
+        bare = normal.rsplit("/", 1)[-1]
+        matches = _longest_tail(normal, by_name.get(bare, []))
+        if not matches:
+            matches = by_stem.get(file_stem(bare)) or by_ome_stem.get(file_stem(bare), [])
+            renamed += len(matches) == 1
+        if len(matches) > 1:
             raise UserError(
-                f"{name}: several files under {root} could be this image "
-                f"({', '.join(found[:3])}); name it by its path below that folder"
+                f"{source or root}: several files under {root} could be {cells.shown(name)} "
+                f"({', '.join(matches[:3])}); name it by its path below that folder"
             )
-        place[name] = found[0] if found else None
+        place[name] = matches[0] if matches else None
     if renamed:
         notes.append(f"{renamed:,} images were found under the same name with another suffix")
     return place
+
+
+def _normal(name):
+    return unicodedata.normalize("NFC", name)
+
+
+def _directly(name, root, source):
+    """Path below root of an image that lies just where its name says, or None. UserError for an
+    absolute path outside of root."""
+    if not Path(name).is_absolute():
+        return name if not cells.is_windows_path(name) and (root / name).is_file() else None
+    for path, folder in ((Path(name), Path(os.path.abspath(root))), (Path(name), root.resolve())):
+        if path.is_relative_to(folder):
+            relative = path.relative_to(folder).as_posix()
+            return relative if path.is_file() else None
+    if cells.is_windows_path(name):
+        return None
+    raise UserError(
+        f"{source or root}: the absolute path {cells.short(name)} leads out of the folder of "
+        f"images {root}; give the right folder with --images"
+    )
+
+
+def _longest_tail(name, paths):
+    """Those of the paths that agree with a name in most folders, counted from the end."""
+
+    def agreement(path):
+        count = 0
+        for a, b in zip(reversed(name.split("/")), reversed(_normal(path).split("/"))):
+            if a != b:
+                break
+            count += 1
+        return count
+
+    if not paths:
+        return []
+    longest = max(agreement(path) for path in paths)
+    return [path for path in paths if agreement(path) == longest]
+
+
+def _name_below(image):
+    """The name under which a missing image is listed: absolute paths lose their folders."""
+    if image.startswith("/") or cells.is_windows_path(image):
+        return image.rsplit("/", 1)[-1]
+    return image
 
 
 # ---------------------------------------------------------------- neighbours
@@ -603,40 +710,76 @@ def locate(names, root, notes):
 
 def near_pairs(xa, ya, xb, yb, distance, chebyshev=False):
     """Pairs (i, j) with point i of a within `distance` of point j of b: Euclidean, or the larger of
-    |dx| and |dy|.
+    |dx| and |dy|. Returns two index arrays, which are as long as there are pairs; `near_any` and
+    `count_near_pairs` need no more memory than the points themselves."""
+    first, second = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for i, j in _pair_chunks(xa, ya, xb, yb, distance, chebyshev):
+        first.append(i)
+        second.append(j)
+    return np.concatenate(first), np.concatenate(second)
 
-    Returns two index arrays. Memory stays bounded: candidates (|dx| ≤ distance) are expanded a
-    million at a time."""
+
+def near_any(xa, ya, xb, yb, distance, chebyshev=False):
+    """Whether each point of a has a point of b within `distance`: bool [len(a)]."""
+    a, row, _ = _distinct(xa, ya)
+    b, _, _ = _distinct(xb, yb)
+    near = np.zeros(len(a), bool)
+    for i, _ in _pair_chunks(a[:, 0], a[:, 1], b[:, 0], b[:, 1], distance, chebyshev):
+        near[i] = True
+    return near[row]
+
+
+def count_near_pairs(xa, ya, xb, yb, distance, chebyshev=False):
+    """The number of pairs that `near_pairs` returns."""
+    a, _, times_a = _distinct(xa, ya)
+    b, _, times_b = _distinct(xb, yb)
+    count = 0
+    for i, j in _pair_chunks(a[:, 0], a[:, 1], b[:, 0], b[:, 1], distance, chebyshev):
+        count += int((times_a[i] * times_b[j]).sum())
+    return count
+
+
+def _distinct(x, y):
+    """(points [n, 2], index of each position among them, how often each occurs): coincident points
+    are compared once."""
+    points = np.stack([np.asarray(x, np.float64), np.asarray(y, np.float64)], axis=1)
+    points, row, times = np.unique(points, axis=0, return_inverse=True, return_counts=True)
+    return points, row.reshape(-1), times
+
+
+def _pair_chunks(xa, ya, xb, yb, distance, chebyshev):
+    """Yield the pairs of near_pairs in chunks: candidates (|dx| ≤ distance) are expanded CHUNK at a
+    time, so that memory stays bounded by that and by the number of points."""
+    xa, ya = np.asarray(xa), np.asarray(ya)
+    # 1. Sort b by x; the candidates of each point of a are a range in it.
     order = np.argsort(xb, kind="stable")
     xs, ys = np.asarray(xb)[order], np.asarray(yb)[order]
-    low, high = (
-        np.searchsorted(xs, xa - distance, "left"),
-        np.searchsorted(xs, xa + distance, "right"),
-    )
-    count, first, second = high - low, [], []
-    start, ends = 0, np.cumsum(count)
+    low = np.searchsorted(xs, xa - distance, "left")
+    count = np.searchsorted(xs, xa + distance, "right") - low
+    ends = np.cumsum(count)
+    start = 0
     while start < len(count):
+        # 2. Take as many points of a as have CHUNK candidates together, at least one.
         before = ends[start - 1] if start else 0
-        stop = max(start + 1, int(np.searchsorted(ends, before + 1_000_000, "right")))
+        stop = max(start + 1, int(np.searchsorted(ends, before + CHUNK, "right")))
         part = count[start:stop]
+        # 3. Write out their ranges: low, low + 1, … for each.
         i = np.repeat(np.arange(start, stop), part)
-        j = (
-            np.arange(len(i))
-            - np.repeat(np.cumsum(part) - part, part)
-            + np.repeat(low[start:stop], part)
-        )
+        within = np.arange(len(i)) - np.repeat(np.cumsum(part) - part, part)
+        j = within + np.repeat(low[start:stop], part)
+        # 4. Keep the near ones.
         dx, dy = np.abs(xa[i] - xs[j]), np.abs(ya[i] - ys[j])
-        close = (np.maximum(dx, dy) if chebyshev else np.hypot(dx, dy)) <= distance
-        first.append(i[close])
-        second.append(order[j[close]])
+        gap = np.maximum(dx, dy) if chebyshev else np.hypot(dx, dy)
+        close = gap <= distance
+        yield i[close], order[j[close]]
         start = stop
-    none = np.zeros(0, np.int64)
-    return np.concatenate(first or [none]), np.concatenate(second or [none])
 
 
 def by_image(annotations, rows=None):
     """{image: its row indices}, of all rows or of those given."""
-    rows = np.arange(len(annotations)) if rows is None else np.asarray(rows)
+    if rows is None:
+        rows = np.arange(len(annotations))
+    rows = np.asarray(rows)
     images = annotations.image[rows]
     order = np.argsort(images, kind="stable")
     names, starts = np.unique(images[order], return_index=True)

@@ -21,8 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common
 from common import UserError
-from dataset import candidates as formats
-from dataset import slides
+from dataset import formats, slides
 from onnx_model import session
 
 WORKING = 0.5  # µm/px of the first stage: enough to see that something is a dark blob
@@ -342,7 +341,9 @@ def refuse_twice(images):
 
 
 def save(out, one, threshold):
-    content = formats.challenge(one["x"], one["y"], one["probability"], threshold, one["mpp"])
+    content = formats.challenge.content_of(
+        one["x"], one["y"], one["probability"], threshold, one["mpp"]
+    )
     common.write_json(out / one["image"].stem / "mitotic-figures.json", content)
 
 

@@ -12,8 +12,7 @@ import numpy as np
 
 import common
 from common import UserError
-from dataset import candidates as formats
-from dataset import slides
+from dataset import formats, slides
 from dataset.annotations import by_image
 from reporting import folder
 
@@ -167,29 +166,11 @@ def best(curve):
 ADVICE = "score them with classify.py first (MIDOG JSON, the challenge's JSON or CSV)"
 
 
-def written_probabilities(candidates):
-    """What classify.py wrote beside each candidate, as the file has it; UserError if it has no
-    place for a probability."""
-    try:
-        if candidates.kind == "csv":
-            table = candidates.content[0]
-            column = [name.strip().lower() for name in table[0]].index("probability")
-            return [table[place][column] for place in candidates.places]
-        records = candidates.content[
-            {"midog": "annotations", "challenge": "points"}[candidates.kind]
-        ]
-        return [records[place].get("probability") for place in candidates.places]
-    except (KeyError, IndexError, ValueError):
-        raise UserError(
-            f"{candidates.path}: the candidates have no probability; {ADVICE}"
-        ) from None
-
-
 def probabilities(candidates):
     """The probability of each candidate [n], NaN for those that are not scored; UserError: none is
     scored, or one is no probability."""
     values = np.full(len(candidates), np.nan)
-    for i, value in enumerate(written_probabilities(candidates)):
+    for i, value in enumerate(candidates.probabilities):
         if value in (None, ""):
             continue
         try:
@@ -229,7 +210,8 @@ def images_of(candidates, probability, annotations, ids=None, mpp=None):
     compared; mpp: µm/px of all images, else as they say."""
     images, ambiguous = annotated_images(annotations)
     names = np.array([stem(name) if name else "" for name in candidates.images], dtype=object)
-    named = set(names.tolist()) | images_without_candidates(candidates)
+    # MIDOG JSON also lists the images without a candidate.
+    named = set(names.tolist()) | {stem(image) for image in candidates.sizes}
     if named <= {""}:  # also of a detector that found nothing on its one image
         if len(images) != 1:
             raise UserError(f"{candidates.path}: does not say which image its candidates are on")
@@ -263,7 +245,7 @@ def images_of(candidates, probability, annotations, ids=None, mpp=None):
         scale = mpp or microns_per_pixel(annotations, image)
         figures = rows[annotations.label[rows] == 1]
         unit = 1.0
-        if candidates.kind == "challenge":  # millimetres
+        if candidates.unit == "mm":  # millimetres
             unit = 1000 / scale
         scored.append(
             {
@@ -282,14 +264,6 @@ def images_of(candidates, probability, annotations, ids=None, mpp=None):
         images = "scored images" if unscored else "images"
         raise UserError(f"{candidates.path}: none of its {images} is in {annotations.name}")
     return scored
-
-
-def images_without_candidates(candidates):
-    """Stems of all images that the file lists, with candidates or not: only MIDOG JSON does."""
-    if candidates.kind != "midog":
-        return set()
-    listed = candidates.content.get("images", ())
-    return {stem(image.get("file_name", "")) for image in listed if isinstance(image, dict)}
 
 
 def tell_left_out(candidates, names, why):
@@ -315,7 +289,7 @@ def report(path, annotations, ids=None, mpp=None):
     first.
 
     ids, mpp: see images_of()."""
-    candidates = formats.read(path)
+    candidates = formats.read_candidates(path)
     images = images_of(candidates, probabilities(candidates), annotations, ids, mpp)
     rows = [("all", len(images), score_images(images))]
     domains = sorted({image["domain"] for image in images})

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import UserError
-from dataset import candidates
+from dataset import formats
+from dataset.formats import challenge
 
 NAMES = ["hard negative", "mitotic figure"]
 
@@ -31,7 +32,7 @@ def saved(path, content):
 
 
 def scored(path, out, probability, **options):
-    candidates.write(candidates.read(path), out, np.array(probability), 0.5, NAMES, **options)
+    formats.write(formats.read_candidates(path), out, np.array(probability), 0.5, NAMES, **options)
     return out
 
 
@@ -42,7 +43,7 @@ def scored(path, out, probability, **options):
 @given(
     rows=st.lists(
         st.tuples(
-            st.floats(-1e6, 1e6),
+            st.floats(2, 1e6),
             st.floats(-1e6, 1e6),
             st.text(st.characters(codec="utf-8", exclude_characters="\r\0"), max_size=12),
         ),
@@ -63,14 +64,14 @@ def test_csv_keeps_every_cell(rows, delimiter, bom, tmp_path_factory):
         writer = csv.writer(file, delimiter=delimiter)
         writer.writerow(["Note", "X", "y", "filename"])
         writer.writerows([note, repr(x), repr(y), "a.tif"] for x, y, note in rows)
-    found = candidates.read(folder / "in.csv")
-    assert found.kind == "csv" and found.images == ["a.tif"] * len(rows)
+    found = formats.read_candidates(folder / "in.csv")
+    assert found.format == "csv" and found.images == ["a.tif"] * len(rows)
     assert found.x.tolist() == [row[0] for row in rows] and found.y.tolist() == [
         row[1] for row in rows
     ]
     probability = np.linspace(0, 1, len(rows))
     probability[0] = math.nan
-    candidates.write(found, folder / "out.csv", probability, 0.5, NAMES)
+    formats.write(found, folder / "out.csv", probability, 0.5, NAMES)
     with open(folder / "out.csv", newline="", encoding="utf-8") as file:
         header, *table = csv.reader(file, delimiter=delimiter)
     assert header == ["Note", "X", "y", "filename", "probability", "class"]
@@ -89,16 +90,16 @@ def test_csv_scored_again_replaces_its_columns(tmp_path):
         twice.read_text()
         == "x,y,label,probability,class\n1,2,1,0.75,mitotic figure\n3,4,0,0.25,hard negative\n\n"
     )
-    assert candidates.read(given).images == [None, None]
+    assert formats.read_candidates(given).images == [None, None]
 
 
 def test_csv_names_of_images_lose_their_blanks(tmp_path):
     given = saved(tmp_path / "in.csv", "filename,x,y\n im.png,1,2\nim.png ,3,4\n")
-    assert candidates.read(given).images == ["im.png", "im.png"]
+    assert formats.read_candidates(given).images == ["im.png", "im.png"]
     blank = saved(
         tmp_path / "blank.csv", "filename,x,y\n,1,2\n ,3,4\n"
     )  # all of them: the format names no image
-    assert candidates.read(blank).images == [None, None]
+    assert formats.read_candidates(blank).images == [None, None]
 
 
 # ---------------------------------------------------------------- GeoJSON
@@ -114,28 +115,72 @@ def test_csv_names_of_images_lose_their_blanks(tmp_path):
 )
 def test_geojson_in_every_wrapping(wrap, tmp_path):
     features = [feature(point(10, 20), id="a"), feature(point(30, 40), id="b")]
-    found = candidates.read(saved(tmp_path / "in.geojson", wrap(features)))
+    found = formats.read_candidates(saved(tmp_path / "in.geojson", wrap(features)))
     n = len(found)
     assert found.x.tolist() == [10, 30][:n] and found.y.tolist() == [20, 40][:n]
     written = json.loads(scored(found.path, tmp_path / "out.geojson", [0.9, 0.1][:n]).read_text())
     assert written["type"] == "FeatureCollection" and ("kept" in written) == (
-        "kept" in found.content[0]
+        "kept" in found.content
     )
     assert [f["properties"]["classification"]["name"] for f in written["features"]] == NAMES[::-1][
         :n
     ]
 
 
-def test_geojson_shapes_have_their_middle(tmp_path):
-    ring = [[0, 0], [10, 0], [10, 30], [0, 30], [0, 0]]
-    shapes = [
-        {"type": "Polygon", "coordinates": [ring]},
-        {"type": "MultiPolygon", "coordinates": [[ring], [[[20, 0]]]]},
-        {"type": "LineString", "coordinates": [[1, 2], [3, 4]]},
-        {"type": "Point", "coordinates": [5, 6, 0]},
+def outline(left, top, right, bottom):
+    ring = [[left, top], [right, top], [right, bottom], [left, bottom], [left, top]]
+    return {"type": "Polygon", "coordinates": [ring]}
+
+
+def test_geojson_outlines_have_their_middle_and_regions_are_no_cells(tmp_path):
+    """Lines, MultiPolygons, tiles and large shapes are counted by class and written back as they
+    were."""
+    cells = [
+        feature(outline(0, 0, 10, 30)),
+        feature({"type": "Point", "coordinates": [5, 6, 0]}, properties={"classification": "x"}),
     ]
-    found = candidates.read(saved(tmp_path / "in.json", [feature(shape) for shape in shapes]))
-    assert list(zip(found.x, found.y)) == [(5, 15), (10, 15), (2, 3), (5, 6)]
+    regions = [
+        feature(
+            {"type": "MultiPolygon", "coordinates": [outline(0, 0, 9, 9)["coordinates"]]},
+            properties={"classification": {"name": "Tumor"}},
+        ),
+        feature({"type": "LineString", "coordinates": [[1, 2], [3, 4]]}),
+        feature(outline(0, 0, 400, 30), properties={"classification": {"name": "Tumor"}}),
+        feature(outline(0, 0, 40, 40), properties={"classification": {"name": "Region*"}}),
+        feature(outline(0, 0, 40, 40), properties={"objectType": "tile"}),
+        feature(None, properties={"classification": {"name": "Tumor"}}),
+    ]
+    given = saved(tmp_path / "in.json", cells + regions)
+    found = formats.read_candidates(given)
+    assert list(zip(found.x, found.y)) == [(5, 15), (5, 6)]
+    notes = " ".join(found.notes)
+    assert "5 shapes are left out" in notes and "1 records without a valid place" in notes
+    assert "Tumor 2" in notes and "unclassified 2" in notes and "Region* 1" in notes
+    written = json.loads(scored(given, tmp_path / "out.json", [0.9, 0.1]).read_text())["features"]
+    assert written[2:] == regions
+    assert [f["properties"]["classification"]["name"] for f in written[:2]] == NAMES[::-1]
+
+
+def test_geojson_children_are_read_and_written_in_their_place(tmp_path):
+    """A hierarchy export: cells in properties.childObjects, at any depth."""
+    cell = feature(point(30, 40), id="c")
+    inner = feature(outline(0, 0, 20, 20), id="b", properties={"childObjects": [cell]})
+    points = feature({"type": "MultiPoint", "coordinates": [[1, 2], [3, 4]]}, id="d")
+    properties = {"objectType": "annotation", "childObjects": [inner, points]}
+    roi = feature(outline(0, 0, 1000, 1000), id="a", properties=properties)
+    given = saved(tmp_path / "in.geojson", {"type": "FeatureCollection", "features": [roi]})
+    found = formats.read_candidates(given)
+    assert sorted(zip(found.x, found.y)) == [(1, 2), (3, 4), (10, 10), (30, 40)]
+    probability = [x / 100 for x in found.x]
+    out = scored(given, tmp_path / "out.geojson", probability)
+    (written,) = json.loads(out.read_text())["features"]
+    assert written["id"] == "a" and "classification" not in written["properties"]
+    inner, *points = written["properties"]["childObjects"]
+    (cell,) = inner["properties"]["childObjects"]
+    key = "probability of mitotic figure"
+    scores = [one["properties"]["measurements"][key] for one in (inner, cell, *points)]
+    assert scores == [0.1, 0.3, 0.01, 0.03]
+    assert [one["geometry"]["coordinates"] for one in points] == [[1, 2], [3, 4]]
 
 
 def test_qupath_measurements_old_and_new(tmp_path):
@@ -182,13 +227,14 @@ def database(path, classes=("mitotic figure", "hard negative"), deleted=True):
     connection = sqlite3.connect(path)
     connection.executescript(f"""
         CREATE TABLE Slides (uid INTEGER PRIMARY KEY, filename TEXT);
-        CREATE TABLE Annotations (uid INTEGER PRIMARY KEY, slide INTEGER, agreedClass INTEGER
-                                  {", deleted INTEGER" if deleted else ""});
+        CREATE TABLE Annotations (uid INTEGER PRIMARY KEY, slide INTEGER, type INTEGER,
+                                  agreedClass INTEGER {", deleted INTEGER" if deleted else ""});
         CREATE TABLE Annotations_coordinates (coordinateX REAL, coordinateY REAL, annoId INTEGER);
         CREATE TABLE Classes (uid INTEGER PRIMARY KEY, name TEXT);
         INSERT INTO Slides VALUES (7, 'a.svs');
-        INSERT INTO Annotations (uid, slide, agreedClass) VALUES (3, 7, 5), (4, 7, 5);
-        INSERT INTO Annotations_coordinates VALUES (10, 20, 3), (30, 60, 3), (5, 5, 4);""")
+        INSERT INTO Annotations (uid, slide, type, agreedClass) VALUES (3, 7, 1, 5), (4, 7, 4, 5);
+        INSERT INTO Annotations (uid, slide, type, agreedClass) VALUES (5, 7, 2, 6), (6, 7, 3, 6);
+        INSERT INTO Annotations_coordinates VALUES (20, 40, 3), (5, 5, 4), (1, 1, 5), (9, 9, 5);""")
     connection.executemany("INSERT INTO Classes VALUES (?, ?)", enumerate(classes, start=5))
     connection.commit()
     return connection
@@ -201,8 +247,9 @@ def test_sqlite_with_and_without_deletions(deleted, tmp_path):
         connection.execute("UPDATE Annotations SET deleted = 1 WHERE uid = 4")
         connection.commit()
     connection.close()
-    found = candidates.read(tmp_path / "in.sqlite")
+    found = formats.read_candidates(tmp_path / "in.sqlite")
     assert found.ids == (["3"] if deleted else ["3", "4"]) and (found.x[0], found.y[0]) == (20, 40)
+    assert "2 shapes are left out" in found.notes[0] and "hard negative 2" in found.notes[0]
 
 
 def test_sqlite_that_another_program_has_open(tmp_path):
@@ -211,7 +258,9 @@ def test_sqlite_that_another_program_has_open(tmp_path):
     """
     connection = database(tmp_path / "in.sqlite")
     connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("INSERT INTO Annotations (uid, slide, agreedClass) VALUES (8, 7, 5)")
+    connection.execute(
+        "INSERT INTO Annotations (uid, slide, type, agreedClass) VALUES (8, 7, 1, 5)"
+    )
     connection.execute("INSERT INTO Annotations_coordinates VALUES (1, 2, 8)")
     connection.commit()
     assert (tmp_path / "in.sqlite-wal").stat().st_size > 0
@@ -233,7 +282,7 @@ def test_relabel_needs_both_classes_in_the_database(tmp_path):
     database(tmp_path / "named.sqlite", classes=("Mitosis", "not mitotic figure")).close()
     out = scored(tmp_path / "named.sqlite", tmp_path / "out.sqlite", [0.9, 0.1], relabel=True)
     assert sqlite3.connect(out).execute(
-        "SELECT agreedClass FROM Annotations ORDER BY uid"
+        "SELECT agreedClass FROM Annotations WHERE type IN (1, 4) ORDER BY uid"
     ).fetchall() == [(5,), (6,)]
 
 
@@ -242,15 +291,15 @@ def test_a_database_without_classes_is_refused_when_it_is_read(tmp_path):
     connection.execute("DROP TABLE Classes")
     connection.commit()
     connection.close()
-    with pytest.raises(UserError, match="no such table: Classes"):
-        candidates.read(tmp_path / "in.sqlite")
+    with pytest.raises(UserError, match="lacks the table classes"):
+        formats.read_candidates(tmp_path / "in.sqlite")
 
 
 # ---------------------------------------------------------------- the challenge's JSON
 
 
 def test_challenge_is_in_millimetres(tmp_path):
-    content = candidates.challenge([4000.0], [8000.0], [0.75], 0.5, mpp=0.25)
+    content = challenge.content_of([4000.0], [8000.0], [0.75], 0.5, mpp=0.25)
     assert content["points"] == [
         {"name": "mitotic figure", "point": [1.0, 2.0, 0], "probability": 0.75}
     ]
@@ -274,43 +323,47 @@ IMAGE = {"id": 1, "file_name": "a"}
         ("a.json", "{not json", "a.json"),
         ("a.json", {"type": "other"}, "neither MIDOG's JSON"),
         ("a.json", {"images": [IMAGE], "annotations": [{**BOX, "bbox": [9, 9, 3, 4]}]}, "COCO"),
-        ("a.json", {"images": [IMAGE], "annotations": [{**BOX, "bbox": "wrong"}]}, "no bbox"),
-        ("a.json", {"images": [IMAGE], "annotations": [{**BOX, "image_id": 2}]}, "not in the list"),
-        ("a.json", {"images": [{"id": 1}], "annotations": [BOX]}, "not MIDOG's JSON"),
+        ("a.json", {"images": [IMAGE], "annotations": [{**BOX, "bbox": "wrong"}]}, "bbox must be"),
+        (
+            "a.json",
+            {"images": [IMAGE], "annotations": [{**BOX, "image_id": 2}]},
+            "not among the images",
+        ),
+        ("a.json", {"images": [{"id": 1}], "annotations": [BOX]}, "image 1: the image's name"),
         (
             "a.json",
             {"images": [IMAGE], "annotations": [{**BOX, "bbox": [1, 2, 3, math.inf]}]},
-            "has no place",
+            "no position",
         ),
         ("a.json", {"type": "Multiple points", "points": [{"where": [1, 2]}]}, "MIDOG challenge"),
-        ("a.geojson", [feature([])], "no coordinates"),
-        ("a.geojson", [feature([1, 2])], "geometry of feature 0"),
+        ("a.geojson", [feature([])], "no geometry"),
+        ("a.geojson", [feature([1, 2])], "has no geometry"),
         ("a.geojson", [feature({"type": "MultiPoint", "coordinates": 5})], "no coordinates"),
-        ("a.geojson", [feature(point(1, 2), properties="wrong")], "properties of feature 0"),
+        ("a.geojson", [feature(point(1, 2), properties="wrong")], "properties are no object"),
         (
             "a.geojson",
             [feature(point(1, 2), properties={"measurements": "wrong"})],
-            "measurements of feature 0",
+            "measurements are no object",
         ),
         (
             "a.geojson",
             [feature(point(1, 2), properties={"metadata": "wrong"})],
-            "metadata of feature 0",
+            "metadata are no object",
         ),
-        ("a.csv", "filename,x,y\na.png,1,2\n ,3,4\n", "row 2: the filename is blank"),
-        ("a.geojson", [feature(None)], "no coordinates"),
-        ("a.geojson", [feature(point("1", 2))], "no coordinates"),
+        ("a.csv", "filename,x,y\na.png,1,2\n ,3,4\n", "line 3: the image's name is empty"),
+        ("a.geojson", [feature(None)], "no geometry"),
+        ("a.geojson", [feature(point("x", 2))], "a number is needed"),
         ("a.csv", "a,b\n1,2\n", "columns x and y"),
-        ("a.csv", "x,y\n1\n", "row 1"),
-        ("a.csv", "x,y\n1,\n", "has no place"),
-        ("a.csv", "x,y\nnan,1\n", "has no place"),
-        ("a.csv", "", "columns x and y"),
+        ("a.csv", "x,y\n1\n", "line 2: 1 fields"),
+        ("a.csv", "x,y\n1,\n", "line 2: y is"),
+        ("a.csv", "x,y\nnan,1\n", "line 2: x is nan"),
+        ("a.csv", "", "the file is empty"),
         ("a.sqlite", "SQLite format 3\0 and then nothing", "SlideRunner"),
     ],
 )
 def test_what_is_no_candidate_is_refused_in_one_line(name, content, message, tmp_path):
     with pytest.raises(UserError, match=message) as error:
-        candidates.read(saved(tmp_path / name, content))
+        formats.read_candidates(saved(tmp_path / name, content))
     assert "\n" not in str(error.value) and str(tmp_path / name) in str(error.value)
 
 
@@ -322,7 +375,7 @@ def test_an_empty_file_of_candidates_is_one(tmp_path):
         ("b.csv", "x,y\n"),
         ("c.geojson", {"type": "FeatureCollection", "features": []}),
     ):
-        found = candidates.read(saved(tmp_path / name, content))
+        found = formats.read_candidates(saved(tmp_path / name, content))
         assert len(found) == 0 and len(found.x) == 0
         scored(found.path, tmp_path / f"out-{name}", [])
     assert json.loads((tmp_path / "out-a.json").read_text()) == empty

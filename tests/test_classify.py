@@ -23,8 +23,7 @@ import classify
 import common
 import data
 from classify import Classifier
-from dataset import candidates as formats
-from dataset import slides
+from dataset import formats, slides
 from dataset.patches import Patches
 from onnx_model import session
 
@@ -113,7 +112,9 @@ def midog(path, points=POINTS, images=("a.tiff",)):
 
 
 def challenge(path):
-    path.write_text(json.dumps(formats.challenge(*np.array(POINTS).T, [0.5] * 4, 0.4, 0.25)))
+    path.write_text(
+        json.dumps(formats.challenge.content_of(*np.array(POINTS).T, [0.5] * 4, 0.4, 0.25))
+    )
     return path
 
 
@@ -164,15 +165,14 @@ def sqlite(path):
         INSERT INTO Classes VALUES (1, 'mitotic figure'), (2, 'not mitotic figure');
         INSERT INTO Slides VALUES (1, 'a.tiff', 640, 500, 'x');
         INSERT INTO Annotations VALUES (9, 1, 1, 1, 1);
-        INSERT INTO Annotations_coordinates VALUES (900, 5, 5, 1, 9, 1)""")
+        INSERT INTO Annotations_coordinates VALUES (900, 5, 5, 1, 9, 1);
+        INSERT INTO Annotations VALUES (8, 1, 2, 1, 0);
+        INSERT INTO Annotations_coordinates VALUES (800, 5, 5, 1, 8, 1), (801, 45, 45, 1, 8, 2)""")
     for i, (x, y) in enumerate(POINTS, start=1):
-        area = i == 3
-        database.execute("INSERT INTO Annotations VALUES (?, 1, ?, 2, 0)", (i, 2 if area else 1))
-        for j, d in enumerate((-20, 20) if area else (0,)):
-            database.execute(
-                "INSERT INTO Annotations_coordinates VALUES (?, ?, ?, 1, ?, ?)",
-                (10 * i + j, x + d, y + d, i, j),
-            )
+        database.execute("INSERT INTO Annotations VALUES (?, 1, 1, 2, 0)", (i,))
+        database.execute(
+            "INSERT INTO Annotations_coordinates VALUES (?, ?, ?, 1, ?, 1)", (10 * i, x, y, i)
+        )
     database.commit()
     database.close()
     return path
@@ -190,7 +190,7 @@ def read_scores(kind, path):
         rows = database.execute(
             "SELECT probability, class FROM Predictions ORDER BY annoId"
         ).fetchall()
-        assert database.execute("SELECT count(*) FROM Annotations").fetchone() == (5,)
+        assert database.execute("SELECT count(*) FROM Annotations").fetchone() == (6,)
         database.close()
         return [row[0] for row in rows], [row[1] for row in rows]
     content = json.loads(Path(path).read_text())
@@ -255,7 +255,7 @@ def test_command_scores_every_format(kind, tiny, tmp_path):
     assert given.read_bytes() == before and sorted(p.name for p in tmp_path.iterdir()) == sorted(
         [given.name, out.name]
     )
-    again = formats.read(out)  # what was written can be read again, and scored again
+    again = formats.read_candidates(out)  # what was written can be read again, and scored again
     assert len(again) == 4
 
 
@@ -274,7 +274,7 @@ def test_the_input_is_never_written_to(kind, tiny, tmp_path):
 
 def test_relabel(tiny, tmp_path):
     folder, expected = tiny
-    found = formats.read(midog(tmp_path / "in.json"))
+    found = formats.read_candidates(midog(tmp_path / "in.json"))
     formats.write(
         found,
         tmp_path / "out.json",
@@ -285,7 +285,7 @@ def test_relabel(tiny, tmp_path):
     )
     written = json.loads((tmp_path / "out.json").read_text())["annotations"]
     assert [a["category_id"] for a in written] == [1 if p >= 0.5 else 2 for p in expected]
-    found = formats.read(sqlite(tmp_path / "in.sqlite"))
+    found = formats.read_candidates(sqlite(tmp_path / "in.sqlite"))
     formats.write(
         found,
         tmp_path / "out.sqlite",
@@ -296,7 +296,7 @@ def test_relabel(tiny, tmp_path):
     )
     rows = (
         sqlite3.connect(tmp_path / "out.sqlite")
-        .execute("SELECT agreedClass FROM Annotations WHERE deleted = 0 ORDER BY uid")
+        .execute("SELECT agreedClass FROM Annotations WHERE deleted = 0 AND type = 1 ORDER BY uid")
         .fetchall()
     )
     assert [row[0] for row in rows] == [1 if p >= 0.5 else 2 for p in expected]
@@ -359,12 +359,12 @@ def test_mistakes_are_one_line(tiny, tmp_path):
         ("{", "not a readable JSON"),
         ("[1]", "neither MIDOG"),
         ('{"type": "Multiple points"}', "points"),
-        ('{"images": [], "annotations": [{"id": 1}]}', "no bbox"),
+        ('{"images": [], "annotations": [{"id": 1}]}', "among the images"),
         (
             '{"images": [{"id": 1, "file_name": "a.tiff"}], "annotations": [{"id": 1, "image_id": '
             "1, "
             '"bbox": [100, 100, 50, 50]}]}',
-            "corners",
+            "upper left",
         ),
     ):
         (tmp_path / "bad.json").write_text(text)
@@ -373,8 +373,8 @@ def test_mistakes_are_one_line(tiny, tmp_path):
         )
     for text, message in (
         ("a,b\n1,2\n", "columns x and y"),
-        ("x,y\n1\n", "row 1"),
-        ("x,y\n1,nan\n", "no place"),
+        ("x,y\n1\n", "line 2: 1 fields"),
+        ("x,y\n1,nan\n", "no position"),
     ):
         (tmp_path / "bad.csv").write_text(text)
         assert message in failure(
@@ -485,9 +485,12 @@ def test_names_cannot_leave_the_folder(tiny, tmp_path):
     folder, _ = tiny
     (tmp_path / "inner").mkdir()
     shutil.copy(folder / "a.tiff", tmp_path / "secret.tiff")
-    found = formats.read(midog(tmp_path / "in.json", images=("../secret.tiff",)))
-    paths, missing = classify.find_images(found, tmp_path / "inner")
-    assert missing and all(tmp_path / "inner" == path.parent for path in missing)
+    with pytest.raises(common.UserError, match="leads out"):
+        formats.read_candidates(midog(tmp_path / "in.json", images=("../secret.tiff",)))
+    for name in ("/secret.tiff", "C:\\secret.tiff", str(tmp_path / "secret.tiff")):
+        found = formats.read_candidates(midog(tmp_path / "in.json", images=(name,)))
+        paths, missing = classify.find_images(found, tmp_path / "inner")
+        assert missing and all(tmp_path / "inner" == path.parent for path in missing)
 
 
 @pytest.mark.parametrize("kind", MAKERS)

@@ -17,7 +17,7 @@ from small import call
 import data
 import evaluate
 from common import UserError
-from dataset import candidates as formats
+from dataset import formats
 from reporting import detection
 
 # ---------------------------------------------------------------- the matching
@@ -346,7 +346,7 @@ def one_image(dataset, name="one.tiff"):
 
 def test_the_challenges_millimetres_are_those_of_the_image(dataset, tmp_path):
     own = [row for row in SCORED if row[0] == "one.tiff"]
-    content = formats.challenge(
+    content = formats.challenge.content_of(
         [r[1] for r in own], [r[2] for r in own], [r[3] for r in own], 0.5, 0.25
     )
     (tmp_path / "points.json").write_text(json.dumps(content))
@@ -374,7 +374,9 @@ def test_a_file_that_names_no_image_belongs_to_the_only_one(dataset, tmp_path):
 
 
 def test_a_detector_that_found_nothing_misses_everything(dataset, tmp_path):
-    (tmp_path / "points.json").write_text(json.dumps(formats.challenge([], [], [], 0.5, 0.25)))
+    (tmp_path / "points.json").write_text(
+        json.dumps(formats.challenge.content_of([], [], [], 0.5, 0.25))
+    )
     assert counted(detection.report(tmp_path / "points.json", one_image(dataset)), 0.5) == {
         "all": (1, 0, 0, 2, 0, 0, 2)
     }

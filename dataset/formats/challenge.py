@@ -1,0 +1,77 @@
+"""The MIDOG challenge's JSON, which its detectors write: "Multiple points" in millimetres.
+
+Each point has a name and a probability, which scoring replaces; the file names no image."""
+
+from common import UserError
+from dataset.formats import files
+from dataset.formats.cells import Table, canonical
+
+NAMES = ("non-mitotic figure", "mitotic figure")  # the challenge's own, by label
+
+
+def recognises(source):
+    return (
+        source.suffix == ".json"
+        and isinstance(source.json, dict)
+        and source.json.get("type") == "Multiple points"
+    )
+
+
+def read(source):
+    path, content = source.path, source.json
+    table = Table("challenge", path, unit="mm", content=content)
+    table.no_training = (
+        f"{path}: a detector's points in millimetres, without the image's name; training needs "
+        "px, as MIDOG JSON or CSV"
+    )
+    points = content.get("points")
+    if not isinstance(points, list):
+        raise UserError(f"{path}: not a list of points as in the MIDOG challenge")
+    for i, record in enumerate(points):
+        position = record.get("point") if isinstance(record, dict) else None
+        if not isinstance(position, list) or len(position) < 2:
+            raise UserError(f"{path}, point {i + 1}: not a point as in the MIDOG challenge")
+        name = record.get("name")
+        category = canonical(name) if isinstance(name, str) else None
+        if category is not None:
+            table.names[category] = name
+        table.add(
+            f"{path}, point {i + 1}",
+            position[0],
+            position[1],
+            title=i + 1,
+            category=category,
+            place=i,
+            probability=record.get("probability"),
+        )
+    return table
+
+
+def write(table, path, scores, names, categories):
+    """The file with the new probabilities, and the challenge's own two names by class."""
+    content = dict(table.content)
+    points = content["points"] = [dict(point) for point in content["points"]]
+    for place, score in zip(table.places, scores):
+        if score is not None:
+            probability, label = score
+            points[place].update(probability=probability, name=NAMES[label])
+    files.write_json(path, content)
+
+
+def content_of(x, y, probability, threshold, mpp):
+    """Points in level-0 px → the content of a challenge file: all of them, named by threshold."""
+    points = []
+    for a, b, p in zip(x, y, probability):
+        points.append(
+            {
+                "name": NAMES[int(p >= threshold)],
+                "point": [float(a) * mpp / 1000, float(b) * mpp / 1000, 0],
+                "probability": float(p),
+            }
+        )
+    return {
+        "name": "Points of interest",
+        "type": "Multiple points",
+        "points": points,
+        "version": {"major": 1, "minor": 0},
+    }

@@ -1,0 +1,508 @@
+"""CSV of points (filename, x, y, label) or of ready-made patches (path, label), with case and
+domain if present; candidates need x and y alone.
+
+Commas, semicolons (then also decimal commas) and tabs; Excel's "sep=;" line; UTF-8, UTF-16 and
+Windows-1252. x, y with width and height, or two corners, are boxes. Scores go into the columns
+probability and class."""
+
+import codecs
+import csv
+import io
+import re
+
+from common import UserError
+from dataset.formats import files
+from dataset.formats.cells import (
+    IMAGE_SUFFIXES,
+    MITOTIC,
+    OTHER,
+    Table,
+    canonical,
+    categories_of,
+    class_labels,
+    image_name,
+    number,
+    plain,
+    short,
+    shown,
+    text,
+)
+
+# What a column means → its headers, as `_header` writes them; the first that is present counts.
+COLUMNS = {
+    "path": ("path", "patch", "patch_path"),
+    "filename": (
+        "filename",
+        "file_name",
+        "image",
+        "image_name",
+        "file",
+        "img",
+        "img_name",
+        "file_path",
+        "filepath",
+        "image_path",
+        "image_file",
+        "slide_name",
+        "slide_path",
+        "slide_file",
+        "wsi",
+    ),
+    "x": ("x", "x_px", "centroid_x_px"),
+    "y": ("y", "y_px", "centroid_y_px"),
+    "label": ("label", "class"),
+    "case": ("case", "case_id", "patient", "patient_id", "slide"),
+    "domain": ("domain", "tumortype", "tumor_type", "tumourtype", "tumour_type"),
+    "id": ("id",),
+}
+# Headers that name the image of a point if no column of "filename" does.
+IMAGE_INSTEAD = ("slide", "slide_id", "image_id", "wsi_id")
+SIZES = (("width", "height"), ("w", "h"))  # beside x, y: the box's upper left corner
+CORNERS = (("xmin", "ymin", "xmax", "ymax"), ("x1", "y1", "x2", "y2"))
+IMAGE_WORDS = {"image", "img", "file", "filename", "slide", "wsi", "scan", "picture", "bild"}
+UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+MICRONS = re.compile(r"µm|μm|microns?\b|micromet|\bum\b|_um\b|\bmm\b|_mm\b|millimet", re.IGNORECASE)
+# The header of the benchmark's files; those of MIDOG++ say 1 (mitotic figure) and 2 (hard
+# negative).
+BENCHMARK_HEADER = {"x", "y", "label", "filename", "slide", "split", "tumortype"}
+
+
+def recognises(source):
+    if source.suffix in (".csv", ".tsv", ".txt"):
+        return True
+    try:
+        header = re.split(r"[,;\t]", source.text[:10_000].lstrip().split("\n", 1)[0])
+    except UserError:
+        return False
+    return {"x", "y"} <= {_header(name) for name in header}
+
+
+def parse_columns(text):
+    """ "path=dataset_uid,case=slide,label=final_label" → {"path": "dataset_uid", ...}."""
+    columns = {}
+    for part in text.split(","):
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or key not in COLUMNS or not value or key in columns:
+            raise UserError(
+                f"--columns {text}: write path=FILE_COLUMN,case=CASE_COLUMN,label=LABEL_COLUMN; "
+                f"the names on the left are {', '.join(COLUMNS)}, each at most once"
+            )
+        columns[key] = value
+    return columns
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read(source, columns=None):
+    """columns: {"path": "dataset_uid", ...}, see `parse_columns`."""
+    path = source.path
+    content, note = _decoded(source)
+    rows, lines, delimiter, first = _rows(path, content, columns or {})
+    header = [name.strip() for name in rows[first]]
+    column = _find_columns(path, header, columns or {})
+    table = Table("csv", path, content=(rows, delimiter, first, column))
+    if note:
+        table.notes.append(note)
+    if "path" in column and "x" in column:
+        # Candidates are points; training asks the user.
+        name = header[column["path"]]
+        table.no_training = (
+            f"{path}: has path, x and y: say --columns filename={name} if the rows are points in "
+            f"images, --columns path={name} if each file is a patch"
+        )
+        column["filename"] = column.pop("path")
+    if "path" in column:
+        table.kind = "patches"
+    else:
+        _check_columns(table, header, column, rows[first + 1 :])
+    _read_rows(table, header, column, lines)
+    _drop_repeated_patches(table)
+    table.names = {category: category for category in table.categories}
+    return table
+
+
+def _decoded(source):
+    """(text, note): UTF-8, UTF-16 with its mark, else Windows-1252."""
+    try:
+        return source.text, None
+    except UserError:
+        # Characters that are right in UTF-8 beside bytes that are not: a damaged file.
+        partly = source.bytes.decode("utf-8", "ignore")
+        if source.bytes.startswith(UTF16_MARKS) or not partly.isascii():
+            raise
+    try:
+        return source.bytes.decode("cp1252"), "not in UTF-8: read as Windows-1252"
+    except UnicodeDecodeError:
+        raise UserError(f"{source.path}: not a text file in UTF-8 or Windows-1252") from None
+
+
+def _rows(path, content, chosen):
+    """(all rows, the line in which each ends, delimiter, index of the header's row)."""
+    first = content.lstrip("\r\n").split("\n", 1)[0]
+    stated = re.fullmatch(r'"?sep=(.)"?\s*', first, re.IGNORECASE)
+    if stated:
+        delimiters = [stated[1]]
+    else:
+        delimiters = sorted(",;\t", key=first.count, reverse=True)
+    # The header may hold other delimiters too: the first one that gives the needed columns counts.
+    problem = None
+    for delimiter in delimiters:
+        rows, lines = _parsed(path, content, delimiter)
+        filled = [i for i, row in enumerate(rows) if row]
+        if stated:
+            filled = filled[1:]
+        if not filled:
+            raise UserError(f"{path}: the file is empty")
+        first = filled[0]
+        try:
+            _find_columns(path, [name.strip() for name in rows[first]], chosen)
+        except UserError as error:
+            problem = problem or error
+            continue
+        return rows, lines, delimiter, first
+    raise problem
+
+
+def _parsed(path, content, delimiter):
+    reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
+    rows, lines = [], []
+    try:
+        for row in reader:
+            rows.append(row)
+            lines.append(reader.line_num)
+    except csv.Error as error:
+        raise UserError(
+            f"{path}, line {reader.line_num}: not a readable CSV file ({files.one_line(error)})"
+        ) from None
+    return rows, lines
+
+
+def _header(name):
+    return re.sub(r"[\s_-]+", "_", name.strip().lower())
+
+
+def _find_columns(path, header, chosen):
+    """{"x": index of its column, …}: as chosen by the user, else by the usual names. Boxes have
+    "width" and "height", or "right" and "bottom", beside "x" and "y"."""
+    lower = [_header(name) for name in header]
+    column = {key: _chosen_column(path, header, key, name) for key, name in chosen.items()}
+    if "path" in column and "filename" in column:
+        raise UserError(
+            "--columns: path (ready-made patches) and filename (points in an image) exclude each "
+            "other"
+        )
+    for key, names in COLUMNS.items():
+        if key in column or (key == "filename" and "path" in column):
+            continue
+        if key == "path" and "filename" in column:
+            continue
+        for name in names:
+            index = _index(path, lower, name)
+            if index is not None and index not in column.values():
+                column[key] = index
+                break
+    if "path" in chosen:
+        column.pop("x", None)
+        column.pop("y", None)
+    _find_boxes(lower, column)
+    if "path" in column and ("x" not in column or "y" not in column):
+        column.pop("x", None)
+        column.pop("y", None)
+        if "label" not in column:
+            raise _missing(path, header, ["label"])
+        return column
+    missing = [key for key in ("x", "y") if key not in column]
+    if missing:
+        if "path" not in column and "filename" not in column:
+            missing.insert(0, "filename")
+        raise _missing(path, header, missing)
+    if "path" not in column and "filename" not in column:
+        for name in IMAGE_INSTEAD:
+            index = _index(path, lower, name)
+            if index is not None:
+                column["filename"] = index
+                if column.get("case") == index:
+                    del column["case"]
+                break
+    return column
+
+
+def _missing(path, header, keys):
+    return UserError(
+        f"{path}: no column for {', '.join(keys)} in its header ({shown(', '.join(header))}); "
+        "points need filename,x,y,label, patches path,label, candidates at least the columns x and "
+        "y; name other columns with --columns"
+    )
+
+
+def _chosen_column(path, header, key, name):
+    matches = [i for i, title in enumerate(header) if title == name]
+    if not matches:
+        matches = [i for i, title in enumerate(header) if title.lower() == name.lower()]
+    if len(matches) != 1:
+        count = "more than one" if matches else "no"
+        raise UserError(
+            f"{path}: the header has {count} column {name!r} (--columns {key}={name}); it has "
+            f"{shown(', '.join(header))}"
+        )
+    return matches[0]
+
+
+def _index(path, lower, name):
+    """Index of the column of that name, None if there is none."""
+    if lower.count(name) > 1:
+        raise UserError(
+            f"{path}: the column {name!r} occurs twice in the header; choose with --columns"
+        )
+    return lower.index(name) if name in lower else None
+
+
+def _find_boxes(lower, column):
+    """Add the other two columns if x and y belong to a box."""
+    if "x" in column and "y" in column:
+        for width, height in SIZES:
+            if width in lower and height in lower:
+                column["width"], column["height"] = lower.index(width), lower.index(height)
+                return
+        return
+    for names in CORNERS:
+        if set(names) <= set(lower):
+            for key, name in zip(("x", "y", "right", "bottom"), names):
+                column[key] = lower.index(name)
+            return
+
+
+def _check_columns(table, header, column, rows):
+    """UserError for columns of points that cannot be meant as they stand."""
+    for key in ("x", "y"):
+        name = header[column[key]]
+        if MICRONS.search(name):
+            raise UserError(
+                f"{table.path}: the column {shown(name)} is in µm or mm; px at full resolution are "
+                "needed (divide by the image's µm/px)"
+            )
+    if "filename" not in column:
+        _check_no_image_column(table, header, column, rows)
+        table.no_training = str(_missing(table.path, header, ["filename"]))
+    elif "label" not in column and table.no_training is None:
+        table.no_training = str(_missing(table.path, header, ["label"]))
+
+
+def _check_no_image_column(table, header, column, rows):
+    """UserError if a column that is not understood seems to name the images: without it, cells of
+    other images would be read from the wrong one."""
+    for i, name in enumerate(header):
+        if i in column.values():
+            continue
+        values = {row[i].strip() for row in rows if len(row) > i} - {""}
+        if not values or all(re.fullmatch(r"[-+.,\deE]+", value) for value in values):
+            continue
+        files_alone = all(value.lower().endswith(IMAGE_SUFFIXES) for value in values)
+        if files_alone or IMAGE_WORDS & set(_header(name).split("_")):
+            raise UserError(
+                f"{table.path}: the column {shown(name)} seems to name the images, but not by a "
+                "known header; call it filename"
+            )
+
+
+def _read_rows(table, header, column, lines):
+    rows, delimiter, first, _ = table.content
+    start = first + 1
+    numeric = [key for key in ("x", "y", "width", "height", "right", "bottom") if key in column]
+    if delimiter != ",":
+        _check_thousands(table, column, rows[start:])
+    names = {}  # text of an image's name → checked name, which many rows share
+    blank = []
+    for i in range(start, len(rows)):
+        row, where = rows[i], f"{table.path}, line {lines[i]}"
+        if not any(cell.strip() for cell in row):
+            continue
+        if len(row) != len(header):
+            raise UserError(f"{where}: {len(row)} fields, but the header has {len(header)}")
+        value = {key: row[index].strip() for key, index in column.items()}
+        cell = {"title": f"line {lines[i]}", "place": i}
+        for key in ("case", "domain", "id"):
+            if key in value:
+                cell[key] = _optional(table, where, value[key], key)
+        image = value.get("path", value.get("filename"))
+        if image:
+            if image not in names:
+                names[image] = image_name(where, image)
+            cell["image"] = names[image]
+            table.sizes.setdefault(names[image], None)
+        else:
+            blank.append(where)
+        if "label" in value:
+            cell["category"] = canonical(text(where, value["label"], "the label"))
+        if table.kind == "patches":
+            table.add_patch(**cell)
+            continue
+        numbers = {key: _number(where, value[key], key, delimiter) for key in numeric}
+        cell["extent"] = _centre(where, numbers)
+        cell["probability"] = _given_probability(header, row)
+        table.add(where, numbers["x"], numbers["y"], **cell)
+    if blank and ("path" in column or len(blank) < len(table)):
+        raise UserError(f"{blank[0]}: the image's name is empty")
+    if blank:  # a column that is all blank says nothing
+        table.no_training = f"{blank[0]}: the image's name is empty"
+
+
+def _optional(table, where, value, key):
+    """A case, domain or id. Candidates need none: a wrong one stops training only."""
+    try:
+        return text(where, value, f"the {key}")
+    except UserError as error:
+        table.no_training = table.no_training or str(error)
+        return None
+
+
+def _given_probability(header, row):
+    for name, value in zip(header, row):
+        if name.lower() == "probability":
+            return value
+    return None
+
+
+def _number(where, value, what, delimiter):
+    """A coordinate; with another delimiter than the comma, "369,5" is 369.5."""
+    if delimiter != "," and re.fullmatch(r"[+-]?\d+,\d+", value):
+        value = value.replace(",", ".")
+    return number(where, value, what)
+
+
+def _centre(where, numbers):
+    """Turn the corner of a box in `numbers` into its centre → the longer side, 0 of a point."""
+    if "width" in numbers:
+        width, height = numbers["width"], numbers["height"]
+    elif "right" in numbers:
+        width, height = numbers["right"] - numbers["x"], numbers["bottom"] - numbers["y"]
+    else:
+        return 0.0
+    if width < 0 or height < 0:
+        raise UserError(f"{where}: the box has a negative size")
+    numbers["x"] += width / 2
+    numbers["y"] += height / 2
+    return max(width, height)
+
+
+def _check_thousands(table, column, rows):
+    """UserError if all coordinates look like 1.369 for 1,369, as spreadsheets with decimal commas
+    write them."""
+    grouped = 0
+    for row in rows:
+        for key in ("x", "y"):
+            value = row[column[key]].strip() if len(row) > column.get(key, len(row)) else ""
+            if re.fullmatch(r"[1-9]\d{0,2}([.,])\d{3}(\1\d{3})*", value):
+                grouped += 1
+            elif value and not re.fullmatch(r"\d{1,3}", value):
+                return
+    if grouped:
+        raise UserError(
+            f"{table.path}: coordinates such as 1.369 may be 1369 or 1.369 px; write them without "
+            "a thousands separator"
+        )
+
+
+def _drop_repeated_patches(table):
+    """List each patch once. UserError if two rows of one patch differ."""
+    if table.kind != "patches":
+        return
+    rows, repeated, seen = [], 0, {}
+    for i, image in enumerate(table.images):
+        facts = table.categories[i], table.cases[i], table.domains[i]
+        if image not in seen:
+            rows.append(i)
+        elif seen[image] != facts:
+            raise UserError(
+                f"{table.path}: {image} occurs twice, with another label, case or domain"
+            )
+        else:
+            repeated += 1
+        seen[image] = facts
+    table.keep(rows)
+    table.extents = [table.extents[i] for i in rows]
+    if repeated:
+        table.notes.append(f"{repeated:,} patches that are listed twice are used once")
+
+
+# ---------------------------------------------------------------- labels
+
+
+def labels_of(table, classes=None, profile=None):
+    """{label as written: 1 or 0}. {0, 1} is 1 = mitotic figure; {1, 2} only in the benchmark's own
+    files. UserError if the labels do not say it."""
+    rows, _, first, column = table.content
+    header = [name.strip() for name in rows[first]]
+    values = set(table.names)
+    if classes or profile:
+        where = f"{table.path}, column {shown(header[column['label']])}"
+        return class_labels(where, table.names, classes, profile)
+    if values <= {"0", "1"}:
+        return {"0": 0, "1": 1}
+    hint = ""
+    if values <= {"1", "2"}:
+        if set(header) == BENCHMARK_HEADER or table.path.name == "MIDOGpp.csv":
+            return {"1": 1, "2": 0}
+        hint = " (1 and 2 mean one thing in MIDOG and another in other data sets)"
+    labels = {value: _meaning(value) for value in values}
+    if None not in labels.values():
+        return labels
+    listed = ", ".join(short(value) for value in sorted(values)[:8])
+    raise UserError(
+        f"{table.path}: the labels {listed[:200]} do not say which are mitotic figures{hint}; say "
+        "so with --positive VALUE [--negative VALUE], or use 1 (mitotic figure) and 0"
+    )
+
+
+def _meaning(value):
+    """1, 0, or None if a word says neither."""
+    if value.lower() == "true" or plain(value) in MITOTIC:
+        return 1
+    if value.lower() == "false" or plain(value) in OTHER:
+        return 0
+    return None
+
+
+def own_categories(table, names):
+    """[label of names[0], label of names[1]] in the file's own vocabulary, for --relabel."""
+    values = set(table.names)
+    if values <= {"0", "1"}:
+        return ["0", "1"]
+    if {value.lower() for value in values} <= {"true", "false"}:
+        lower = {value.lower(): value for value in values}
+        return [lower.get("false", "False"), lower.get("true", "True")]
+    return categories_of(table, names)
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write(table, path, scores, names, categories):
+    """The rows with the columns probability and class; categories: what the column of labels
+    becomes, [hard negative's, mitotic figure's], or None to leave it."""
+    rows, delimiter, first, column = table.content
+    rows = [list(row) for row in rows]
+    header = rows[first]
+    lower = [name.strip().lower() for name in header]
+    places = {}
+    for name in ("probability", "class"):
+        if name in lower:
+            places[name] = lower.index(name)
+            continue
+        places[name] = len(header)
+        header.append(name)
+        for row in rows[first + 1 :]:
+            if row:
+                row.append("")
+    for place, score in zip(table.places, scores):
+        if score is None:
+            continue
+        probability, label = score
+        rows[place][places["probability"]] = repr(probability)
+        rows[place][places["class"]] = names[label]
+        if categories is not None and "label" in column:
+            rows[place][column["label"]] = categories[label]
+    text = io.StringIO()
+    csv.writer(text, delimiter=delimiter, lineterminator="\n").writerows(rows)
+    files.write_text(path, text.getvalue())

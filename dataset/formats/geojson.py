@@ -1,0 +1,249 @@
+"""QuPath's GeoJSON: points and outlines are cells, at the centre of their bounding box.
+
+QuPath does not write the image's name: it is the file's, 001.geojson for 001.tiff. Cells may be
+children of other objects at any depth (properties.childObjects). Coordinates are relative to
+openslide.bounds-x, -y on slides that have such bounds. A score becomes a measurement, and the class
+a coloured classification."""
+
+from common import UserError
+from dataset.formats import files
+from dataset.formats.cells import Table, canonical, image_name, number, short, shown, text
+
+COLOURS = {1: (220, 30, 40), 0: (40, 110, 220)}  # RGB of a mitotic figure, of a look-alike
+# Objects of QuPath that are no cells, whatever their size.
+REGION_OBJECTS = ("root", "tile", "tma_core", "tma core")
+SHAPES = (
+    "Point",
+    "MultiPoint",
+    "LineString",
+    "MultiLineString",
+    "Polygon",
+    "MultiPolygon",
+    "GeometryCollection",
+)
+END = object()
+
+
+def recognises(source):
+    if source.suffix not in (".json", ".geojson"):
+        return False
+    content = source.json
+    if isinstance(content, dict):
+        return content.get("type") in ("FeatureCollection", "Feature")
+    return isinstance(content, list)
+
+
+def read(source):
+    path = source.path
+    image = image_name(path, source.stem)
+    table = Table("geojson", path, relative_to_bounds=True, content=source.json)
+    table.sizes[image] = None
+    features = list(_walk(path, _features(path, source.json)))
+    for i, feature in enumerate(features):
+        where = f"{path}, feature {i + 1}"
+        properties = feature.get("properties") or {}
+        category = None
+        try:
+            _check(where, feature)
+            name = class_name(properties.get("classification"))
+            if name is not None:
+                category = canonical(text(where, name, "the classification"))
+                table.names[category] = name.strip()
+            _read_feature(table, where, i, feature, category, image)
+        except UserError as error:
+            table.damaged.append((category, str(error)))
+    if not table.names:
+        table.no_training = (
+            f"{path}: no feature has a classification; give the cells a class in QuPath"
+        )
+    return table
+
+
+def _features(path, content):
+    """The features of a collection, a list, or a single feature."""
+    if isinstance(content, list):
+        return content
+    if content.get("type") == "Feature":
+        return [content]
+    features = content.get("features", [])
+    if not isinstance(features, list):
+        raise _no_features(path)
+    return features
+
+
+def _no_features(path):
+    return UserError(
+        f"{path}: neither MIDOG's JSON (images, annotations) nor GeoJSON (features, as QuPath "
+        "exports them)"
+    )
+
+
+def _walk(path, features):
+    """The features and their children, parents first."""
+    stack = [iter(features)]
+    while stack:
+        feature = next(stack[-1], END)
+        if feature is END:
+            stack.pop()
+            continue
+        if not isinstance(feature, dict) or feature.get("type") != "Feature":
+            raise _no_features(path)
+        yield feature
+        stack.append(iter(_children(path, feature)))
+
+
+def _children(path, feature):
+    properties = feature.get("properties")
+    children = properties.get("childObjects") if isinstance(properties, dict) else None
+    if children is None:
+        return []
+    if not isinstance(children, list):
+        raise UserError(f"{path}: the childObjects of a feature are no list of features")
+    return children
+
+
+def class_name(value):
+    """The class name in any of the ways QuPath has written it: {"name": …}, {"names": [… ]} or a
+    plain string; derived classes are joined, "Tumor: Mitosis"."""
+    if isinstance(value, dict):
+        value = value.get("name") if value.get("name") is not None else value.get("names")
+    if isinstance(value, list):
+        if not value or not all(isinstance(part, str) for part in value):
+            return None
+        value = ": ".join(value)
+    if isinstance(value, str) and value.strip():
+        return value
+    return None
+
+
+def _check(where, feature):
+    """UserError if a part of a feature that is read or written has the wrong type."""
+    properties = feature.get("properties")
+    if properties is not None and not isinstance(properties, dict):
+        raise UserError(f"{where}: its properties are no object")
+    for name, types in (("measurements", (dict, list)), ("metadata", dict)):
+        value = (properties or {}).get(name)
+        if value is not None and not isinstance(value, types):
+            raise UserError(f"{where}: its {name} are no object")
+
+
+def _read_feature(table, where, i, feature, category, image):
+    """Add the cells of a feature, or count it among the regions."""
+    geometry = feature.get("geometry")
+    if not isinstance(geometry, dict):
+        raise UserError(f"{where}: has no geometry")
+    shape, coordinates = geometry.get("type"), geometry.get("coordinates")
+    object_type = (feature.get("properties") or {}).get("objectType")
+    if shape not in SHAPES:
+        raise UserError(f"{where}: {short(shape)} is no geometry of GeoJSON")
+    if shape not in ("Point", "MultiPoint", "Polygon") or object_type in REGION_OBJECTS:
+        table.regions[category] += 1
+        return
+    if not isinstance(coordinates, list):
+        raise UserError(f"{where}: the geometry has no coordinates")
+    feature_id, title = feature.get("id"), i + 1
+    if feature_id is not None:
+        title = feature_id
+        feature_id = text(where, feature_id, "the id")
+    row = {"image": image, "category": category}
+    if shape == "MultiPoint":  # QuPath's points tool: each point is a cell
+        points = [_position(where, position) for position in coordinates]
+        for j, (x, y) in enumerate(points):
+            point_id = feature_id
+            if feature_id is not None and j:
+                point_id = f"{feature_id}.{j + 1}"
+            place = i, j
+            table.add(where, x, y, id=point_id, title=f"{title}.{j + 1}", place=place, **row)
+        return
+    extent = 0.0
+    if shape == "Point":
+        x, y = _position(where, coordinates)
+    else:
+        x, y, extent = _outline(where, coordinates)
+    table.add(where, x, y, id=feature_id, title=title, extent=extent, place=(i, None), **row)
+
+
+def _outline(where, coordinates):
+    """(x, y, longer side) of the bounding box of a polygon; only its outer ring matters."""
+    if not coordinates or not isinstance(coordinates[0], list) or not coordinates[0]:
+        raise UserError(f"{where}: the geometry has no coordinates")
+    ring = [_position(where, position) for position in coordinates[0]]
+    xs = [x for x, _ in ring]
+    ys = [y for _, y in ring]
+    extent = max(max(xs) - min(xs), max(ys) - min(ys))
+    return (min(xs) + max(xs)) / 2, (min(ys) + max(ys)) / 2, extent
+
+
+def _position(where, position):
+    if not isinstance(position, list) or len(position) < 2:
+        raise UserError(f"{where}: the coordinates are no [x, y]")
+    return number(where, position[0], "x"), number(where, position[1], "y")
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write(table, path, scores, names, categories):
+    """The file with a measurement and the class in each scored feature; all else stays. A scored
+    MultiPoint becomes one feature per point, because each gets a class of its own."""
+    by_feature = {}
+    for (i, j), score in zip(table.places, scores):
+        if score is not None:
+            by_feature.setdefault(i, {})[j] = score
+    content = table.content
+    number_of = {}
+    for i, feature in enumerate(_walk(table.path, _features(table.path, content))):
+        number_of[id(feature)] = i
+
+    def rewritten(features):
+        result = []
+        for feature in features:
+            children = _children(table.path, feature)
+            given = by_feature.get(number_of[id(feature)], {})
+            if children:
+                properties = {**feature["properties"], "childObjects": rewritten(children)}
+                feature = {**feature, "properties": properties}
+            if not given:
+                result.append(feature)
+            elif None in given:
+                result.append(_scored(feature, given[None], names))
+            else:
+                result += _scored_points(feature, given, names)
+        return result
+
+    features = rewritten(_features(table.path, content))
+    if isinstance(content, dict) and content.get("type") == "FeatureCollection":
+        content = {**content, "features": features}
+    else:
+        content = {"type": "FeatureCollection", "features": features}
+    files.write_json(path, content)
+
+
+def _scored_points(feature, scores, names):
+    """The points of a MultiPoint as features of their own; those without a score keep its class."""
+    result = []
+    geometry = feature["geometry"]
+    for j, point in enumerate(geometry["coordinates"]):
+        one = {**feature, "geometry": {**geometry, "type": "Point", "coordinates": point}}
+        if len(geometry["coordinates"]) > 1:
+            one.pop("id", None)  # must be unique; QuPath makes new ones
+        if j in scores:
+            one = _scored(one, scores[j], names)
+        result.append(one)
+    return result
+
+
+def _scored(feature, score, names):
+    probability, label = score
+    properties = dict(feature.get("properties") or {})
+    measurements, name = properties.get("measurements"), f"probability of {names[1]}"
+    if isinstance(measurements, list):  # QuPath before 0.4
+        properties["measurements"] = [*measurements, {"name": name, "value": probability}]
+    else:
+        properties["measurements"] = {**(measurements or {}), name: probability}
+    before = class_name(properties.get("classification"))
+    if before is not None:
+        metadata = properties.get("metadata") or {}
+        properties["metadata"] = {**metadata, "class of the candidate": shown(before)}
+    properties["classification"] = {"name": names[label], "color": list(COLOURS[label])}
+    return {**feature, "properties": properties}

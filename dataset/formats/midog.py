@@ -1,0 +1,197 @@
+"""MIDOG's JSON: like COCO, but bbox = [x1, y1, x2, y2]; the centre is the mean of the corners.
+
+COCO's [x, y, width, height] is recognised by the annotations' `area`. Scores are written into the
+annotations as "probability" and "class"."""
+
+from common import UserError
+from dataset.formats import files
+from dataset.formats.cells import (
+    MAX_TEXT,
+    Table,
+    canonical,
+    image_name,
+    key,
+    number,
+    positive_number,
+    short,
+    size_of,
+    text,
+)
+
+
+def recognises(source):
+    return (
+        source.suffix == ".json"
+        and isinstance(source.json, dict)
+        and bool({"images", "annotations", "categories"} & set(source.json))
+    )
+
+
+def read(source):
+    path, content = source.path, source.json
+    table = Table("midog", path, content=content)
+    images = _read_images(table, _records(path, content, "images"))
+    _read_categories(table, content)
+    annotations = _records(path, content, "annotations")
+    coco = _boxes_are_coco(path, annotations)
+    if coco:
+        table.notes.append("boxes are [x, y, width, height], as their area says")
+    for i, record in enumerate(annotations):
+        where = f"{path}, annotation {i + 1}"
+        category = _category(table, where, record)
+        try:
+            _read_annotation(table, where, i, record, category, images, coco)
+        except UserError as error:
+            table.damaged.append((category, str(error)))
+    _read_facts(table, content)
+    return table
+
+
+def _records(path, content, name):
+    """content[name] as a list of objects."""
+    records = content.get(name)
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise UserError(f"{path}: a MIDOG file has a list of objects called {name!r}")
+    return records
+
+
+def _read_images(table, records):
+    """{image id: (name, case)}; sizes, tumour types and µm/px go into the table."""
+    images = {}
+    for i, record in enumerate(records):
+        where = f"{table.path}, image {i + 1}"
+        image_id, name = key(record.get("id")), image_name(where, record.get("file_name"))
+        if image_id is None:
+            raise UserError(f"{where}: the id {short(record.get('id'))} is no id")
+        if image_id in images:
+            raise UserError(f"{where}: the id {short(image_id)} occurs twice")
+        if name in table.sizes:
+            raise UserError(f"{where}: {name} occurs twice")
+        case = record.get("case")
+        if case is not None:
+            case = text(where, case, "the case")
+        images[image_id] = name, case
+        table.sizes[name] = size_of(record.get("width"), record.get("height"))
+        tumour = record.get("tumor_type", record.get("domain"))
+        if tumour is not None:
+            table.image_domain[name] = text(where, tumour, "the tumour type")
+        mpp = positive_number(record.get("mpp"))
+        if mpp is not None:
+            table.mpp[name] = mpp
+    return images
+
+
+def _read_categories(table, content):
+    """The classes' names; candidates need none."""
+    try:
+        for record in _records(table.path, content, "categories"):
+            category = key(record.get("id"))
+            if category is None or category in table.names:
+                raise UserError(f"{table.path}: a category's id is missing or occurs twice")
+            name = record.get("name")
+            table.names[category] = name if isinstance(name, str) else None
+    except UserError as error:
+        if "categories" in content:
+            raise
+        table.no_training = str(error)
+
+
+def _category(table, where, record):
+    value = record.get("category_id")
+    if value is None:
+        return None
+    category = key(value)
+    if category not in table.names and not table.no_training:
+        table.no_training = f"{where}: category_id {short(value)} is not among the categories"
+    return category
+
+
+def _boxes_are_coco(path, annotations):
+    """Whether the boxes are [x, y, width, height]: if `area` is width × height of that reading and
+    not of the other. UserError if annotations of the file contradict each other."""
+    as_corners = as_coco = 0
+    for record in annotations:
+        area, box = positive_number(record.get("area")), record.get("bbox")
+        if area is None or not isinstance(box, list) or len(box) != 4:
+            continue
+        try:
+            a, b, c, d = (number(path, value, "bbox") for value in box)
+        except UserError:
+            continue
+        corners = _close(area, (c - a) * (d - b))
+        coco = _close(area, c * d)
+        as_corners += corners and not coco
+        as_coco += coco and not corners
+    if as_corners and as_coco:
+        raise UserError(
+            f"{path}: by their area, {as_coco:,} boxes are [x, y, width, height] and "
+            f"{as_corners:,} are [x1, y1, x2, y2]; write all of them in one way"
+        )
+    return as_coco > 0
+
+
+def _close(a, b):
+    return abs(a - b) <= 0.01 * abs(a)
+
+
+def _read_annotation(table, where, i, record, category, images, coco):
+    image_id = key(record.get("image_id"))
+    if image_id not in images:
+        raise UserError(
+            f"{where}: image_id {short(record.get('image_id'))} is not among the images"
+        )
+    box = record.get("bbox")
+    if not isinstance(box, list) or len(box) != 4:
+        raise UserError(f"{where}: bbox must be [x1, y1, x2, y2]")
+    x1, y1, x2, y2 = (number(where, value, "a corner of bbox") for value in box)
+    if coco:
+        x2, y2 = x1 + x2, y1 + y2
+    if x2 < x1 or y2 < y1:
+        raise UserError(
+            f"{where}: bbox {box} does not run from the upper left to the lower right corner; "
+            "MIDOG's boxes are [x1, y1, x2, y2], not COCO's [x, y, width, height]"
+        )
+    cell_id = record.get("id")
+    title = f"{i + 1}"
+    if cell_id is not None:
+        title = cell_id
+        cell_id = text(where, key(cell_id), "the id")
+    name, case = images[image_id]
+    table.add(
+        where,
+        (x1 + x2) / 2,
+        (y1 + y2) / 2,
+        id=cell_id,
+        title=title,
+        image=name,
+        case=case,
+        domain=table.image_domain.get(name),
+        category=category,
+        extent=max(x2 - x1, y2 - y1),
+        place=i,
+        probability=record.get("probability"),
+    )
+
+
+def _read_facts(table, content):
+    licences = content.get("licenses")
+    if isinstance(licences, list) and licences and isinstance(licences[0], dict):
+        name = licences[0].get("name")
+        if isinstance(name, str):
+            table.licence = name[:MAX_TEXT]
+
+
+def write(table, path, scores, names, categories):
+    """The file with "probability" and "class" in each scored annotation; categories: what
+    category_id becomes, [hard negative's, mitotic figure's], or None to leave it."""
+    content = dict(table.content)
+    annotations = content["annotations"] = [dict(record) for record in content["annotations"]]
+    ids = {canonical(record["id"]): record["id"] for record in content.get("categories", ())}
+    for place, score in zip(table.places, scores):
+        if score is None:
+            continue
+        probability, label = score
+        annotations[place].update({"probability": probability, "class": names[label]})
+        if categories is not None:
+            annotations[place]["category_id"] = ids[categories[label]]
+    files.write_json(path, content)
