@@ -21,6 +21,7 @@ import small
 from PIL import Image
 
 import models
+from encoders.table import flops
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {}
@@ -131,8 +132,10 @@ def test_the_table_of_encoders_is_the_codes():
     for name, spec in ours.items():
         if spec.repo and not spec.repo.startswith("torchvision/"):
             assert f"](https://huggingface.co/{spec.repo})" in " ".join(rows[name])
-        assert f"{spec.params / 1e6:,.0f} M" in rows[name], name
-        assert spec.licence in rows[name], name
+        gflop = f"{flops(spec) / 1e9:,.0f}"
+        patch = f"{spec.patch} px" if spec.patch else "–"
+        expected = [f"{spec.params / 1e6:,.0f} M", str(spec.embed_dim), patch, gflop, spec.licence]
+        assert rows[name][1:6] == expected, name
         assert ("gated" in rows[name]) == spec.gated, name
 
 
