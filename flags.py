@@ -264,7 +264,8 @@ def _check_ranges(args):
     seed = getattr(args, "seed", 0)
     if not 0 <= seed < SEEDS:
         raise UserError(f"--seed {seed}: give a number from 0 to 2^47 - 1")
-    for fold in np.atleast_1d(np.array(getattr(args, "fold", 0), object)).tolist():
+    folds = getattr(args, "fold", None) or 0  # data.py gives None: all of them
+    for fold in np.atleast_1d(np.array(folds, object)).tolist():
         if not 0 <= fold < FOLDS:
             raise UserError(f"--fold {fold}: give a number from 0 to {FOLDS - 1}")
     for flag, value in (("--mpp", args.mpp), ("--source-mpp", args.source_mpp)):
