@@ -66,8 +66,9 @@ def gallery(finished, given):
     negative, positive = first.classes
     caption = (
         f"{first.data}: the most confident errors of {label} on the test set, mean over "
-        f"{len(repeats)} repeats, by domain. Left: {negative} called {positive}; right: {positive} "
-        f"missed. p: probability of {positive}.{tables.legend(first.data, np.unique(domain))}"
+        f"{tables.repeats_of(repeats)}, by domain. Left: {negative} called {positive}; right: "
+        f"{positive} missed. p: probability of {positive}."
+        f"{tables.legend(first.data, np.unique(domain))}"
     )
     return buffer.getvalue(), caption
 

@@ -272,8 +272,9 @@ def cross_section(name, where, finished, paper):
         cells = defaultdict(list)
         for run in repeats:
             cells[run.domain, run.domain].append(run.sets["test"]["auroc"])
-            for test in run.split["others"].keys() & run.sets.keys():
-                cells[run.domain, test].append(run.sets[test]["auroc"])
+            for test in run.split["others"]:
+                if test in run.sets:
+                    cells[run.domain, test].append(run.sets[test]["auroc"])
         means = {key: tables.mean(values) for key, values in cells.items()}
         matrices[label] = {key: value for key, value in means.items() if value is not None}
     matrices = {label: matrix for label, matrix in matrices.items() if matrix}
@@ -294,32 +295,32 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem;
   color: #111; overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; line-height: 1.25; } h2 { margin-top: 2.5rem; }
+h3 { font-size: 14px; margin: 1.8rem 0 .4rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; }
-caption { text-align: left; font-weight: 600; padding: .5rem 0; }
 th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd;
-  white-space: nowrap; }
-th { white-space: normal; overflow-wrap: normal; vertical-align: bottom;
-  border-bottom: 1.5px solid #111; }
-th:first-child, td:first-child { text-align: left; }
-.scroll { overflow-x: auto; margin-top: 1.5rem; }
+  white-space: nowrap; overflow-wrap: normal; }
+th { white-space: normal; vertical-align: bottom; border-bottom: 1.5px solid #111; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
+.scroll { overflow-x: auto; }
 .note, figcaption { color: #444; font-size: 13px; margin: .3rem 0; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr));
+.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr));
   gap: 1.5rem; margin-top: 1.5rem; align-items: start; }
 figure { margin: 0; min-width: 0; } figure.wide { grid-column: 1 / -1; }
 figure img { display: block; width: 100%; max-width: 34rem; height: auto; }
-figure.wide img { width: auto; max-width: 100%; }
+figure.wide img { width: auto; max-width: 100%; } figure.given img { max-width: min(100%, 44rem); }
 .problems { background: #f3f3f3; padding: .6rem 1rem; border-left: 4px solid #111;
   margin-top: 1rem; }
 .problems ul { padding-left: 1.2rem; margin: .3rem 0; }
 @media print {
-  @page { margin: 14mm; }
+  @page { margin: 12mm; }
   body { font-size: 10pt; max-width: none; margin: 0; padding: 0; }
-  table { font-size: 7pt; } th, td { padding: .1rem .35rem; white-space: normal; }
+  table { font-size: 6.5pt; } th, td { padding: .1rem .25rem; white-space: normal; }
+  th:first-child, td:first-child { position: static; white-space: nowrap; }
   .note, figcaption { font-size: 8pt; }
   .scroll { overflow: visible; }
   .figures { display: block; columns: 2; } .figures figure.wide { column-span: all; }
-  figure, tr, .problems { break-inside: avoid; } h2, caption { break-after: avoid; }
-  figure { margin-bottom: 1rem; }
+  figure, tr, .problems { break-inside: avoid; } h2, h3 { break-after: avoid; }
+  figure { margin-bottom: 1rem; } figure.given img { max-height: 15cm; }
 }
 """
 
@@ -376,7 +377,9 @@ def _figure(picture):
     subtype = "svg+xml" if kind == "svg" else kind
     content = base64.b64encode(picture.files[kind]).decode()
     caption = _escaped(picture.caption)
-    opening = '<figure class="wide">' if picture.wide else "<figure>"
+    opening = "<figure>"
+    if picture.wide:
+        opening = '<figure class="wide">' if picture.name else '<figure class="wide given">'
     return (
         f'{opening}<img alt="{caption}" src="data:image/{subtype};base64,{content}">'
         f"<figcaption>{caption}</figcaption></figure>"

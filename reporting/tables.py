@@ -133,7 +133,7 @@ def _shown_length(text):
 
 
 def as_html(table):
-    """A Table as HTML, in a box of its own that scrolls."""
+    """A Table as HTML: its title, and a box of its own that scrolls."""
 
     def cell(text, tag):
         inner = html.escape(common.printable(text))
@@ -144,11 +144,12 @@ def as_html(table):
     def row(cells, tag="td"):
         return f"<tr>{''.join(cell(text, tag) for text in cells)}</tr>"
 
-    title = html.escape(common.printable(table.title))
+    name, title = html.escape(table.name), html.escape(common.printable(table.title))
     return "\n".join(
         [
-            f'<div class="scroll" tabindex="0"><table id="{html.escape(table.name)}">',
-            f"<caption>{title}</caption><thead>{row(table.header, 'th')}</thead><tbody>",
+            f'<h3 id="title_{name}">{title}</h3>',
+            f'<div class="scroll" tabindex="0"><table id="{name}" aria-labelledby="title_{name}">',
+            f"<thead>{row(table.header, 'th')}</thead><tbody>",
             *map(row, table.rows),
             "</tbody></table></div>",
             *(f'<p class="note">{html.escape(common.printable(note))}</p>' for note in table.notes),
@@ -298,7 +299,7 @@ def full_table(name, title, named, trust, paper):
         f"{', '.join(map(str, cases)) or 'few'} cases anew; it holds the chance of the test set, "
         "not that of training."
     ]
-    notes += filter(None, {bootstrap.coverage_note(n) for n in cases})
+    notes += filter(None, map(bootstrap.coverage_note, cases))
     notes += missing(
         {label: {run.fold for run in repeats} for label, repeats in named.items()}, folds, "repeats"
     )
@@ -352,7 +353,7 @@ def scaling_table(name, title, finished):
             row.append(mean_sd(values) + few)
             row_means.append(mean(values))
             if len(values) < len(folds):
-                have = f"{len(values)} of {len(folds)} repeats" if values else "none"
+                have = f"{len(values)} of {repeats_of(folds)}" if values else "none"
                 lacking.append(f"{label} at {100 * frac:g}%: {have}")
         rows.append(row)
         means.append(row_means)
@@ -367,7 +368,7 @@ def scaling_table(name, title, finished):
             f"{100 * frac:g}%: {_span(train)} training and {_span(val)} validation annotations"
         )
     notes = [
-        f"AUROC, mean ± standard deviation over {len(folds)} repeats (in brackets: how many, "
+        f"AUROC, mean ± standard deviation over {repeats_of(folds)} (in brackets: how many, "
         "where fewer).",
         "Validation is not reduced with the training set: " + "; ".join(sizes) + ".",
     ]
@@ -375,6 +376,11 @@ def scaling_table(name, title, finished):
         notes.append("Missing: " + "; ".join(lacking) + ".")
     header = ["model", *(f"{100 * frac:g}%" for frac in fractions)]
     return Table(name, title, header, rows, notes)
+
+
+def repeats_of(folds):
+    """ "1 repeat", "5 repeats"."""
+    return "1 repeat" if len(folds) == 1 else f"{len(folds)} repeats"
 
 
 def _span(values):
@@ -407,7 +413,7 @@ def cross_table(name, title, finished, paper):
         if paper:
             header.append("paper")
     notes = [
-        f"Trained on one domain ({', '.join(domains)}), {len(folds)} repeats each; in: withheld "
+        f"Trained on one domain ({', '.join(domains)}), {repeats_of(folds)} each; in: withheld "
         "cases of that domain, out: every other domain whole. Mean ± standard deviation over all "
         "of these values, best in bold."
     ]

@@ -1,5 +1,6 @@
 """The page of the report: complete, from nowhere else, no markup by names; in a real browser."""
 
+import base64
 import html.parser
 import json
 import re
@@ -9,12 +10,13 @@ import subprocess
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from run_folders import annotations, make
 from small import call
 
 import common
 import evaluate
-from reporting import metrics, tables
+from reporting import metrics, results, tables
 
 KEYS = {"balanced_accuracy", "weighted_f1", "auroc"}
 
@@ -49,6 +51,106 @@ def test_the_page_holds_everything_and_nothing_from_elsewhere(study):
             if name in ("src", "href", "srcset", "data", "action", "poster"):
                 assert value.startswith("data:"), (tag, name)
     assert not re.search(r"@import|url\(", page)
+
+
+def report(root, *flags):
+    """The page of a report on the runs in `root`, its elements, and the folder."""
+    out = root.parent / "report"
+    assert call(evaluate, root, "--out", out, "--replicates", 100, *flags) == 0
+    page = (out / "index.html").read_text()
+    return page, Elements(page).found, out
+
+
+def test_one_share_of_the_training_data_makes_no_curve(copied, tissue):
+    _, elements, out = report(copied)
+    assert not list(out.glob("scaling_*.png")) and (out / "scaling_tissue.md").exists()
+    alone = [attributes["alt"] for tag, attributes in elements if tag == "img"]
+    assert len(alone) == 2 and not any("share of the training pool" in text for text in alone)
+    make(copied, tissue, "uni", "lora", 0.1, 0)
+    report(copied)
+    assert (out / "scaling_tissue.png").exists()
+
+
+def test_figures_stand_in_a_grid_and_tables_in_boxes_that_scroll(study):
+    _, out = study
+    page = (out / "index.html").read_text()
+    outside = re.sub(r'<div class="figures">.*?</div>', "", page, flags=re.S)
+    assert "<figure" in page and "<figure" not in outside
+    outside = re.sub(r'<div class="scroll" tabindex="0">.*?</div>', "", page, flags=re.S)
+    assert "<table" in page and "<table" not in outside
+    titles = {attributes.get("id") for tag, attributes in Elements(page).found if tag == "h3"}
+    labels = {a["aria-labelledby"] for tag, a in Elements(page).found if tag == "table"}
+    assert labels == titles and len(labels) == len(list(out.glob("*.md")))
+
+
+def test_the_training_curves_of_the_runs_are_in_the_page(copied):
+    header = "epoch,lr,train_loss,val_loss,val_auroc,patches_per_s\n"
+    for path in copied.glob("*/*/*/metrics.json"):
+        rows = [f"{k},1e-3,{1 / k},{1.1 / k},0.{k},9.5\n" for k in range(1, 6)]
+        (path.parent / "log.csv").write_text(header + "".join(rows))
+    _, elements, out = report(copied)
+    alts = [attributes["alt"] for tag, attributes in elements if tag == "img"]
+    assert any("validation AUROC. Mark: the epoch that was kept" in text for text in alts)
+    assert (out / "training_tissue.svg").exists()
+    for path in copied.glob("*/*/*/log.csv"):  # a single epoch is no curve
+        path.write_text(header + "1,1e-3,1,1,0.5,9.5\n")
+    report(copied)
+    assert not (out / "training_tissue.svg").exists()
+
+
+def test_given_pictures_come_first_and_stay_what_they_are(copied, tmp_path):
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "a <b>.png")
+    information = PngInfo()
+    information.add_text("Description", "cells of one image, scored")
+    Image.new("RGB", (30, 20), "blue").save(tmp_path / "b.png", pnginfo=information)
+    Image.new("RGB", (30, 20), "blue").save(tmp_path / "c.jpg")
+    names = [tmp_path / name for name in ("a <b>.png", "b.png", "c.jpg")]
+    _, elements, out = report(copied, "--figure", *names)
+    pictures = [attributes for tag, attributes in elements if tag == "img"]
+    said = [picture["alt"] for picture in pictures[:3]]
+    assert said == ["a <b>.png", "cells of one image, scored", "c.jpg"]
+    for picture, path in zip(pictures, names):
+        kind, content = picture["src"].removeprefix("data:image/").split(";base64,")
+        assert base64.b64decode(content) == path.read_bytes()
+        assert kind == ("jpeg" if path.suffix == ".jpg" else "png")
+    assert not (out / "b.png").exists()
+
+
+def test_the_classes_are_called_as_the_data_call_them(copied):
+    for path in copied.glob("*/*/*/config.json"):
+        content = common.read_json(path)
+        content["data"]["classes"] = ["normal", "atypical"]
+        common.write_json(path, content)
+    page, _, out = report(copied)
+    assert "Classes: atypical (1) against normal (0)." in page
+    assert "of the class atypical;" in (out / "decisions_tissue.md").read_text()
+
+
+def test_sets_of_one_class_are_said_and_have_no_figures(tissue, tmp_path, capsys):
+    """A domain of look-alikes: its runs count, and every metric of "elsewhere" is over the same
+    domains."""
+    table = annotations("tissue")
+    table.label[table.domain == "C"] = 0
+    for fold in range(2):
+        make(tmp_path / "runs", table, "uni", "probe", 1.0, fold, "A")
+    page, _, out = report(tmp_path / "runs")
+    said = capsys.readouterr().out
+    note = "tissue: all 128 annotations of the set C are of the class look-alike, none of mitotic"
+    assert note in said and note in page and "(2 runs)" in said
+    finished, problems = results.collect([tmp_path / "runs"])
+    assert not problems and len(finished) == 2
+    (line,) = (line for line in said.splitlines() if " elsewhere " in line)
+    for cell, key in zip(line.split()[-3:], ("balanced_accuracy", "weighted_f1", "auroc")):
+        values = [run.sets["B"][key] for run in finished]
+        assert cell == f"{np.mean(values):.3f}±{np.std(values, ddof=1):.3f}"
+        assert all(run.sets["C"][key] is None for run in finished)
+    # Runs of versions that gave such a set a weighted F1 are read as before.
+    for run in finished:
+        content = common.read_json(run.path / "metrics.json")
+        content["sets"]["C"]["weighted_f1"] = 1.0
+        common.write_json(run.path / "metrics.json", content)
+    finished, problems = results.collect([tmp_path / "runs"])
+    assert len(finished) == 2 and finished[0].sets["C"]["weighted_f1"] is None
 
 
 def test_names_cannot_become_markup(tmp_path):
@@ -107,7 +209,7 @@ def look(page, tmp_path, width):
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs a browser: chromium")
-@pytest.mark.parametrize("width", [1280, 600])
+@pytest.mark.parametrize("width", [1280, 500])
 def test_a_real_browser_shows_all_of_it_and_asks_nobody(study, tmp_path, width):
     _, out = study
     page = tmp_path / "copy.html"
