@@ -23,14 +23,14 @@ import time
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 import common
 from common import UserError
-from dataset import annotations, formats, slides
+from dataset import annotations, formats
 from onnx_model import doctor, session
 from onnx_model.session import Classifier, SlideReader
 from reporting import metrics
+from reporting.overlay import Marks, view_around
 
 LISTED = 5  # problems that are named one by one
 LABELLED = 200  # candidates in an overlay that are still labelled with their probability
@@ -202,53 +202,19 @@ def overlay(path, job, probability, threshold, labels, longest=2000):
     image = job.readers[which[cells[0]]].slide
     view, left, top, scale = view_around(image, x[cells], y[cells], longest)
 
-    draw, radius = ImageDraw.Draw(view), max(4, round(25 * scale))
-    line, font = max(2, radius // 6), ImageFont.load_default(max(12, max(view.size) // 80))
+    marks = Marks(view, scale)
     for i in cells[np.argsort(probability[cells])]:  # the likely ones on top
-        colour = formats.COLOURS[int(probability[i] >= threshold)]
-        cx, cy = (x[i] - left) * scale, (y[i] - top) * scale
-        # A white ring around the coloured one: legible on dark nuclei too.
-        for r, width, stroke in ((radius + 1, line + 2, "white"), (radius, line, colour)):
-            draw.ellipse((cx - r, cy - r, cx + r, cy + r), outline=stroke, width=width)
-        if len(cells) <= LABELLED:
-            draw.text(
-                (cx + radius + 3, cy),
-                f"{probability[i]:.2f}",
-                fill=colour,
-                font=font,
-                anchor="lm",
-                stroke_width=2,
-                stroke_fill="white",
-            )
+        text = f"{probability[i]:.2f}"
+        if len(cells) > LABELLED:
+            text = ""
+        label = int(probability[i] >= threshold)
+        marks.mark((x[i] - left) * scale, (y[i] - top) * scale, label, text)
     legend = f"red: {labels[1]} (p from {threshold:.3g} on), blue: {labels[0]}"
-    box = draw.textbbox((8, 6), legend, font=font)
-    draw.rectangle((0, 0, box[2] + 8, box[3] + 6), fill="white")
-    draw.text((8, 6), legend, fill="black", font=font)
+    box = marks.draw.textbbox((8, 6), legend, font=marks.font)
+    marks.draw.rectangle((0, 0, box[2] + 8, box[3] + 6), fill="white")
+    marks.draw.text((8, 6), legend, fill="black", font=marks.font)
     with common.atomic(path) as temporary:
         view.save(temporary, format="PNG")
-
-
-def view_around(image, x, y, longest, margin=200):
-    """The part of an image that holds the points → (PIL image of at most `longest` px, its left and
-    top in level-0 px, its scale).
-    """
-    width, height = slides.dimensions(image)
-    left, top = max(0, int(x.min()) - margin), max(0, int(y.min()) - margin)
-    right, bottom = min(width, int(x.max()) + margin), min(height, int(y.max()) + margin)
-    wide, high = max(1, right - left), max(1, bottom - top)
-    scale = min(1.0, longest / max(wide, high))
-    slide = slides.open_slide(image)
-    if slide.random_access:
-        level = slide.handle.get_best_level_for_downsample(1 / scale)
-        factor = slide.handle.level_downsamples[level]
-        size = max(1, round(wide / factor)), max(1, round(high / factor))
-        pixels = slide.handle.read_region((left, top), level, size)
-        view = Image.new("RGB", pixels.size, "white")
-        view.paste(pixels, mask=pixels.getchannel("A"))  # transparent where nothing was scanned
-    else:
-        view = Image.fromarray(slide.pixels()[top : top + high, left : left + wide])
-    size = max(1, round(wide * scale)), max(1, round(high * scale))
-    return view.resize(size), left, top, scale
 
 
 # ---------------------------------------------------------------- the command

@@ -32,6 +32,7 @@ class Encoder:
     depth: int = 12  # transformer blocks; 0: a ResNet
     heads: int = 12
     patch: int = 16  # px
+    field: int | None = None  # px: the network reads this much of the image's middle; None: all
     # gelu: fc2(gelu(fc1 x)), exact erf | swiglu: a, b = halves of fc1 x; fc2(silu(a) * b)
     mlp: str = "gelu"
     hidden: int = 3072  # outputs of fc1; with swiglu both halves together
@@ -86,7 +87,7 @@ def flops(spec, size=SIZE):
         return 8.18e9  # as torchvision states it, times two
     if spec.family == "Swin":
         return swin_flops(spec, size)
-    patches = (size // spec.patch) ** 2
+    patches = ((spec.field or size) // spec.patch) ** 2
     tokens = patches + 1 + spec.registers
     fc2 = spec.hidden // 2 if spec.mlp == "swiglu" else spec.hidden
     weights = spec.dim * (4 * spec.dim + spec.hidden + fc2)  # of a block's products
@@ -156,8 +157,8 @@ def kaiko(network):
 # fmt: off
 ROWS = [
     # the demo's: made by demo/pretrain.py on synthetic tissue; says nothing about real tissue
-    Encoder("demo", "", "MIT", 2_857_536, dim=192, depth=6, heads=3, hidden=768, layerscale=True,
-            files=("demo/encoder.safetensors",)),
+    Encoder("demo", "", "MIT", 827_520, dim=128, depth=4, heads=4, hidden=512, patch=8, field=64,
+            stored=64, layerscale=True, pool="mean", files=("demo/encoder.safetensors",)),
     # the paper's nine
     Encoder("phikon", "owkin/phikon", f"Owkin {NC}", 85_798_656, **BASE, keys="transformers",
             revision="057cc0295895c2df3dd7681a89680da6015cbefe"),

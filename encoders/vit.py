@@ -100,7 +100,8 @@ class ViT(nn.Module):
         self.spec, self.pool, self.layer = spec, pool or spec.pool, layer or spec.depth
         self.embed_dim = embed_dim(spec, self.pool)
         self.prefix = 1 + spec.registers  # tokens before the patches
-        self.size, self.grid = size, size // spec.patch
+        self.size, self.field = size, spec.field or size
+        self.grid = self.field // spec.patch
         self.cls_token = nn.Parameter(torch.zeros(1, 1, spec.dim))
         self.reg_token = None
         if spec.registers:
@@ -128,7 +129,8 @@ class ViT(nn.Module):
 
     def tokens(self, images):
         """[B, 3, size, size] → what the first block reads [B, prefix + grid², dim]."""
-        x = self.patch_embed(images)
+        start, end = (self.size - self.field) // 2, (self.size + self.field) // 2
+        x = self.patch_embed(images[:, :, start:end, start:end])
         prefix = self.cls_token
         if self.reg_token is not None:
             prefix = torch.cat([prefix, self.reg_token], dim=1)

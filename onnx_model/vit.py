@@ -33,6 +33,12 @@ def tokens(g, encoder, x, input_type, mean, std):
         prefix = np.concatenate([prefix, to_numpy(encoder.reg_token)[0]])
     if encoder.spec.pos == "all":
         prefix, position = prefix + position[: encoder.prefix], position[encoder.prefix :]
+    if encoder.field < encoder.size:
+        start, end = (encoder.size - encoder.field) // 2, (encoder.size + encoder.field) // 2
+        axes = (2, 3)
+        if input_type == "uint8":  # [N, size, size, 3]
+            axes = (1, 2)
+        x = g.op("Slice", x, g.ints(start, start), g.ints(end, end), g.ints(*axes), at="field")
     x = patch_product(
         g, x, "patch_embed.proj", weight, bias, position, encoder.grid, input_type, mean, std
     )  # [N, grid², dim]

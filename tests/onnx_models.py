@@ -23,6 +23,7 @@ SMALL = dict(
 )
 FAMILIES = {
     "gelu": Encoder("tiny-gelu", **SMALL, patch=16),
+    "field": Encoder("tiny-field", **SMALL, patch=8, field=64, stored=64, pool="mean"),
     "swiglu": Encoder(
         "tiny-swiglu",
         **SMALL,

@@ -257,12 +257,10 @@ def test_the_shipped_encoder_is_small_and_knows_nuclei(folder):
 
 def test_pretraining_turns_stains_with_the_image(folder):
     """The dense targets belong to the pixels that the encoder sees, however they were turned."""
-    painted = [pretrain.paint(0)]
-    index = np.array([0, len(painted[0][2])])
-    rng = np.random.default_rng(0)
-    images, stains, wanted = pretrain.batch_of(painted, index, painted[0][3], rng, 12)
+    nuclei = pretrain.Nuclei([pretrain.paint(0)])
+    images, stains, targets = nuclei.batch(np.random.default_rng(0), 12, 64)
     dark = 255 - images.float().mean(-1)
-    dark = dark.view(12, 56, 4, 56, 4).mean((2, 4))
+    dark = dark.view(12, 16, 4, 16, 4).mean((2, 4))
     for darkness, stain in zip(dark.flatten(1), stains[..., 0].flatten(1)):
         assert np.corrcoef(darkness, stain)[0, 1] > 0.6
-    assert wanted.shape == (12, len(synthetic.ATTRIBUTES) + 4)
+    assert targets.shape == (12, len(synthetic.ATTRIBUTES) + 4)

@@ -176,6 +176,15 @@ def test_parameters_with_torchvisions_heads():
     assert models.ENCODERS["vit-h-swag"].params + 1280 * 1000 + 1000 == 632_045_800
 
 
+def test_a_network_with_a_field_reads_the_middle_alone():
+    spec = dataclasses.replace(models.ENCODERS["demo"], field=64, patch=16, pool="cls")
+    network = models.build(spec)
+    cropped = models.ViT(spec, size=64)
+    cropped.load_state_dict(network.state_dict())
+    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(network(images), cropped(images[:, :, 80:144, 80:144]))
+
+
 def test_demo_parameters():
     spec = models.ENCODERS["demo"]
     assert sum(p.numel() for p in on_meta(spec).parameters()) == spec.params

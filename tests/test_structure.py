@@ -25,6 +25,7 @@ FLOORS = [
     ["demo.synthetic"],
     ["flags"],
     ["reporting"],
+    ["demo.picture"],
     ["onnx_model"],
     [  # the floor of torch
         "weights",
@@ -175,7 +176,7 @@ def test_the_root_is_small():
     "modules",
     [
         "data, evaluate, classify",
-        "dataset.patches, dataset.download, demo.synthetic, flags, reporting.tables",
+        "dataset.patches, dataset.download, demo.synthetic, demo.picture, flags, reporting.tables",
         "onnx_model.session, onnx_model.doctor",
     ],
 )

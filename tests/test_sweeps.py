@@ -161,6 +161,7 @@ def test_the_demo_keeps_to_its_own_files_wherever_the_callers_data_are(python, t
     shutil.copy(SWEEPS / "demo.sh", tmp_path / "copy/sweeps")
     for name in ("demo-lora", "demo-lora-r8"):
         (tmp_path / f"copy/runs/demo/{name}/frac1-fold0").mkdir(parents=True)
+        (tmp_path / f"copy/runs/demo/{name}/frac1-fold0/metrics.json").touch()
     python.write_text(python.read_text().replace('echo "$*"', 'echo "$MITOSIS_ROOT $*"'))
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/python").symlink_to(python)
@@ -172,10 +173,32 @@ def test_the_demo_keeps_to_its_own_files_wherever_the_callers_data_are(python, t
         env=clean(PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", MITOSIS_ROOT="/somewhere/else"),
     )
     assert done.returncode == 0, done.stderr
-    assert len(started(python)) == 8 and all(line.startswith("data ") for line in started(python))
-    assert "data export.py runs/demo/demo-lora/frac1-fold0 --out demo-out/model.onnx" in started(
-        python
-    )
+    commands = started(python)
+    assert len(commands) == 9 and all(line.startswith("data ") for line in commands)
+    assert "data export.py runs/demo/demo-lora/frac1-fold0 --out demo-out/model.onnx" in commands
+
+
+def test_the_demo_repeats_nothing_that_is_finished(python, tmp_path):
+    """Its files exist, the later ones newer: only the commands that skip by themselves start."""
+    (tmp_path / "copy/sweeps").mkdir(parents=True)
+    shutil.copy(SWEEPS / "demo.sh", tmp_path / "copy/sweeps")
+    runs = [f"runs/demo/demo-{method}/frac1-fold0/metrics.json" for method in ("probe", "lora")]
+    outputs = ["demo-out/model.onnx", "demo-out/scored.json", "demo-out/scored.png"]
+    for age, name in enumerate([*runs, *outputs, "demo-out/report/index.html"]):
+        path = tmp_path / "copy" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        os.utime(path, (1e9 + age, 1e9 + age))
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").symlink_to(python)
+    demo = ["bash", tmp_path / "copy/sweeps/demo.sh"]
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    assert subprocess.run(demo, env=clean(PATH=path), timeout=60).returncode == 0
+    first = {line.split()[0].removesuffix(".py") for line in started(python)}
+    assert first == {"-m", "-c", "probe", "train"}
+    os.utime(tmp_path / "copy" / runs[1], (2e9, 2e9))  # LoRA trained again
+    assert subprocess.run(demo, env=clean(PATH=path), timeout=60).returncode == 0
+    assert {"export.py", "evaluate.py"} <= {line.split()[0] for line in started(python)}
 
 
 def test_the_quick_grid_has_five_repeats_and_everything_that_the_report_shows():
