@@ -265,7 +265,7 @@ def main():
     if not 0 <= args.stain_jitter < 1:
         raise UserError(f"--stain-jitter {args.stain_jitter}: give a number from 0 to below 1")
     annotations = flags.from_arguments(args)
-    flags.need_images(annotations)
+    flags.need_images(annotations, args.mpp)
     names = set(annotations.image.tolist()) - set(annotations.missing)
     inputs = [annotations.image_path(name) for name in names]
     common.check_output("--gallery", args.gallery, [args.data, *inputs])

@@ -345,7 +345,7 @@ def arguments():
     )
     flags.add_arguments(parser, positional=True)
     flags.add_split_arguments(parser)
-    parser.set_defaults(fold=None)  # the report plans all five, a file takes the first
+    parser.set_defaults(fold=[])  # the report plans all five, a file takes the first
     group = parser.add_argument_group("actions instead of the report")
     group.add_argument(
         "--save-split",
@@ -390,7 +390,7 @@ def fetch(args):
 
 
 def build_cache(annotations, args):
-    flags.need_images(annotations)
+    flags.need_images(annotations, args.mpp)
     patches = Patches(
         annotations, mpp=args.mpp, source_mpp=args.source_mpp, cache=args.cache or None
     )

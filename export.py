@@ -158,6 +158,7 @@ def read_patches(annotations, choices, rows, count, name):
         others = pick(others, annotations.label, min(count, FEWEST) - len(rows))
         name += f" ({len(rows)}, and {len(others)} others)"
         rows = np.concatenate([rows, others])
+    flags.need_images(annotations, choices.mpp, quiet=True)
     reader = Patches(
         annotations,
         size=models.SIZE,

@@ -12,8 +12,9 @@ import common
 import runs
 from common import UserError
 from dataset import annotations as annotation_tables
-from dataset import formats, slides
-from dataset.annotations import PATCH, root_folder, shared_cases
+from dataset import formats, images
+from dataset.annotations import root_folder, shared_cases
+from dataset.patches import Patches
 from dataset.splits import make_split
 from demo import synthetic
 
@@ -294,40 +295,37 @@ def _labels(text):
     return labels
 
 
-def need_images(annotations):
-    """UserError if no image of the dataset is available: for commands that read pixels."""
+def need_images(annotations, mpp=None, quiet=False):
+    """For commands that read pixels: UserError if the images are missing, broken, or not those that
+    the annotations mean; prints what else is odd about them unless `quiet`.
+
+    mpp: µm/px that patches are resampled to, if they are.
+    """
     if set(annotations.image.tolist()) <= set(annotations.missing):
         raise UserError(
             f"{annotations.name}: none of its {len(annotations.all_images):,} images is under "
             f"{annotations.root}; give their folder with --images"
         )
+    images.check(annotations, mpp, quiet)
 
 
-def facts(annotations, fit="resize"):
+def facts(annotations, fit="resize", mpp=None, source_mpp=None):
     """What a model needs to know about the data it was trained on.
 
-    {"mpp": µm/px of the images, "patch": side in px actually used of ready-made patches}. None if
-    unknown, or if the images that state it differ by more than 2%.
+    {"mpp": µm/px of the images, or None if unknown or different by more than 2%; "patch": side in
+    px actually used of ready-made patches, else None; "pixels": fingerprint of the patches}.
     """
-    first = annotations.image_path(annotations.image[0])
     patch = None
-    if annotations.kind == "patches":  # as Patches cuts them
-        width, height = slides.dimensions(first)
-        side = min(width, height) if fit == "resize" else max(width, height)
-        patch = min(PATCH, side)
-    values = list((annotations.mpp or {}).values())
-    if not values:
-        paths = [first]
-        if patch is None:
-            names = np.unique(annotations.image).tolist()
-            available = [name for name in names if name not in annotations.missing]
-            paths = [annotations.image_path(name) for name in available]
-        values = [slides.microns_per_pixel(path) for path in paths]
-    stated = [value for value in values if value]
-    mpp = None
-    if stated and max(stated) <= 1.02 * min(stated):
-        mpp = round(sum(stated) / len(stated), 6)
-    return {"mpp": mpp, "patch": patch}
+    if annotations.kind == "patches":
+        patch = images.patch_side(annotations, fit)
+    names = annotations.codes("image")[0].tolist()
+    scales = [images.source_mpp(annotations, name) for name in names]
+    known = [scale for scale in scales if scale]
+    scale = None
+    if known and max(known) <= images.SAME_SCALE * min(known):
+        scale = round(sum(known) / len(known), 6)
+    patches = Patches(annotations, fit=fit, mpp=mpp, source_mpp=source_mpp)
+    return {"mpp": scale, "patch": patch, "pixels": patches.fingerprint(times=False)}
 
 
 # ---------------------------------------------------------------- splits and further test sets
@@ -344,9 +342,9 @@ def further(args, annotations, quiet=False):
             "--test"
         )
     tests = []
-    for name, images in itertools.zip_longest(args.test, args.test_images):
-        other = from_arguments(args, name, images, quiet)
-        need_images(other)
+    for name, folder in itertools.zip_longest(args.test, args.test_images):
+        other = from_arguments(args, name, folder, quiet)
+        need_images(other, args.mpp, quiet)
         if other.name in [test.name for test in tests]:
             raise UserError(
                 f"--test: two datasets are called {other.name}; rename one of the files"

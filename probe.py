@@ -30,7 +30,7 @@ import models
 import runs
 from common import UserError
 from dataset import memmap
-from dataset.patches import Patches
+from dataset.patches import FINGERPRINT, Patches
 
 PROBES = {
     "uni": "logistic regression of UNI's evaluation: 1/C * |W| / 2, the norm not squared (the "
@@ -166,7 +166,7 @@ def main():
     rank, _ = engine.launched()
     device = engine.process_device(args.device)
     annotations = flags.from_arguments(args, quiet=rank > 0)
-    flags.need_images(annotations)
+    flags.need_images(annotations, args.mpp, quiet=rank > 0)
     tests = flags.further(args, annotations, quiet=rank > 0)
     splits = flags.splits(args, annotations, tests)
     dtype = models.resolve_dtype(args.dtype, device, models.find_encoder(args.model))
@@ -203,7 +203,7 @@ def main():
 
 def plan(args, annotations, splits, encoder, dtype):
     """The Jobs of all probes and splits; UserError if an existing run was done differently."""
-    jobs, facts = [], flags.facts(annotations, args.fit)
+    jobs, facts = [], flags.facts(annotations, args.fit, args.mpp, args.source_mpp)
     source = flags.source(args) | {"revision": args.revision}
     domains = np.unique(annotations.domain)
     for probe in dict.fromkeys(args.probe):
@@ -301,6 +301,7 @@ def embeddings(model, patches, annotations, path, dtype, batch_size):
     encoder = model.encoder
     rank, world = engine.launched()
     fingerprint = {
+        "version": FINGERPRINT,
         "encoder": encoder.spec.name,
         "weights": encoder.weights_hash,
         "pool": encoder.pool,

@@ -260,10 +260,10 @@ def main():
 
     # Data and weights: everything that can be wrong with them is found before the training.
     annotations = flags.from_arguments(args, quiet=quiet)
-    flags.need_images(annotations)
+    flags.need_images(annotations, args.mpp, quiet)
     tests = flags.further(args, annotations, quiet)
     splits = flags.splits(args, annotations, tests)
-    facts = flags.facts(annotations, args.fit)
+    facts = flags.facts(annotations, args.fit, args.mpp, args.source_mpp)
     patches = Patches(
         annotations, fit=args.fit, mpp=args.mpp, source_mpp=args.source_mpp, jitter=args.jitter
     )

@@ -138,13 +138,16 @@ def find_problems(annotations, mpp=None):
     return problems
 
 
-def check(annotations, mpp=None):
-    """Print the problems of a dataset's images; UserError if patches cannot be meant so."""
+def check(annotations, mpp=None, quiet=False):
+    """Print the problems of a dataset's images, unless `quiet`; UserError if patches cannot be
+    meant so.
+    """
     problems = find_problems(annotations, mpp)
     if problems.errors:
         raise UserError(f"{annotations.name}: {problems.errors[0]}")
-    for line in problems.lines:
-        print(f"{annotations.name}: {line}", flush=True)
+    if not quiet:
+        for line in problems.lines:
+            print(common.printable(f"{annotations.name}: {line}"), flush=True)
 
 
 def examples(names, most=3):

@@ -26,7 +26,7 @@ from common import UserError
 from dataset import images as image_facts
 from dataset import memmap, slides
 
-VERSION = 2  # of the fingerprints; 1 did not hold each image's scale, content and place
+FINGERPRINT = 2  # of the fingerprints; 1 did not hold each image's scale, content and place
 AT_ONCE = 64  # crops written together
 TISSUE_GREEN = 217  # of 255: both stains absorb green; glass does not
 TISSUE_SHARE = 0.25
@@ -208,7 +208,7 @@ class Patches:
     def fingerprint(self, times=True):
         """Hash of what the pixels depend on: the images' content and how patches are cut, with each
         image's scale. times: see images.content."""
-        settings = [VERSION, self.size, self.fit]
+        settings = [FINGERPRINT, self.size, self.fit]
         if self.annotations.kind == "points":
             settings += [self.wide(i, self.size) for i in range(len(self.images))]
         digest = hashlib.sha256(repr(settings).encode())
@@ -250,7 +250,7 @@ class Patches:
         layout = self.layout
         places = np.stack([layout["image"], layout["left"], layout["top"]]).astype("<i8")
         return {
-            "version": VERSION,
+            "version": FINGERPRINT,
             "annotations": self.annotations.fingerprint(),
             "side": layout["side"],
             "random crops": layout["number"],

@@ -156,15 +156,8 @@ def resolve_domain(annotations, domain):
 
 def _other_domains(annotations, domain):
     """{other domain: its ids}, the further test sets of a training on one domain."""
-    rows, others, folders = annotations.order(), {}, {}
+    rows, others = annotations.order(), {}
     for name in np.unique(annotations.domain).tolist():
-        # Runs are kept in folders by these names.
-        twin = folders.setdefault(common.file_name(name), name)
-        if twin != name:
-            raise UserError(
-                f"{annotations.name}: the domains {twin!r} and {name!r} would share the run folder "
-                f"{common.file_name(name)}; rename one of them"
-            )
         if name != domain:
             others[name] = annotations.id[rows[annotations.domain[rows] == name]]
     reserved = set(PARTS) & set(others)

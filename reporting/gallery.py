@@ -54,6 +54,7 @@ def gallery(finished, given):
     ids, y, _, _, domain = first.rows("test")
     p = np.mean([run.rows("test")[2] for run in repeats], axis=0)
     annotations, reading = dataset_of(first, given)
+    flags.need_images(annotations, first.flags.get("mpp"), quiet=True)
     patches = Patches(
         annotations,
         fit=first.flags.get("fit") or "resize",
