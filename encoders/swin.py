@@ -83,7 +83,7 @@ class WindowAttention(nn.Module):
 
 
 def relative_index(device):
-    """Row of the bias table for each pair of tokens in a window, (Δy + 6) · 13 + Δx + 6: [49, 49]."""
+    """Row of the bias table for each pair of tokens, (Δy + 6) · 13 + Δx + 6 [49, 49]."""
     place = torch.arange(WINDOW**2, device=device)
     y, x = place // WINDOW, place % WINDOW
     dy, dx = y[:, None] - y, x[:, None] - x

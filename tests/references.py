@@ -405,7 +405,7 @@ _NOISE = torch.randn(1_000_003, generator=torch.Generator().manual_seed(0))
 
 
 def noise(count, start):
-    """`count` seeded normal numbers; a short period, prime against every width, makes them cheap."""
+    """`count` seeded normal numbers. A short period, prime against every width, keeps it cheap."""
     start %= len(_NOISE)
     repeats = -(-(start + count) // len(_NOISE))
     return _NOISE.repeat(repeats)[start : start + count]

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 import models
 import weights
 from common import UserError
-from encoders import layers, vit
+from encoders import layers, swin, vit
 from encoders.names import rename
 from encoders.table import ROWS
 
@@ -310,7 +310,177 @@ def test_resampling_without_antialias_is_caught(folder, monkeypatch):
         assert relative(mine.pos_embed.detach(), expected) < 1e-5
 
 
+def test_another_shift_of_windows_is_caught(folder, monkeypatch):
+    monkeypatch.setattr(swin, "SHIFT", 2)
+    with pytest.raises(AssertionError):
+        assert_parity("swin-t", folder, doubles=0, count=2)
+
+
+def test_a_missing_mask_of_windows_is_caught(folder, monkeypatch):
+    monkeypatch.setattr(swin, "NEVER", 0.0)
+    with pytest.raises(AssertionError):
+        assert_parity("swin-t", folder, doubles=0, count=2)
+
+
+def axes_swapped(cos, sin):
+    cos, sin = (factor.clone() for factor in (cos, sin))
+    for factor in cos, sin:
+        factor[5:] = factor[5:].unflatten(0, (14, 14)).transpose(0, 1).flatten(0, 1)
+    return cos, sin
+
+
+def registers_turned(cos, sin):
+    cos, sin = (factor.clone() for factor in (cos, sin))
+    cos[1:5], sin[1:5] = cos[5:9], sin[5:9]
+    return cos, sin
+
+
+@pytest.mark.parametrize("change", [axes_swapped, registers_turned])
+def test_other_rotary_factors_are_caught(folder, monkeypatch, change):
+    factors = vit.rotary_factors
+    monkeypatch.setattr(vit, "rotary_factors", lambda *given: change(*factors(*given)))
+    with pytest.raises(AssertionError):
+        assert_parity("dinov3-s", folder, doubles=0, count=2)
+
+
 # ---------------------------------------------------------------- formats
+
+
+def loaded(name, state, folder, wrap=None):
+    """Hash of the weights and embedding of two images, by way of a file."""
+    file = folder / "weights.pth"
+    torch.save(wrap(state) if wrap else state, file)
+    encoder = models.load_encoder(name, file)
+    with torch.inference_mode():
+        return encoder.weights_hash, encoder(images(2))
+
+
+@pytest.mark.parametrize("name", ["dinov3-s", "dinov3-s-plus"])
+def test_dinov3_in_the_names_of_three_publishers(name, folder):
+    state = dict(references.dinov3_transformers(name, DEPTH).state_dict())
+    timms = references.dinov3_timm_names(state)
+    native = references.dinov3_native_names(timms)
+    earlier = {re.sub(r"^model\.layer\.", "layer.", k): v for k, v in state.items()}
+    assert earlier.keys() != state.keys()
+    first, embedding = loaded(name, state, folder)
+    for other in (earlier, timms, native):
+        found, same = loaded(name, other, folder)
+        assert found == first and torch.equal(same, embedding)
+    # The distilled models' biases are all zero, and timm's files leave them out.
+    without = {k: v for k, v in timms.items() if not k.endswith(("q_bias", "v_bias"))}
+    zero = {k: torch.zeros_like(v) if k.endswith("_bias") else v for k, v in timms.items()}
+    assert loaded(name, without, folder)[0] == loaded(name, zero, folder)[0] != first
+    del timms["blocks.1.attn.q_bias"]
+    with pytest.raises(UserError, match=r"blocks.1.attn.qkv.bias \[384\] instead of \[1152\]"):
+        loaded(name, timms, folder)
+
+
+@pytest.mark.parametrize("name", ["dinov3-s", "dinov3-s-plus"])
+def test_dinov3_equals_transformers(name, folder, monkeypatch):
+    """Its angles are always products of float32 numbers; in double precision the test gives it
+    those of timm, whose angles have the precision of the network.
+    """
+    from transformers.models.dinov3_vit import modeling_dinov3_vit as theirs_module
+
+    theirs = references.dinov3_transformers(name, DEPTH)
+    save_file(dict(theirs.state_dict()), folder / "model.safetensors")
+    x = images(2)
+    with torch.inference_mode():
+        assert relative(embed(name, folder, x), theirs(x).last_hidden_state[:, 0]) < 1e-5
+    theirs.double()
+    centres = theirs_module.get_patches_center_coordinates
+    monkeypatch.setattr(
+        theirs_module, "get_patches_center_coordinates", lambda *a, **k: centres(*a, **k).double()
+    )
+    (rope,) = [m for m in theirs.modules() if hasattr(m, "inv_freq")]
+    rope.inv_freq = 1 / (100 ** (torch.arange(16) * 2 / 32)).double()
+    x = x.double()
+    with torch.inference_mode():
+        assert relative(embed(name, folder, x), theirs(x).last_hidden_state[:, 0]) < 1e-12
+
+
+def early_swin(state):
+    """Names of timm 0.5.4 and of the original, with the buffers and classifier of their files."""
+    old = {"head.weight": torch.zeros(1000, 768), "head.bias": torch.zeros(1000)}
+    for name, tensor in state.items():
+        name = re.sub(r"^layers\.(\d)\.down", lambda m: f"layers.{int(m[1]) - 1}.down", name)
+        old[name] = tensor
+        if name.endswith("relative_position_bias_table"):
+            block = name.removesuffix("attn.relative_position_bias_table")
+            old[f"{block}attn.relative_position_index"] = torch.zeros(49, 49, dtype=torch.int64)
+            old[f"{block}attn_mask"] = torch.zeros(64, 49, 49)
+    return old
+
+
+def test_swin_in_the_layout_of_early_timm(folder):
+    state, _ = reference("ctranspath")
+    first, embedding = loaded("ctranspath", state, folder)
+    old = early_swin(state)
+    assert "layers.0.downsample.reduction.weight" in old and "layers.0.downsample.norm.bias" in old
+    counted = old | {"patch_embed.proj.1.num_batches_tracked": torch.tensor(5)}
+    for other, wrap in ((old, None), (counted, lambda inner: {"model": inner})):
+        found, same = loaded("ctranspath", other, folder, wrap)
+        assert found == first and torch.equal(same, embedding)
+    refused(folder / "weights.pth", "not the weights of swin-t", name="swin-t")
+
+
+def prefixed(start):
+    return lambda state: {f"{start}{name}": tensor for name, tensor in state.items()}
+
+
+def dino(state):
+    """A training state of DINO: both networks with their heads, and more beside them."""
+    networks = {}
+    for network, factor in (("student", 0.5), ("teacher", 1.0)):
+        networks[network] = {f"backbone.{name}": factor * t for name, t in state.items()}
+        networks[network]["head.last_layer.weight"] = torch.ones(2, 2)
+    return {**networks, "epoch": 3, "optimizer": {"state": {}}}
+
+
+def dinov2(state):
+    """A training state of DINOv2: both networks in one."""
+    model = {"dino_loss.center": torch.ones(1, 2)}
+    for network, factor in (("student", 0.5), ("teacher", 1.0)):
+        model |= {f"{network}.backbone.{name}": factor * t for name, t in state.items()}
+        model[f"{network}.dino_head.mlp.0.weight"] = torch.ones(2, 2)
+    return {"model": model, "iteration": 7}
+
+
+WRAPPED = {
+    "module": prefixed("module."),
+    "compiled": prefixed("_orig_mod."),
+    "both": prefixed("module._orig_mod."),
+    "backbone": prefixed("backbone."),
+    "encoder": prefixed("encoder."),
+    "open_clip": prefixed("visual.trunk."),
+    "lightning": lambda state: {"state_dict": prefixed("model.")(state), "epoch": 1},
+    "model_state_dict": lambda state: {"model_state_dict": state, "loss": 0.5},
+    "dino": dino,
+    "dinov2": dinov2,
+    "with a head": lambda state: {**state, "head.weight": torch.ones(2, 384)},
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_what_trainers_put_around_the_names(kind, small, folder):
+    first, embedding = loaded("kaiko-s16", small[0], folder)
+    found, same = loaded("kaiko-s16", small[0], folder, WRAPPED[kind])
+    assert found == first and torch.equal(same, embedding)
+
+
+def test_several_encoders_in_one_file_are_refused(small, folder):
+    both = prefixed("left.")(small[0]) | prefixed("right.")(small[0])
+    torch.save(both, folder / "weights.pth")
+    refused(folder / "weights.pth", "holds several encoders (left., right.)")
+
+
+def test_a_refusal_names_what_the_file_holds(small, folder):
+    torch.save({"net": small[0], "epoch": 3}, folder / "weights.pth")
+    refused(folder / "weights.pth", "holds no state dict", "epoch, net")
+    torch.save({"model": {"generator": {}, "step": 1}}, folder / "weights.pth")
+    refused(folder / "weights.pth", "generator, step")
+    torch.save(prefixed("tower.vision_")(small[0]), folder / "weights.pth")
+    refused(folder / "weights.pth", "unexpected (tower.vision_blocks.0.attn.proj.bias")
 
 
 @pytest.fixture(scope="module")
@@ -434,7 +604,7 @@ def test_layers_left_out_are_checked_all_the_same(small, tmp_path):
     not Path("/proc/self/status").exists(), reason="reads Linux's account of the process"
 )
 def test_memory_peaks_near_the_size_of_the_network(tmp_path):
-    """A fp32 file read as bf16: the process grows by little more than the network, not by the file."""
+    """A fp32 file read as bf16: the process grows by little more than the network."""
     code = """
 import dataclasses, re, sys, torch
 import models
