@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import sys
 import threading
 from collections import deque
@@ -273,7 +274,7 @@ def open_cuda(path, index, threads, expected):
     """
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         return None, "this onnxruntime has no CUDA (pip install 'onnxruntime-gpu[cuda,cudnn]')"
-    if not (expected or nvidia_device() or os.name == "nt"):
+    if not (expected or nvidia_device() or sys.platform == "win32"):
         return None, "no NVIDIA device"
     # Loaded by path from the nvidia packages: the provider's own search finds them only by luck.
     with muted():
@@ -356,39 +357,152 @@ def muted():
 
 
 def read_metadata(session, path):
-    """metadata_props of an exported model as a dict: every value is JSON."""
+    """metadata_props of an exported model as a dict, checked: what it says decides how slides are
+    read and what is called a mitotic figure.
+    """
     props = session.get_modelmeta().custom_metadata_map
     if props.get("format") not in FORMATS:
         raise UserError(
             f"{path}: not a model exported by export.py (its metadata is missing), so its classes, "
             "threshold and µm/px are unknown"
         )
-    try:
-        return {key: json.loads(value) for key, value in props.items() if key != "format"}
-    except ValueError:
-        raise UserError(f"{path}: its metadata is damaged; export it again") from None
+    metadata = {}
+    for key, value in props.items():
+        if key == "format":
+            continue
+        try:
+            metadata[key] = json.loads(value)
+        except (ValueError, RecursionError):
+            raise damaged(path, key) from None
+    for key, right in CHECKS.items():
+        if key not in metadata or not right(metadata[key]):
+            raise damaged(path, key, metadata.get(key))
+    size = metadata["size"]
+    kind, shape = "tensor(float)", [3, size, size]
+    if metadata["input"] == "uint8":
+        kind, shape = "tensor(uint8)", [size, size, 3]
+    given = session.get_inputs()[0]
+    if (given.name, given.type, given.shape[1:]) != ("patches", kind, shape):
+        raise damaged(path, "size or input")
+    return metadata
+
+
+def damaged(path, key, value=None):
+    text = ""
+    if value is not None:
+        text = f" is {json.dumps(value)[:60]}"
+    return UserError(f"{path}: its metadata is damaged ({key}{text}); export it again")
+
+
+def is_number(value, low, high):
+    return type(value) in (int, float) and low <= value <= high  # NaN is in no range
+
+
+def is_text(value):
+    return isinstance(value, str) and value.isprintable()
+
+
+def are_labels(value):
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(is_text(name) and name.strip() for name in value)
+        and value[0] != value[1]
+    )
+
+
+def are_colours(value):
+    """Mean and standard deviation of red, green and blue."""
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(isinstance(v, list) and len(v) == 3 for v in value)
+        and all(is_number(v, 0, 1) for v in value[0])
+        and all(is_number(v, 1e-3, 1) for v in value[1])
+    )
+
+
+def is_parity(value):
+    return (
+        isinstance(value, dict)
+        and is_text(value.get("source"))
+        and is_text(value.get("wanted"))
+        and isinstance(value.get("measured"), list)
+        and all(isinstance(row, dict) and is_measured(row) for row in value["measured"])
+    )
+
+
+def is_measured(row):
+    change = row.get("auroc_change", "missing")
+    return (
+        is_text(row.get("provider"))
+        and all(is_number(row.get(key), 0, 1e9) for key in ("batch", "patches", "changed"))
+        and all(is_number(row.get(key), 0, math.inf) for key in ("largest", "mean"))
+        and (change is None or is_number(change, -1, 1))
+    )
+
+
+def are_metrics(value):
+    """{set: {metric: …}}; of versions before 1.0 also without sets."""
+    if not isinstance(value, dict):
+        return False
+    for name, numbers in value.items():
+        if not is_text(name) or (isinstance(numbers, dict) and not all(map(is_text, numbers))):
+            return False
+    return True
+
+
+CHECKS = {  # what metadata a model must have, and when it is right
+    "encoder": is_text,
+    "pool": is_text,
+    "method": is_text,
+    "dataset": lambda v: v is None or is_text(v),
+    "licence": is_text,
+    "redistribution": is_text,
+    "commit": lambda v: v is None or is_text(v),
+    "weights_hash": lambda v: v is None or is_text(v),
+    "precision": is_text,
+    "opset": lambda v: is_number(v, 1, 1000),
+    "input": lambda v: v in ("uint8", "float"),
+    "size": lambda v: type(v) is int and 1 <= v <= 4096,
+    "patch": lambda v: type(v) is int and 1 <= v <= 65536,
+    "fit": lambda v: v in ("resize", "pad"),
+    "mpp": lambda v: v is None or is_number(v, 0.01, 100),
+    "labels": are_labels,
+    "threshold": lambda v: (
+        isinstance(v, dict) and is_number(v.get("value"), 0, 1) and is_text(v.get("rule"))
+    ),
+    "temperature": lambda v: is_number(v, 1e-6, 1e6),
+    "normalisation": are_colours,
+    "metrics": are_metrics,
+    "parity": is_parity,
+    "data_bytes": lambda v: type(v) is int and v >= 0,
+}
 
 
 def check_weights(path, metadata):
     """The .data file must be the one that this .onnx was exported with: whole, and of the same
     export.
     """
-    if not metadata.get("data_bytes"):
+    if not metadata["data_bytes"]:
         return
-    weights = Path(f"{path}.data")
-    if metadata.get("data_name"):
-        weights = Path(path).with_name(metadata["data_name"])
+    name, identity = metadata.get("data_name", f"{Path(path).name}.data"), metadata.get("export_id")
+    if not is_text(name) or not re.fullmatch(r"[^/\\:]+", name) or name in (".", ".."):
+        raise damaged(path, "data_name", name)
+    if not is_text(identity) or not re.fullmatch(f"[0-9a-f]{{{2 * TRAILER}}}", identity):
+        raise damaged(path, "export_id", identity)
+    weights = Path(path).with_name(name)
     size = 0
-    if weights.exists():
+    if weights.is_file():
         size = weights.stat().st_size
-    if size != metadata["data_bytes"]:
+    if size != metadata["data_bytes"] or size < TRAILER:
         raise UserError(
             f"{weights}: has {size:,} bytes, {metadata['data_bytes']:,} belong to "
             f"{Path(path).name}; copy both files again"
         )
     with open(weights, "rb") as file:
         file.seek(-TRAILER, os.SEEK_END)
-        if file.read() != bytes.fromhex(metadata["export_id"]):
+        if file.read().hex() != identity:
             raise UserError(
                 f"{weights}: belongs to another export than {Path(path).name}; copy both files "
                 "again"

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import onnx
 import openslide
 import pytest
 import tifffile
@@ -745,8 +746,6 @@ def test_a_model_that_does_not_know_its_resolution_is_described(tmp_path):
 
 def test_foreign_and_damaged_models(tiny, tmp_path):
     folder, _ = tiny
-    import onnx
-
     foreign = onnx.load(folder / "model.onnx")
     del foreign.metadata_props[:]
     onnx.save(foreign, tmp_path / "foreign.onnx")
@@ -763,6 +762,76 @@ def test_foreign_and_damaged_models(tiny, tmp_path):
     assert "another export" in failure(tmp_path / "m.onnx")
     (tmp_path / "m.onnx.data").unlink()
     assert "both files again" in failure(tmp_path / "m.onnx")
+
+
+def with_metadata(model, path, **changes):
+    """A copy of a model whose metadata is this text; None: without it."""
+    proto = onnx.load(model)
+    props = {prop.key: prop.value for prop in proto.metadata_props} | changes
+    del proto.metadata_props[:]
+    for key, value in props.items():
+        if value is not None:
+            proto.metadata_props.add(key=key, value=value)
+    onnx.save(proto, path)
+    return path
+
+
+DAMAGED = {
+    "threshold": (
+        '{"value": NaN, "rule": "f1"}',
+        '{"value": 2, "rule": "f1"}',
+        '{"value": -0.1, "rule": "f1"}',
+        '{"value": "0.5", "rule": "f1"}',
+        '{"value": true, "rule": "f1"}',
+        '{"value": 0.5}',
+        "0.5",
+        None,
+    ),
+    "labels": ('["one"]', '["a", "a"]', '["a", ""]', '["a", 1]', '["a", "b\\u001b[2J"]', "5", None),
+    "patch": ("0", '"x"', "224.5", "-224", "true", "1e9", None),
+    "size": ("100", "null", '"224"', None),
+    "mpp": ("0", '"x"', "NaN", "Infinity", "-0.25", "[0.25]", None),
+    "input": ('"foo"', '"float"', "1", None),
+    "fit": ('"crop"', None),
+    "temperature": ("0", "NaN", '"1"', None),
+    "normalisation": ("[[0, 0, 0], [0, 0, 0]]", "[[0.5, 0.5, 0.5]]", "null", None),
+    "precision": ("16", None),
+    "metrics": ("5", '{"a": {"\\u001b[2J": 1}}', None),
+    "parity": ("[]", '{"source": "s", "wanted": "w", "measured": [{}]}', "null", None),
+    "licence": ("[1]", None),
+    "encoder": ("{", "[" * 100_000),
+}
+
+
+@pytest.mark.parametrize("key", DAMAGED)
+def test_damaged_metadata_is_refused(key, tiny, tmp_path):
+    """What it says decides how slides are read and what is called a mitotic figure."""
+    folder, _ = tiny
+    for value in DAMAGED[key]:
+        path = with_metadata(folder / "model.onnx", tmp_path / "x.onnx", **{key: value})
+        with pytest.raises(common.UserError, match="its metadata is damaged .*; export it again"):
+            Classifier(path, "cpu").describe()
+
+
+def test_damaged_names_of_weights_are_refused(tiny, tmp_path):
+    """The name of the .data file never leads to another folder."""
+    folder, _ = tiny
+    (tmp_path / "secret").write_bytes(bytes(100))
+    for name in ('"../secret"', '"/etc/passwd"', '""', '".."', "5", '"a\\\\b"', '"a/b"'):
+        path = tmp_path / "x.onnx"
+        with_metadata(folder / "model.onnx", path, data_bytes="100", data_name=name)
+        with pytest.raises(common.UserError, match="data_name"):
+            Classifier(path, "cpu")
+    for identity in ('"xy"', "null", "5", '"' + "g" * 64 + '"'):
+        with_metadata(folder / "model.onnx", path, data_bytes="100", export_id=identity)
+        with pytest.raises(common.UserError, match="export_id"):
+            Classifier(path, "cpu")
+    for size in ("-5", "1.5", '"x"'):
+        with_metadata(folder / "model.onnx", path, data_bytes=size)
+        with pytest.raises(common.UserError, match="data_bytes"):
+            Classifier(path, "cpu")
+    with_metadata(folder / "model.onnx", path, data_bytes="5")
+    assert "both files again" in failure(path)
 
 
 def test_overlay(tiny, tmp_path):
