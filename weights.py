@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import math
+import mmap
 import os
 import pickle
 import re
@@ -405,7 +406,7 @@ def give_back(tensor):
     """
     if not sys.platform.startswith("linux"):
         return
-    page = os.sysconf("SC_PAGE_SIZE")
+    page = mmap.PAGESIZE
     start = -(-tensor.data_ptr() // page) * page
     end = (tensor.data_ptr() + tensor.nbytes) // page * page
     if end > start:

@@ -135,6 +135,8 @@ def torch_row(gpu_seen):
         import torch
     except ImportError:
         return "not installed (classify.py does not need it)", None, None
+    except Exception as error:  # a broken installation, of whatever kind
+        return f"cannot be imported ({str(error)[:80]})", None, None
     text = f"{torch.__version__}, CUDA {torch.version.cuda or 'not built in'}, "
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()

