@@ -381,6 +381,8 @@ def classify(args):
             f"{args.model}: was exported with --input float, for hosts that normalise; this "
             "command needs --input uint8"
         )
+    if classifier.threshold is None:
+        raise UserError(f"{args.model}: is an encoder without a head and gives no probabilities")
     if args.relabel:
         formats.own_classes(candidates, classifier.labels)
     say(f"{args.model}: {classifier.note}")

@@ -2,11 +2,18 @@
 put in its place.
 
     python export.py RUN [--out model.onnx] [--precision fp32|fp16|int8] [--weights PATH]
-    python export.py --doctor        does ONNX Runtime use the GPU? one screen
+    python export.py RUN --peft DIR                       the run's LoRA adapter in peft's format
+    python export.py --adapter DIR --model NAME --out model.onnx      an adapter trained by peft
+    python export.py --doctor                             does ONNX Runtime use the GPU? one screen
 
 The model takes patches uint8 [N, 224, 224, 3] (normalisation inside) and gives probability float32
 [N]; classify.py and any other program with ONNX Runtime runs it, without torch. Beside it lies
-MODEL.parity.json, and over 2 GiB (or with --external) MODEL.onnx.data with the weights."""
+MODEL.parity.json, and over 2 GiB (or with --external) MODEL.onnx.data with the weights.
+
+The folder of an adapter holds adapter_config.json and adapter_model.safetensors, as peft writes
+them, and for a classifier its head: head.safetensors with head.weight [1, D] and head.bias [1] (or
+two rows: label 0, label 1), as --peft writes it, or a classifier among peft's modules_to_save.
+Without a head the model gives the embedding float32 [N, D] alone."""
 
 import argparse
 import contextlib
@@ -271,47 +278,75 @@ def free_memory():
 
 
 def describe(run, config, model, args, decision):
-    """The metadata of the model, except for what is known only when it is written.
+    """The metadata of a run's model, except for what is known only when it is written.
 
     decision  (threshold, rule, temperature), see `decide`
     """
-    choices, data, spec = config["flags"], config.get("data", {}), model.encoder.spec
+    choices, data = config["flags"], config.get("data", {})
     threshold, rule, temperature = decision
     results = {}
     if (run / "metrics.json").exists():
         results = common.read_json(run / "metrics.json")
-    licence = getattr(model.encoder, "licence", spec.licence)
     with open(run / "model.safetensors", "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {
-        "version": 1,
-        "encoder": spec.name,
-        "pool": model.encoder.pool,
-        "layer": model.encoder.layer,
+    return describe_model(model, args) | {
         "method": choices["method"],
-        "tta": bool(model.tta),
-        "licence": licence,
-        "redistribution": redistribution(spec, licence),
         "dataset": data.get("name", choices.get("data")),
         "frac": choices.get("frac"),
         "fold": choices.get("fold"),
         "domain": choices.get("domain"),
         "mpp": training_mpp(config),
         "resampled": bool(choices.get("mpp")),
-        "size": models.SIZE,
         "patch": data.get("patch") or models.SIZE,
         "fit": choices.get("fit") or "resize",
         "labels": LABELS,
         "threshold": {"value": threshold, "rule": rule},
         "temperature": temperature,
         "metrics": results.get("sets", results),
-        "commit": runs.environment()["commit"],
         "weights_hash": digest,
+    }
+
+
+def describe_adapter(model, args):
+    """The same for an adapter: of its training, only what the flags say is known."""
+    threshold = labels = None
+    if model.head is not None:
+        value, rule, _ = decide(None, args.threshold)
+        threshold, labels = {"value": value, "rule": rule}, LABELS
+    return describe_model(model, args) | {
+        "method": "lora",
+        "dataset": None,
+        "mpp": args.mpp,
+        "resampled": False,
+        "patch": models.SIZE,
+        "fit": "resize",
+        "labels": labels,
+        "threshold": threshold,
+        "temperature": 1.0,
+        "metrics": {},
+        "weights_hash": lora.adapter_hash(args.adapter),
+    }
+
+
+def describe_model(model, args):
+    """The metadata that follows from the network and from how it is written."""
+    spec = model.encoder.spec
+    licence = getattr(model.encoder, "licence", spec.licence)
+    return {
+        "version": 1,
+        "encoder": spec.name,
+        "pool": model.encoder.pool,
+        "layer": model.encoder.layer,
+        "tta": bool(model.tta),
+        "licence": licence,
+        "redistribution": redistribution(spec, licence),
         "base_weights_hash": model.encoder.weights_hash,
+        "size": models.SIZE,
+        "normalisation": spec.norm,
         "precision": args.precision,
         "opset": args.opset,
         "input": args.input,
-        "normalisation": spec.norm,
+        "commit": runs.environment()["commit"],
         "versions": {
             common.NAME: common.VERSION,
             "torch": torch.__version__,
@@ -342,12 +377,15 @@ def training_mpp(config):
     return float(value)
 
 
-def announce(run, metadata, calibrated):
+def announce(source, metadata, calibrated):
     threshold = metadata["threshold"]
-    line = (
-        f"{run}: {metadata['method']} on {metadata['encoder']}, {metadata['dataset']}; "
-        f"threshold {threshold['value']:.4g} ({threshold['rule']})"
-    )
+    line = f"{source}: {metadata['method']} on {metadata['encoder']}"
+    if metadata["dataset"]:
+        line += f", {metadata['dataset']}"
+    if threshold is None:
+        line += "; no head in the folder, so the model gives the embedding alone"
+    else:
+        line += f"; threshold {threshold['value']:.4g} ({threshold['rule']})"
     if calibrated:
         line += f", temperature {metadata['temperature']:.4g}"
     print(line)
@@ -363,19 +401,24 @@ def announce(run, metadata, calibrated):
 # ---------------------------------------------------------------- the check against torch
 
 
-def torch_logits(model, patches, args):
+def torch_output(model, patches, args):
     """torch's numbers, in float32, with adapters unmerged, so that merging is checked too →
-    (logits [n], peaks of the activations or None, see graph.activation_peaks).
+    (logits [n], without a head embeddings [n, D]; peaks of the activations or None, see
+    graph.activation_peaks).
     """
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     device = models.resolve_device(args.device)
-    watching = contextlib.nullcontext()
+    output, watching = "logits", contextlib.nullcontext()
+    if model.head is None:
+        output = "embedding"
     if args.precision != "fp32":
         watching = graph.activation_peaks(model.encoder)
     with watching as peaks:
-        logits = models.predict(model, patches, batch_size=8, device=device, progress="torch")
+        values = models.predict(
+            model, patches, batch_size=8, device=device, output=output, progress="torch"
+        )
     model.to("cpu")
-    return logits, peaks
+    return values, peaks
 
 
 def against_predictions(predictions, ids, logits):
@@ -463,33 +506,77 @@ def say_float32(peaks):
         print(f"activations near the end of float16: parts of the blocks {blocks} stay in float32")
 
 
-def export(run, out, args):
-    """Write a finished run as the ONNX model `out`, verified; UserError if it is not within its
-    tolerance.
-
-    run, out  paths; args: the command's flags
-    """
-    run, out = Path(run), Path(out)
+def load_run(args):
+    """A finished run → (PatchClassifier, its metadata, its predictions or None, its config)."""
+    run = Path(args.run)
     if not (run / "metrics.json").exists():
         raise UserError(f"{run}: not a finished run (no metrics.json)")
-    if out.is_dir():
-        raise UserError(f"--out {out}: is a folder; name the file, e.g. {out}/model.onnx")
     predictions = None
     if (run / "predictions.csv").exists():
         predictions = runs.read_predictions(run / "predictions.csv")
     decision = decide(predictions, args.threshold, args.calibrate)
+    model, config = checkpoint.load_run(run, weights=args.weights)
+    return model, describe(run, config, model, args, decision), predictions, config
 
+
+def load_adapter(args):
+    """A published encoder with an adapter in peft's format → (PatchClassifier, whose head is None
+    if the folder has none, and its metadata).
+    """
+    head = lora.load_head(args.adapter)
+    encoder = models.load_encoder(args.model, args.weights, pool=args.pool, layer=args.layer)
+    lora.load_peft(encoder, args.adapter)
+    model = models.PatchClassifier(encoder).eval()
+    if head is None:
+        model.head = None
+    elif head[0].shape != model.head.weight.shape:
+        raise UserError(
+            f"{args.adapter}: its head is for embeddings of {head[0].shape[1]} numbers, "
+            f"{args.model} gives {encoder.embed_dim} (--pool, --layer)"
+        )
+    else:
+        with torch.no_grad():
+            model.head.weight.copy_(head[0])
+            model.head.bias.copy_(head[1])
+    return model, describe_adapter(model, args)
+
+
+def comparison(args, model, config):
+    """Patches to compare on → (patches, labels, ids, where they are from)."""
+    count = args.patches or default_count(model.encoder)
+    if args.run:
+        return validation_patches(Path(args.run), config, args, count)
+    if not args.data:
+        return demo_patches(count)
+    source = {"data": args.data, "images": args.images, "fit": "resize"}
+    annotations, choices = flags.from_source(source, quiet=False)
+    rows = np.arange(len(annotations))
+    name = f"patches of {annotations.name}"
+    patches, labels, rows, name = read_patches(annotations, choices, rows, count, name)
+    return patches, labels, annotations.id[rows], name
+
+
+def export(out, args):
+    """Write a finished run (args.run) or an adapter (args.adapter) as the ONNX model `out`,
+    verified; UserError if it is not within its tolerance.
+    """
+    if out.is_dir():
+        raise UserError(f"--out {out}: is a folder; name the file, e.g. {out}/model.onnx")
     with workshop(out) as folder:
-        model, config = checkpoint.load_run(run, weights=args.weights)
-        metadata = describe(run, config, model, args, decision)
-        announce(run, metadata, args.calibrate)
+        predictions = config = None
+        if args.run:
+            model, metadata, predictions, config = load_run(args)
+        else:
+            model, metadata = load_adapter(args)
+        announce(args.run or args.adapter, metadata, args.calibrate)
 
-        count = args.patches or default_count(model.encoder)
-        patches, labels, ids, source = validation_patches(run, config, args, count)
-        logits, peaks = torch_logits(model, patches, args)
-        save_array(folder / "patches.npy", patches)
-        save_array(folder / "probability.npy", sigmoid(logits / metadata["temperature"]))
-        save_array(folder / "labels.npy", labels)
+        patches, labels, ids, source = comparison(args, model, config)
+        values, peaks = torch_output(model, patches, args)
+        output, expected = "embedding", values
+        if model.head is not None:
+            output, expected = "probability", sigmoid(values / metadata["temperature"])
+        for name, array in (("patches", patches), ("labels", labels), (output, expected)):
+            save_array(folder / f"{name}.npy", array)
 
         lora.merge_lora(model.encoder)
         proto, weights, external = write_graph(model, folder, out.name, args, metadata, peaks)
@@ -499,14 +586,15 @@ def export(run, out, args):
         # Written twice: to be measured, and with the report of that inside.
         report = {
             "source": source,
-            "wanted": parity.WANTED[args.precision],
+            "output": output,
+            "wanted": parity.WANTED[output][args.precision],
             "measured": [],
-            "predictions.csv": against_predictions(predictions, ids, logits),
+            "predictions.csv": against_predictions(predictions, ids, values),
         }
         model_file = folder / out.name
         write_model(proto, weights, model_file, external, metadata, report)
         report["measured"] = check_process(model_file, folder)
-        report["problems"] = parity.problems(report["measured"], args.precision)
+        report["problems"] = parity.problems(report["measured"], args.precision, output)
         print_parity(report)
         if report["problems"]:
             raise UserError(
@@ -527,6 +615,22 @@ def write_model(proto, weights, path, external, metadata, report):
     set_metadata(proto, {**metadata, "parity": report})
     graph.save(proto, weights, path, inline=not external)
     onnx.checker.check_model(str(path))
+
+
+def write_adapter(args):
+    """The adapter of a LoRA run in peft's format, with its head beside it."""
+    folder = Path(args.peft)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--peft {folder}: is a file; name a folder")
+    model, config = checkpoint.load_run(args.run, weights=args.weights)
+    if config["flags"]["method"] != "lora":
+        raise UserError(f"{args.run}: was trained without --lora and has no adapter to write")
+    spec = model.encoder.spec
+    lora.save_peft(model.encoder, folder, spec.repo or spec.name, head=model.head)
+    print(
+        f"{folder}: adapter of {len(lora.adapted(model.encoder))} layers in peft's format, and the "
+        f"head in {lora.HEAD}, for {spec.name}, embedding {model.encoder.pool}"
+    )
 
 
 def say_written(out, external):
@@ -551,6 +655,29 @@ def parse_arguments():
         help="the model's file (default: RUN/model.onnx, model-fp16.onnx, model-int8.onnx)",
     )
     parser.add_argument(
+        "--peft",
+        metavar="DIR",
+        help="write the adapter of a LoRA run in peft's format, with its head, instead of a model",
+    )
+    parser.add_argument(
+        "--adapter",
+        metavar="DIR",
+        help="instead of RUN: merge this adapter in peft's format into the published encoder",
+    )
+    parser.add_argument("--model", metavar="NAME", help="with --adapter: the encoder (models.py)")
+    parser.add_argument(
+        "--pool", metavar="P", help="with --adapter: as for train.py (default: as published)"
+    )
+    parser.add_argument(
+        "--layer", type=int, metavar="N", help="with --adapter: as for train.py (default: last)"
+    )
+    parser.add_argument(
+        "--mpp",
+        type=float,
+        metavar="M",
+        help="with --adapter: µm/px of the patches that it was trained on (default: unknown)",
+    )
+    parser.add_argument(
         "--precision",
         choices=("fp32", "fp16", "int8"),
         default="fp32",
@@ -559,7 +686,7 @@ def parse_arguments():
     parser.add_argument(
         "--weights",
         metavar="PATH",
-        help="the encoder's published weights (default: those of the run)",
+        help="the encoder's published weights (default: those of the run, else from the Hub)",
     )
     parser.add_argument(
         "--opset",
@@ -625,24 +752,57 @@ def parse_arguments():
 
 def check(args):
     """UserError for flags that do not make sense, before any work."""
-    if not args.run:
-        raise UserError("which run? python export.py runs/…/frac1-fold0 (or --doctor)")
+    if bool(args.run) == bool(args.adapter):
+        raise UserError(
+            "which run? python export.py runs/…/frac1-fold0, or --adapter DIR --model NAME, or "
+            "--doctor"
+        )
+    if args.run:
+        check_run(args)
+    else:
+        check_adapter(args)
     if not graph.OLDEST <= args.opset <= graph.NEWEST:
         raise UserError(f"--opset {args.opset}: {graph.OLDEST} to {graph.NEWEST} can be written")
     if args.patches is not None and args.patches < 2:
         raise UserError("--patches must be at least 2")
+    metrics.parse_threshold(args.threshold, rules=True)
+
+
+def check_run(args):
     if not Path(args.run).is_dir():
         raise UserError(f"{args.run}: no such run folder")
-    metrics.parse_threshold(args.threshold, rules=True)
+    for name in ("model", "pool", "layer", "mpp"):
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name} goes with --adapter; a run knows its own")
+    if args.peft and args.out:
+        raise UserError("--peft writes an adapter and --out a model: give one of them")
+
+
+def check_adapter(args):
+    if args.peft:
+        raise UserError("--peft writes the adapter of a RUN; --adapter has one already")
+    if not args.model or not args.out:
+        raise UserError("--adapter needs --model NAME (its encoder) and --out FILE.onnx")
+    if not Path(args.adapter).is_dir():
+        raise UserError(f"--adapter {args.adapter}: no such folder")
+    if args.calibrate:
+        raise UserError("--calibrate needs the validation predictions of a run")
+    if args.mpp is not None and not 0.01 < args.mpp < 100:
+        raise UserError(f"--mpp {args.mpp:g}: not a plausible number of µm per px")
+    if args.threshold.startswith("sensitivity"):
+        raise UserError("--threshold sensitivity=… needs the validation predictions of a run")
+    if args.precision == "int8" and lora.load_head(args.adapter) is None:
+        raise UserError(
+            f"--precision int8 is judged by its AUROC, and {args.adapter} has no head; choose fp32 "
+            "or fp16"
+        )
 
 
 def output_path(args):
     name = "model.onnx"
     if args.precision != "fp32":
         name = f"model-{args.precision}.onnx"
-    out = Path(args.run) / name
-    if args.out:
-        out = Path(args.out)
+    out = Path(args.out or Path(args.run) / name)
     if out.suffix != ".onnx":
         raise UserError(f"--out {out}: must end with .onnx")
     return out
@@ -653,7 +813,10 @@ def main():
     if args.doctor:
         return doctor.report()
     check(args)
-    export(args.run, output_path(args), args)
+    if args.peft:
+        write_adapter(args)
+    else:
+        export(output_path(args), args)
     return 0
 
 

@@ -40,7 +40,8 @@ def emit(
     temperature=1.0,
     peaks=None,
 ):
-    """Write `model` (a PatchClassifier without adapters, on the CPU) as ONNX → ModelProto.
+    """Write `model` (a PatchClassifier without adapters, on the CPU) as ONNX → ModelProto. If its
+    head is None, the only output is the embedding.
 
     weights      binary file, open for writing: takes every tensor over 1 KB; the proto points to it
                  as "weights" (see `save`)
@@ -71,10 +72,16 @@ def emit(
     if model.tta:
         out = g.op("Reshape", out, g.ints(8, -1, encoder.embed_dim), at="tta")
         out = g.op("ReduceMean", out, g.ints(0), at="tta", keepdims=0)
-    if embedding:
+    outputs = {"probability": ["N"], "embedding": ["N", encoder.embed_dim]}
+    if embedding or model.head is None:
         g.nodes.append(helper.make_node("Identity", [out], ["embedding"], name="embedding"))
-    head(g, model.head, out, temperature)
-    return proto(g, encoder, input_type, embedding)
+    else:
+        del outputs["embedding"]
+    if model.head is None:
+        del outputs["probability"]
+    else:
+        head(g, model.head, out, temperature)
+    return proto(g, encoder, input_type, outputs)
 
 
 def head(g, layer, embedding, temperature):
@@ -86,23 +93,20 @@ def head(g, layer, embedding, temperature):
     g.nodes.append(helper.make_node("Sigmoid", [logit], ["probability"], name="probability"))
 
 
-def proto(g, encoder, input_type, embedding):
-    """The nodes and tensors as a ModelProto with its inputs and outputs."""
+def proto(g, encoder, input_type, outputs):
+    """The nodes and tensors as a ModelProto with its input and outputs ({name: shape})."""
     size = encoder.size
     shape, kind = ["N", 3, size, size], TensorProto.FLOAT
     if input_type == "uint8":
         shape, kind = ["N", size, size, 3], TensorProto.UINT8
-    outputs = [helper.make_tensor_value_info("probability", TensorProto.FLOAT, ["N"])]
-    if embedding:
-        embedding_shape = ["N", encoder.embed_dim]
-        outputs.append(
-            helper.make_tensor_value_info("embedding", TensorProto.FLOAT, embedding_shape)
-        )
     graph = helper.make_graph(
         g.nodes,
         "mitotic figure classifier",
         [helper.make_tensor_value_info("patches", kind, shape)],
-        outputs,
+        [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, dimensions)
+            for name, dimensions in outputs.items()
+        ],
         g.tensors,
     )
     opsets = [helper.make_opsetid("", g.opset)]

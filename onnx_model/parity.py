@@ -4,8 +4,9 @@ sizes.
     python -m onnx_model.parity MODEL.onnx FOLDER
 
 is what export.py runs, in a process of its own, so that the memory of torch's model is free by
-then; it prints the report as JSON. FOLDER holds patches.npy (uint8 [n, 224, 224, 3]),
-probability.npy (torch's, in float32, with adapters unmerged) and labels.npy (0, 1; -1: unknown)."""
+then; it prints the report as JSON. FOLDER holds patches.npy (uint8 [n, 224, 224, 3]), labels.npy
+(0, 1; -1: unknown), and torch's output in float32, with adapters unmerged: probability.npy [n], or
+of an encoder without a head embedding.npy [n, D]."""
 
 import argparse
 import json
@@ -20,37 +21,46 @@ from reporting.metrics import auroc
 
 BATCHES = {1: 4, 2: 8, 7: 14, 64: None}  # batch size → patches that it is tried on; None: all
 WANTED = {
-    "fp32": "largest |Δp| ≤ 1e-5",
-    "fp16": "largest |Δp| ≤ 5e-3",
-    "int8": "AUROC not lower by more than 0.005",
+    "probability": {
+        "fp32": "largest |Δp| ≤ 1e-5",
+        "fp16": "largest |Δp| ≤ 5e-3",
+        "int8": "AUROC not lower by more than 0.005",
+    },
+    "embedding": {
+        "fp32": "largest |Δe| ≤ 1e-4 |e|",
+        "fp16": "largest |Δe| ≤ 2e-2 |e|",
+    },
 }
-LARGEST = {"fp32": 1e-5, "fp16": 5e-3}
+LARGEST = {
+    "probability": {"fp32": 1e-5, "fp16": 5e-3},
+    "embedding": {"fp32": 1e-4, "fp16": 2e-2},
+}
 AUROC_LOSS = 0.005
 
 
-def measure(classifier, patches, probability, labels):
+def measure(classifier, patches, expected, labels):
     """Rows of the report for one provider: {provider, batch, patches, largest, mean, changed,
     auroc_change}.
 
-    patches uint8 [n, S, S, 3]; probability [n]: torch's; labels [n]: 0, 1, -1 unknown
+    patches uint8 [n, S, S, 3]; expected: torch's probabilities [n] or embeddings [n, D]; labels
+    [n]: 0, 1, -1 unknown
     """
     rows = []
+    output = "probability"
+    if expected.ndim == 2:
+        output = "embedding"
     values = as_input(classifier, patches)
     for batch, count in BATCHES.items():
         n = min(len(patches), count or len(patches))
         starts = range(0, n, batch)
-        actual = np.concatenate([classifier(values[i : min(i + batch, n)]) for i in starts])
-        expected = probability[:n]
-        largest = mean = float("inf")
-        if np.isfinite(actual).all():
-            difference = np.abs(actual.astype(np.float64) - expected)
-            largest, mean = float(difference.max()), float(difference.mean())
-        auroc_change = None
-        known = labels[:n] >= 0
-        if count is None and len(set(labels[known].tolist())) == 2:
-            before, after = (auroc(labels[known], p[known]) for p in (expected, actual))
-            auroc_change = float(after - before)
-        changed = (actual >= classifier.threshold) != (expected >= classifier.threshold)
+        actual = np.concatenate([classifier(values[i : min(i + batch, n)], output) for i in starts])
+        changed, auroc_change = 0, None
+        if output == "probability":
+            threshold = classifier.threshold
+            changed = int(((actual >= threshold) != (expected[:n] >= threshold)).sum())
+            if count is None:
+                auroc_change = change_of_auroc(labels, expected, actual)
+        largest, mean = differences(expected[:n], actual)
         rows.append(
             {
                 "provider": classifier.session.get_providers()[0],
@@ -58,11 +68,32 @@ def measure(classifier, patches, probability, labels):
                 "patches": n,
                 "largest": largest,
                 "mean": mean,
-                "changed": int(changed.sum()),
+                "changed": changed,
                 "auroc_change": auroc_change,
             }
         )
     return rows
+
+
+def differences(expected, actual):
+    """Largest and mean difference: of probabilities [n], or of embeddings [n, D] relative to their
+    lengths; infinite if one is not finite.
+    """
+    if not np.isfinite(actual).all():
+        return float("inf"), float("inf")
+    difference = np.abs(actual.astype(np.float64) - expected)
+    if expected.ndim == 2:
+        difference = np.linalg.norm(difference, axis=1)
+        difference /= np.linalg.norm(expected, axis=1)
+    return float(difference.max()), float(difference.mean())
+
+
+def change_of_auroc(labels, before, after):
+    """None unless both classes are known among the labels."""
+    known = labels >= 0
+    if len(np.unique(labels[known])) < 2:
+        return None
+    return float(auroc(labels[known], after[known]) - auroc(labels[known], before[known]))
 
 
 def as_input(classifier, patches):
@@ -73,18 +104,19 @@ def as_input(classifier, patches):
     return np.ascontiguousarray(((patches / 255 - mean) / std).transpose(0, 3, 1, 2), np.float32)
 
 
-def problems(rows, precision):
+def problems(rows, precision, output="probability"):
     """What in a report exceeds the tolerance of its precision, as texts."""
     texts = []
+    largest = LARGEST[output].get(precision, float("inf"))
     for row in rows:
         place = f"{row['provider']}, batch {row['batch']}"
         loss = -(row["auroc_change"] or 0.0)
         if not np.isfinite(row["largest"]):
-            texts.append(f"{place}: the probability is not a finite number")
-        elif precision in LARGEST and row["largest"] > LARGEST[precision]:
+            texts.append(f"{place}: the {output} is not a finite number")
+        elif row["largest"] > largest:
             texts.append(
-                f"{place}: probabilities differ by up to {row['largest']:.2e}, the tolerance is "
-                f"{LARGEST[precision]:g}"
+                f"{place}: the {output} differs by up to {row['largest']:.2e}, the tolerance is "
+                f"{largest:g}"
             )
         elif precision == "int8" and loss > AUROC_LOSS:
             texts.append(f"{place}: AUROC falls by {loss:.4f}, the tolerance is {AUROC_LOSS}")
@@ -99,27 +131,28 @@ def problems(rows, precision):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", metavar="MODEL.onnx")
-    parser.add_argument(
-        "folder", metavar="FOLDER", help="with patches.npy, probability.npy and labels.npy"
-    )
+    parser.add_argument("folder", metavar="FOLDER", help="with the arrays to compare with")
     parser.add_argument(
         "--quick", action="store_true", help="two patches on the CPU: is the file in order?"
     )
     args = parser.parse_args()
-    patches, probability, labels = (
+    output = "probability"
+    if (Path(args.folder) / "embedding.npy").exists():
+        output = "embedding"
+    patches, expected, labels = (
         np.load(Path(args.folder) / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-        for name in ("patches", "probability", "labels")
+        for name in ("patches", output, "labels")
     )
     devices = ["cpu", "auto"]
     if args.quick:
-        patches, probability, labels = patches[:2], probability[:2], labels[:2]
+        patches, expected, labels = patches[:2], expected[:2], labels[:2]
         devices = ["cpu"]
     rows = []
     for device in devices:
         classifier = session.Classifier(args.model, device, batch_size=max(BATCHES), warm_up=False)
         if rows and classifier.device == "cpu":
             continue
-        rows += measure(classifier, patches, probability, labels)
+        rows += measure(classifier, patches, expected, labels)
         del classifier
     json.dump(rows, sys.stdout)
 

@@ -41,7 +41,7 @@ class Classifier:
     Attributes: .metadata (dict, as exported) .threshold .mpp (µm/px of the patches, None: unknown)
     .size (px of the input) .patch (px at .mpp that a patch covers; if it is not .size, `score`
     brings it to that) .labels (names of class 0 and 1) .device ("cpu", "cuda:0") .note (the device,
-    and why this one).
+    and why this one). An encoder that was exported without a head has neither threshold nor labels.
 
     Threads may share one: no call changes its state."""
 
@@ -53,8 +53,9 @@ class Classifier:
         if batch_size is None and self.device == "cpu":
             batch_size = min(64, 8 * (threads or os.cpu_count() or 1))
         self.batch_size = batch_size or 64
-        self.threshold = self.metadata["threshold"]["value"]
-        self.labels = self.metadata["labels"]
+        self.labels, self.threshold = self.metadata["labels"], None
+        if self.metadata["threshold"] is not None:
+            self.threshold = self.metadata["threshold"]["value"]
         self.mpp = self.metadata["mpp"]
         self.patch, self.size = self.metadata["patch"], self.metadata["size"]
         self.input = self.metadata["input"]
@@ -72,7 +73,7 @@ class Classifier:
         if self.device != "cpu":
             sizes.append(self.batch_size)
         for n in sizes:
-            self(np.zeros((n, *self.shape), self.dtype))
+            self(np.zeros((n, *self.shape), self.dtype), self.outputs[0])
 
     def __call__(self, patches, output="probability"):
         """Probabilities float32 [N] of patches uint8 [N, size, size, 3], RGB, at .mpp µm/px (or of
@@ -83,9 +84,11 @@ class Classifier:
         output   "probability" | "embedding" (float32 [N, D], if exported with --embedding)
         """
         if output not in self.outputs:
+            advice = "for the embedding, export it with --embedding"
+            if output == "probability":
+                advice = "it was exported from an adapter without a head"
             raise UserError(
-                f"{self.path}: has no output {output} (only {', '.join(self.outputs)}); for the "
-                "embedding, export it with --embedding"
+                f"{self.path}: has no output {output} (only {', '.join(self.outputs)}); {advice}"
             )
         if not isinstance(patches, np.ndarray) and not hasattr(patches, "__dlpack__"):
             patches = np.asarray(patches)
@@ -165,19 +168,24 @@ class Classifier:
         m = self.metadata
         rows = [
             ("model", f"{self.path} ({m['precision']}, opset {m['opset']})"),
-            ("encoder", f"{m['encoder']}, embedding {m['pool']}; {m['method']} on {m['dataset']}"),
+            (
+                "encoder",
+                f"{m['encoder']}, embedding {m['pool']}; {m['method']} on "
+                f"{m['dataset'] or 'unknown data'}",
+            ),
             ("licence", f"{m['licence']}; redistribution: {m['redistribution']}"),
             ("input", self.describe_input()),
             ("outputs", ", ".join(self.outputs)),
-            ("classes", f"0 {self.labels[0]}, 1 {self.labels[1]}"),
-            (
-                "threshold",
-                f"{self.threshold:.6g} ({m['threshold']['rule']}), temperature "
-                f"{m['temperature']:.4g}",
-            ),
-            ("made", f"commit {m['commit']}, weights {m['weights_hash'][:16]}"),
+            ("classes", "none: an encoder without a head"),
+            ("made", f"commit {m['commit']}, weights {(m['weights_hash'] or '')[:16]}"),
             ("runs here", self.note),
         ]
+        if self.labels:
+            rule, temperature = m["threshold"]["rule"], m["temperature"]
+            rows[5:6] = [
+                ("classes", f"0 {self.labels[0]}, 1 {self.labels[1]}"),
+                ("threshold", f"{self.threshold:.6g} ({rule}), temperature {temperature:.4g}"),
+            ]
         for name, values in (m.get("metrics") or {}).items():
             if isinstance(values, dict):
                 rows.append((f"on {name}", describe_numbers(values)))
@@ -209,12 +217,15 @@ def describe_numbers(values):
 
 def describe_parity(parity):
     """The parity report as a table."""
+    difference = "|Δp|"
+    if parity.get("output") == "embedding":
+        difference = "|Δe| / |e|"
     header = (
         "provider",
         "batch",
         "patches",
-        "largest |Δp|",
-        "mean |Δp|",
+        f"largest {difference}",
+        f"mean {difference}",
         "changed decisions",
         "Δ AUROC",
     )
@@ -381,6 +392,10 @@ def read_metadata(session, path):
     kind, shape = "tensor(float)", [3, size, size]
     if metadata["input"] == "uint8":
         kind, shape = "tensor(uint8)", [size, size, 3]
+    has_head = "probability" in [output.name for output in session.get_outputs()]
+    for key in ("labels", "threshold"):
+        if (metadata[key] is not None) != has_head:
+            raise damaged(path, key)
     given = session.get_inputs()[0]
     if (given.name, given.type, given.shape[1:]) != ("patches", kind, shape):
         raise damaged(path, "size or input")
@@ -403,11 +418,19 @@ def is_text(value):
 
 
 def are_labels(value):
-    return (
+    return value is None or (
         isinstance(value, list)
         and len(value) == 2
         and all(is_text(name) and name.strip() for name in value)
         and value[0] != value[1]
+    )
+
+
+def is_threshold(value):
+    return value is None or (
+        isinstance(value, dict)
+        and is_number(value.get("value"), 0, 1)
+        and is_text(value.get("rule"))
     )
 
 
@@ -469,9 +492,7 @@ CHECKS = {  # what metadata a model must have, and when it is right
     "fit": lambda v: v in ("resize", "pad"),
     "mpp": lambda v: v is None or is_number(v, 0.01, 100),
     "labels": are_labels,
-    "threshold": lambda v: (
-        isinstance(v, dict) and is_number(v.get("value"), 0, 1) and is_text(v.get("rule"))
-    ),
+    "threshold": is_threshold,
     "temperature": lambda v: is_number(v, 1e-6, 1e6),
     "normalisation": are_colours,
     "metrics": are_metrics,

@@ -276,7 +276,9 @@ def test_gate_by_precision():
     assert parity.problems([{**row, "auroc_change": -0.006}], "int8")
     assert parity.problems([{**row, "auroc_change": None}], "int8")
     assert parity.problems([{**row, "largest": 6e-3}], "fp16")
-    assert all(parity.problems([{**row, "largest": float("inf")}], p) for p in parity.WANTED)
+    assert all(
+        parity.problems([{**row, "largest": float("inf")}], p) for p in parity.WANTED["probability"]
+    )
 
 
 def test_predictions_in_lower_precision_are_reported(made, tmp_path, monkeypatch):
@@ -505,3 +507,127 @@ def test_giant_with_little_memory(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ---------------------------------------------------------------- adapters in peft's format
+
+
+def adapter(monkeypatch, folder, weights, out, *arguments):
+    return command(
+        monkeypatch,
+        "--adapter",
+        folder,
+        "--model",
+        "tiny-gelu",
+        "--weights",
+        weights,
+        "--out",
+        out,
+        "--patches",
+        8,
+        *arguments,
+    )
+
+
+def test_a_runs_adapter_goes_out_and_comes_back(made, tmp_path, monkeypatch, capsys):
+    """--peft, then --adapter: the run's probabilities; without the head its embedding."""
+    run, weights, unmerged = made()
+    assert command(monkeypatch, run, "--peft", tmp_path / "peft") == 0
+    assert names(tmp_path / "peft") == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "head.safetensors",
+    ]
+    assert "head.safetensors" in capsys.readouterr().out
+    assert adapter(monkeypatch, tmp_path / "peft", weights, tmp_path / "m.onnx", "--mpp", 0.25) == 0
+    images = patches(6, seed=4)
+    with torch.inference_mode():
+        embedding = unmerged.embed(torch.from_numpy(images))
+        probability = torch.sigmoid(unmerged.classify(embedding)).numpy()
+    model = session.Classifier(tmp_path / "m.onnx", "cpu")
+    assert np.abs(model(images) - probability).max() <= 1e-5
+    assert (model.mpp, model.threshold, model.labels) == (0.25, 0.5, export.LABELS)
+    assert model.metadata["licence"] == "MIT" and "on unknown data" in model.describe()
+
+    (tmp_path / "peft" / "head.safetensors").unlink()
+    capsys.readouterr()
+    for precision, tolerance in (("fp32", 1e-4), ("fp16", 2e-2)):
+        out = tmp_path / f"{precision}.onnx"
+        arguments = (tmp_path / "peft", weights, out, "--precision", precision)
+        assert adapter(monkeypatch, *arguments) == 0
+        assert "no head in the folder, so the model gives the embedding alone" in (
+            said := capsys.readouterr().out
+        )
+        assert "largest |Δe| / |e|" in said
+        model = session.Classifier(out, "cpu")
+        off = model(images, output="embedding") - embedding.numpy()
+        assert np.linalg.norm(off, axis=1).max() <= tolerance * np.linalg.norm(embedding[0])
+        assert (model.outputs, model.threshold, model.labels) == (["embedding"], None, None)
+        assert "an encoder without a head" in model.describe()
+        with pytest.raises(common.UserError, match="no output probability"):
+            model(images)
+        done = subprocess.run(
+            [sys.executable, str(HERE / "classify.py"), str(out)], capture_output=True, text=True
+        )
+        assert done.returncode == 0 and "an encoder without a head" in done.stdout
+    assert adapter(monkeypatch, tmp_path / "peft", weights, out, "--precision", "int8") == 2
+    assert "has no head" in capsys.readouterr().err
+
+
+def test_an_adapter_trained_by_peft(made, tmp_path, monkeypatch):
+    """Of rank 3 on two of the layers, with a head of two outputs that peft saved with it."""
+    peft = pytest.importorskip("peft")
+    _, weights, _ = made()
+    network = models.PatchClassifier(models.load_encoder("tiny-gelu", weights)).eval()
+    network.encoder.add_module("head", torch.nn.Linear(64, 2))
+    config = peft.LoraConfig(
+        r=3,
+        lora_alpha=5,
+        target_modules=["attn.qkv", "mlp.fc1"],
+        modules_to_save=["head"],
+        init_lora_weights=False,
+    )
+    adapted = peft.get_peft_model(network.encoder, config)
+    adapted.save_pretrained(tmp_path / "peft")
+    assert adapter(monkeypatch, tmp_path / "peft", weights, tmp_path / "m.onnx") == 0
+    images = patches(6, seed=4)
+    with torch.inference_mode():
+        embedding = network.embed(torch.from_numpy(images))
+        logits = adapted.base_model.model.head(embedding)
+    expected = torch.softmax(logits, dim=1)[:, 1].numpy()
+    probability = session.Classifier(tmp_path / "m.onnx", "cpu")(images)
+    assert np.abs(probability - expected).max() <= 1e-5 and np.ptp(expected) > 1e-3
+
+
+def test_mistakes_with_adapters_are_one_line(made, tmp_path, monkeypatch, capsys):
+    run, weights, _ = made()
+    probe, _, _ = made("gelu", "full")
+    folder, out = tmp_path / "peft", tmp_path / "m.onnx"
+    assert command(monkeypatch, run, "--peft", folder) == 0
+    (tmp_path / "none").mkdir()
+    given = ("--adapter", folder, "--model", "tiny-gelu", "--weights", weights)
+    for arguments, text in (
+        ([run, *given, "--out", out], "which run?"),
+        (["--adapter", folder, "--out", out], "--adapter needs --model"),
+        (given, "--adapter needs --model NAME (its encoder) and --out"),
+        ([*given, "--out", out, "--peft", tmp_path / "p"], "--adapter has one already"),
+        ([*given, "--out", out, "--calibrate"], "--calibrate needs"),
+        ([*given, "--out", out, "--mpp", 0], "--mpp"),
+        ([*given, "--out", out, "--threshold", "sensitivity=0.9"], "validation predictions"),
+        (["--adapter", tmp_path / "none", *given[2:], "--out", out], "adapter_model.safetensors"),
+        (["--adapter", tmp_path / "gone", *given[2:], "--out", out], "no such folder"),
+        (["--adapter", folder, "--model", "tiny-none", "--out", out], "tiny-none"),
+        ([run, "--model", "tiny-gelu"], "--model goes with --adapter"),
+        ([run, "--mpp", 0.5], "--mpp goes with --adapter"),
+        ([run, "--peft", tmp_path / "p", "--out", out], "give one of them"),
+        ([probe, "--peft", tmp_path / "p"], "has no adapter to write"),
+        ([run, "--peft", weights], "name a folder"),
+    ):
+        assert command(monkeypatch, *arguments) == 2, arguments
+        error = capsys.readouterr().err
+        assert text in error and "Traceback" not in error, (arguments, error)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": "pissa"}))
+    assert command(monkeypatch, *given, "--out", out) == 2
+    assert "init_lora_weights" in capsys.readouterr().err
+    assert not out.exists() and names(tmp_path) == ["none", "peft"]
