@@ -146,6 +146,8 @@ def opened():
 
 def facts(image):
     """The Facts of an image. The file is opened once per process, and again after a change."""
+    if isinstance(image, ArrayImage):
+        return Facts(image.width, image.height, None, True, ())
     key, mine = str(image), opened()
     state = _regular_file(key)
     with mine.lock:
@@ -161,6 +163,8 @@ def facts(image):
 
 def open_slide(image):
     """The opened image, from the few that stay open in this process."""
+    if isinstance(image, ArrayImage):
+        return image
     key, mine = str(image), opened()
     with mine.lock:
         slide = mine.slides.get(key)
@@ -170,6 +174,31 @@ def open_slide(image):
                 mine.slides.popitem(last=False)  # closed when the last reader lets it go
         mine.slides.move_to_end(key)
         return slide
+
+
+def held(slide):
+    """A slide that a program holds, for every function here that takes an image.
+
+    slide   openslide.OpenSlide, which is read by its path | PIL.Image or uint8 [H, W, 3], the
+            pixels of a whole image | a path, which is given back
+    """
+    if isinstance(slide, str | os.PathLike):
+        return slide
+    if isinstance(slide, openslide.OpenSlide):
+        path = getattr(slide, "_filename", None)
+        if path is None or not Path(path).exists():
+            raise UserError(f"{slide!r}: its file is not found; give the path")
+        return path
+    if isinstance(slide, openslide.ImageSlide):
+        slide = slide.read_region((0, 0), 0, slide.dimensions)
+    if isinstance(slide, Image.Image):
+        slide = np.asarray(_rgb(slide))
+    if isinstance(slide, np.ndarray):
+        return ArrayImage(slide)
+    raise TypeError(
+        f"a {type(slide).__name__} is no slide: give a path, an openslide.OpenSlide, or an array "
+        "uint8 [H, W, 3]"
+    )
 
 
 def close(image):
@@ -440,13 +469,37 @@ class PlainImage:
 
     def window(self, left, top, size):
         """The square at (left, top) as uint8 [size, size, 3]; white outside the image."""
-        pixels = self.pixels()
-        window = np.full((size, size, 3), WHITE, np.uint8)
-        x0, y0 = max(left, 0), max(top, 0)
-        x1, y1 = min(left + size, self.width), min(top + size, self.height)
-        if x0 < x1 and y0 < y1:
-            window[y0 - top : y1 - top, x0 - left : x1 - left] = pixels[y0:y1, x0:x1]
-        return window
+        return cut(self.pixels(), left, top, size)
+
+
+class ArrayImage:
+    """The pixels of a whole image that a program has in memory: uint8 [H, W, 3]."""
+
+    def __init__(self, pixels):
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+            raise ValueError(
+                f"an image of {pixels.dtype} {list(pixels.shape)}: uint8 [H, W, 3] is needed, RGB"
+            )
+        self.pixels = pixels
+        self.height, self.width = pixels.shape[:2]
+
+    def __str__(self):
+        return f"an array of {self.width} x {self.height} px"
+
+    def window(self, left, top, size):
+        """The square at (left, top) as uint8 [size, size, 3]; white outside the image."""
+        return cut(self.pixels, left, top, size)
+
+
+def cut(pixels, left, top, size):
+    """uint8 [size, size, 3] out of the pixels of a whole image; white outside of it."""
+    height, width = pixels.shape[:2]
+    window = np.full((size, size, 3), WHITE, np.uint8)
+    x0, y0 = max(left, 0), max(top, 0)
+    x1, y1 = min(left + size, width), min(top + size, height)
+    if x0 < x1 and y0 < y1:
+        window[y0 - top : y1 - top, x0 - left : x1 - left] = pixels[y0:y1, x0:x1]
+    return window
 
 
 def _check_pixels(path, width, height, what):

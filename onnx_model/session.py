@@ -545,11 +545,8 @@ class SlideReader:
 
     def __init__(self, metadata, slide, mpp=None):
         self.metadata = metadata
-        self.slide, self.name = slide, str(slide)
-        # A path is opened for each patch, which costs nothing while it is among the open slides.
-        if not isinstance(slide, str | os.PathLike):
-            self.slide = slides.opened(slide)
-            self.name = self.slide.path
+        self.slide = slides.held(slide)
+        self.name = str(self.slide)
         self.width, self.height = slides.dimensions(self.slide)
         self.extent = f"{self.width} × {self.height} px"
         self.mpp = mpp or slides.microns_per_pixel(self.slide)
