@@ -32,6 +32,7 @@ NAMED = (
     "standardize",
     "k",
     "shots",
+    "adapter",
 )
 # Flags that must agree with the run's if a command gives them.
 COMPARED = ("val_frac", "epochs", "epoch_size", "rank", "pool", "layer")
@@ -88,15 +89,15 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser():
-    """Parser of the flags of train.py and probe.py that say which runs a command makes. The flags
-    of data and split are the shared ones; a test compares the others with both commands."""
+    """Parser of the flags of train.py and probe.py that say which runs a command makes. Most are
+    the shared ones of flags.py; a test compares the others with both commands."""
     parser = _Parser(allow_abbrev=False, add_help=False)
     flags.add_arguments(parser)
     flags.add_split_arguments(parser)
+    flags.add_run_arguments(parser)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--probe", nargs="+", default=["uni"])
-    parser.add_argument("--runs", default="runs")
     return parser
 
 

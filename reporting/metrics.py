@@ -339,22 +339,6 @@ def summarise(labels, probabilities, cases=None, threshold=0.5):
     }
 
 
-def one_class_note(name, summary, classes=CLASSES):
-    """What is missing in a set of one class, as a sentence; "" if it has both.
-
-    summary: the set's dict of summarise(); classes: names of the classes 0 and 1."""
-    n, positives = summary["n"], summary["positives"]
-    if 0 < positives < n:
-        return ""
-    if not n:
-        return f"the set {name} is empty"
-    have, lack = classes[positives > 0], classes[positives == 0]
-    return (
-        f"all {n} annotations of the set {name} are of the class {have}, none of {lack}: no AUROC, "
-        "balanced accuracy or weighted F1"
-    )
-
-
 def of_predictions(columns, target="f1"):
     """metrics.json of a run: the threshold chosen on the set "val" (0.5 without one), and the
     summary of each set.

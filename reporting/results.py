@@ -27,7 +27,9 @@ SUMMARY = (
 )
 # Flags in which repeats of one model may differ: the tables group by them, or they do not change
 # the method.
-GROUPED = {"frac", "fold", "domain", "weights", "dtype"}
+GROUPED = {"frac", "fold", "domain", "weights", "adapter", "dtype"}
+# What a run started from, in config.json's "encoder".
+BASES = {"weights_hash": "weights", "adapter_hash": "adapter"}
 LOG_COLUMNS = ("epoch", "train_loss", "val_loss", "val_auroc")
 
 
@@ -396,7 +398,7 @@ def _read_run(path):
     _expect(
         encoder is None or isinstance(encoder, dict), "config.json: encoder", encoder, "an object"
     )
-    run.settings["weights_hash"] = (encoder or {}).get("weights_hash")
+    run.settings |= {key: (encoder or {}).get(key) for key in BASES}
     return run
 
 
@@ -566,8 +568,8 @@ def _differing(run, other):
         value, others = run.settings.get(key), other.settings.get(key)
         if str(value) == str(others):
             continue
-        if key == "weights_hash":
-            parts.append("other weights")
+        if key in BASES:
+            parts.append(f"other {BASES[key]}")
         else:
             parts.append(f"--{key.replace('_', '-')} {value}, there {others}")
     return f" ({', '.join(parts)})"
@@ -607,19 +609,17 @@ def _agreeing(finished, problems, what, key, value, difference=lambda run, other
 
 
 def notes(finished):
-    """Sentences on what the reader of a table must know: validation and test sets of one class."""
-    sentences = defaultdict(set)
+    """Lines on the validation and test sets of one class, which have no AUROC."""
+    counts = Counter()
     for run in finished:
-        for name, summary in run.sets.items():
-            shown = name
-            if name == "test" and run.domain:
-                shown = run.domain
-            note = metrics.one_class_note(shown, summary, run.classes)
-            if note:
-                sentences[f"{run.data}: {note}"].add(run.path)
+        for name in run.sets:
+            shown = run.domain if name == "test" and run.domain else name
+            line = runs.one_class_line(shown, run.rows(name)[1])
+            if line:
+                counts[f"{run.data}: {line}"] += 1
     return [
-        f"{sentence} ({len(paths)} {'run' if len(paths) == 1 else 'runs'})"
-        for sentence, paths in sorted(sentences.items())
+        f"{line} ({count} {'run' if count == 1 else 'runs'})"
+        for line, count in sorted(counts.items())
     ]
 
 

@@ -460,7 +460,7 @@ def test_probabilities_that_are_none_are_refused(dataset, tmp_path, value, capsy
     """-1 too, which once stood for candidates that are not scored."""
     rows = [("one.tiff", 5, 5, 0.5), ("one.tiff", 9, 9, value)]
     path = table(tmp_path / "scored.csv", rows)
-    said = f"the probability of candidate row 2 is {value}, not a number from 0 to 1"
+    said = f"the probability of candidate line 3 is {value}, not a number from 0 to 1"
     with pytest.raises(UserError, match=said):
         detection.report(path, data.load_dataset(dataset))
     assert said in failure(
@@ -534,7 +534,7 @@ def test_images_that_are_not_scored_yet_are_named_and_left_out(dataset, tmp_path
         detection.report(table(tmp_path / "scored.csv", empty), data.load_dataset(dataset)),
         0.5,
     )["all"] == (1, 2, 1, 0, 2, 1, 0)
-    with pytest.raises(UserError, match="the probability of candidate row 1 is nan, not a number"):
+    with pytest.raises(UserError, match="the probability of candidate line 2 is nan, not a number"):
         detection.report(
             table(tmp_path / "nan.csv", [("one.tiff", 5, 5, "nan")]),
             data.load_dataset(dataset),

@@ -1,5 +1,6 @@
 """Progress of a sweep: what is done, running, failed and missing, and the time left."""
 
+import argparse
 import fcntl
 import os
 
@@ -177,3 +178,51 @@ def test_grid_runs_nothing_but_a_sweep_that_can_list(tmp_path, capsys):
         "python train.py --data d --model uni --fold 0".split()
     ]
     assert not (tmp_path / "ran").exists()
+
+
+def test_flags_are_those_of_the_commands():
+    """What grid.py cannot import: their names, kinds and defaults."""
+    import probe
+    import train
+
+    def actions(parser):
+        return {action.dest: action for action in parser._actions}
+
+    def parser_of(script):
+        """The parser that a command builds, caught when it parses."""
+        caught = []
+
+        def catch(self, *_):
+            caught.append(self)
+            raise KeyboardInterrupt
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(argparse.ArgumentParser, "parse_args", catch)
+            with pytest.raises(KeyboardInterrupt):
+                script.arguments()
+        return actions(caught[0])
+
+    ours, commands = actions(grid._parser()), [parser_of(script) for script in (train, probe)]
+    for name in ("model", "lora", "probe", "runs", "data", "frac", "fold", "domain", "seed"):
+        theirs = [command[name] for command in commands if name in command]
+        assert theirs, name
+        for action in theirs:
+            assert action.default == ours[name].default, name
+            assert (action.nargs, action.type) == (ours[name].nargs, ours[name].type), name
+    known = commands[0].keys() | commands[1].keys()
+    assert {*grid.NAMED, *grid.COMPARED} <= known
+
+
+def test_choices_that_go_into_a_name_are_those_of_the_commands():
+    """A command with one of these flags may make a folder with an addition to its name."""
+    words = "python train.py --data d --model uni --lora".split()
+    assert [cell["label"] for cell in grid.cells(words)] == ["uni-lora"]
+    for flag in grid.NAMED:
+        value = "pad" if flag == "fit" else "1"
+        (cell,) = grid.cells([*words, f"--{flag.replace('_', '-')}", value])
+        assert "label" not in cell, flag
+
+
+def test_a_command_with_a_mistake_is_one_of_the_sweep():
+    with pytest.raises(UserError, match="the sweep lists a command with a mistake: .*--fold"):
+        grid.cells("python train.py --data d --fold x".split())

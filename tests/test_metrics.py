@@ -408,22 +408,6 @@ def test_a_summary_of_one_class_says_none():
         assert metrics.summarise([], [])["weighted_f1"] is None
 
 
-def test_a_set_of_one_class_is_said():
-    both, figures, others, empty = (
-        metrics.summarise(y, np.full(len(y), 0.5)) for y in ([0, 1], [1, 1, 1], [0, 0], [])
-    )
-    assert metrics.one_class_note("test", both) == ""
-    said = metrics.one_class_note("test", figures)
-    assert said.startswith(
-        "all 3 annotations of the set test are of the class mitotic figure, none"
-    )
-    said = metrics.one_class_note("E", others, ("normal", "atypical"))
-    assert said.startswith(
-        "all 2 annotations of the set E are of the class normal, none of atypical"
-    )
-    assert metrics.one_class_note("E", empty) == "the set E is empty"
-
-
 def predictions():
     rng = np.random.default_rng(4)
     label = rng.integers(0, 2, 90)
