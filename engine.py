@@ -166,34 +166,33 @@ def others_may_fail():
 # ---------------------------------------------------------------- the model
 
 
+def adapt(base, rank, alpha, dropout, targets, dora, rslora, adapter=None):
+    """A copy of the encoder with adapters, fresh or started from `adapter`.
+
+    It shares the weights of `base`, which LoRA leaves as they are: one copy of them serves every
+    run.
+    """
+    encoder = copy.deepcopy(base, {id(p): p for p in base.parameters()})
+    if adapter:
+        lora.load_peft(encoder, adapter, dropout)
+    else:
+        lora.add_lora(encoder, rank, alpha, dropout, tuple(targets), dora, rslora)
+    return encoder
+
+
 def make_model(settings, base, device, checkpointing=False):
     """PatchClassifier ready for training, and what is trained of it: {name: parameter}.
 
     checkpointing: compute activations again in the backward pass.
     """
     spec = models.find_encoder(settings.model)
-    uses_lora = settings.method == "lora"
-    # LoRA leaves the weights as they are: one copy of them serves every run.
-    shared = {id(p): p for p in base.parameters()} if uses_lora else {}
-    encoder = copy.deepcopy(base, shared).to(device)
     torch.manual_seed(settings.run_seed)
-    if uses_lora and settings.adapter:
-        lora.load_peft(encoder, settings.adapter, settings.dropout)
-    elif uses_lora:
-        lora.add_lora(
-            encoder,
-            settings.rank,
-            settings.alpha,
-            settings.dropout,
-            tuple(settings.targets),
-            settings.dora,
-            settings.rslora,
-        )
+    if settings.method == "lora":
+        names = ("rank", "alpha", "dropout", "targets", "dora", "rslora", "adapter")
+        encoder = adapt(base, **{name: getattr(settings, name) for name in names})
+    else:
+        encoder = copy.deepcopy(base).to(device)
     if checkpointing:
-        if not spec.depth:
-            raise UserError(
-                f"--checkpointing works on transformer blocks, {settings.model} has none"
-            )
         for block in encoder.blocks:
             # LoRA's masks are hashed, so that no random state has to be kept.
             block.forward = functools.partial(
@@ -203,7 +202,7 @@ def make_model(settings, base, device, checkpointing=False):
                 preserve_rng_state=False,
             )
     model = models.PatchClassifier(encoder).to(device)
-    if uses_lora and settings.adapter:
+    if settings.method == "lora" and settings.adapter:
         _start_head(model.head, settings.adapter)
     if world() > 1 and not spec.depth:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)

@@ -174,13 +174,17 @@ def main():
         args.model, args.weights, device, dtype, args.pool, args.layer, args.revision
     )
     model = models.PatchClassifier(encoder, tta=args.tta).to(device)
+    patches = Patches(annotations, fit=args.fit, mpp=args.mpp, source_mpp=args.source_mpp)
     jobs = []
     if rank == 0:
         jobs = plan(args, annotations, splits, encoder, dtype)
 
     # The long pass. Every process computes a share of the rows, further test sets included.
-    X = all_embeddings(model, annotations, args, dtype, args.source_mpp)
-    features = [(other, all_embeddings(model, other, args, dtype)) for other in tests]
+    X = all_embeddings(model, annotations, patches, args, dtype)
+    features = []
+    for other in tests:
+        reader = Patches(other, fit=args.fit, mpp=args.mpp)
+        features.append((other, all_embeddings(model, other, reader, args, dtype)))
     if rank > 0:
         return
 
@@ -277,10 +281,9 @@ def further_tests(job, annotations, X, tests):
 # ---------------------------------------------------------------- embeddings
 
 
-def all_embeddings(model, annotations, args, dtype, source_mpp=None):
+def all_embeddings(model, annotations, patches, args, dtype):
     """Embeddings of one dataset, from their place below the runs' folder."""
     encoder = model.encoder
-    patches = Patches(annotations, fit=args.fit, mpp=args.mpp, source_mpp=source_mpp)
     parts = [encoder.spec.name, encoder.pool]
     if args.layer:
         parts.append(f"layer{args.layer}")

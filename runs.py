@@ -152,9 +152,13 @@ def differing(old, new):
             # Through JSON, so that tuples equal lists and NumPy's numbers equal Python's.
             was = json.dumps(before.get(key), default=common.plain, sort_keys=True)
             now = json.dumps(after.get(key), default=common.plain, sort_keys=True)
-            if was != now:
-                name = f"--{key.replace('_', '-')}" if part == "flags" else f"{part} {key}"
-                differences.append(f"{name} (was {was}, now {now})")
+            if was == now:
+                continue
+            if (part, key) == ("data", "pixels"):
+                differences.append("the images or their µm/px are not those of the run any more")
+                continue
+            name = f"--{key.replace('_', '-')}" if part == "flags" else f"{part} {key}"
+            differences.append(f"{name} (was {was}, now {now})")
     return differences
 
 

@@ -157,6 +157,8 @@ def check(args):
             f"--accumulate {args.accumulate}: {args.model} normalises over the batch, and would "
             "normalise each part by itself; use a smaller --batch-size"
         )
+    if args.checkpointing and not spec.depth:
+        raise UserError(f"--checkpointing works on transformer blocks, {args.model} has none")
     if args.lora and not spec.depth:
         raise UserError(
             f"--lora adapts the linear layers of a transformer, {args.model} has none: train it "
@@ -267,12 +269,15 @@ def main():
     patches = Patches(
         annotations, fit=args.fit, mpp=args.mpp, source_mpp=args.source_mpp, jitter=args.jitter
     )
+    facts = flags.facts(annotations, args.fit) | {"pixels": patches.fingerprint(times=False)}
     if args.weights == "random" and not quiet:
         print(
             "WEIGHTS: random numbers, for dry runs and benchmarks: the results mean nothing",
             flush=True,
         )
     base = load_base(args, dtype, device)
+    if args.lora:
+        engine.adapt(base, **adapter)  # once, to see that the adapters fit
 
     # One run after the other.
     rows = []

@@ -414,6 +414,44 @@ def test_a_further_dataset_of_a_finished_run(tmp_path, table):
         assert metrics["sets"]["elsewhere"]["auroc"] > 0.8
 
 
+def test_two_further_datasets_at_once(tmp_path, table):
+    """Also of runs that are finished, and one after the other."""
+    others = [
+        small.dataset(tmp_path / name, cases=4, seed=seed, name=name)
+        for seed, name in enumerate(("first", "second", "third"))
+    ]
+    args = flags(table, tmp_path / "r", "--probe", "uni", "knn")
+    assert small.call(probe, *args, "--test", *others[:2]) == 0
+    assert small.call(probe, *args, "--test", *others) == 0
+    for suffix in ("", "-knn"):
+        metrics = common.read_json(folder(tmp_path / "r", suffix) / "metrics.json")
+        assert set(metrics["sets"]) == {"val", "test", "first", "second", "third"}
+        assert set(metrics["tests"]) == {"first", "second", "third"}
+
+
+def test_source_mpp_is_the_runs_own_data_alone(tmp_path, table, monkeypatch):
+    other = small.dataset(tmp_path / "other", cases=4, seed=9, name="elsewhere")
+    scales = {}
+
+    class Recorded(patches_module.Patches):
+        def __init__(self, annotations, **choices):
+            super().__init__(annotations, **choices)
+            scales[annotations.name] = (self.source_mpp, bool(annotations.mpp))
+
+    monkeypatch.setattr(probe, "Patches", Recorded)
+    args = flags(table, tmp_path / "r", "--source-mpp", 0.5, "--test", other)
+    assert small.call(probe, *args) == 0
+    assert scales == {"small": (0.5, True), "elsewhere": (None, False)}
+
+
+def test_a_dataset_may_be_called_embeddings(tmp_path, table):
+    named = table.with_name("embeddings.csv")
+    named.write_bytes(table.read_bytes())
+    assert small.call(probe, *flags(named, tmp_path)) == 0
+    assert (tmp_path / "embeddings" / "wide-probe" / "frac1-fold0" / "metrics.json").exists()
+    assert (tmp_path / "embeddings" / "embeddings" / "wide-cls.npy").exists()
+
+
 def test_names_of_further_datasets(tmp_path, table, capsys):
     """One like a set of the run itself, another dataset of a known name, images elsewhere: nothing
     silently wrong.
@@ -470,6 +508,8 @@ def test_the_run_says_what_was_done(tmp_path, table):
         (["--seed", -1], "--seed"),
         (["--C", "inf"], "--C"),
         (["--k", 0], "--k"),
+        (["--fold", 10**23], "--fold"),
+        (["--batch-size", 0], "--batch-size"),
         (["--C", -1], "--C"),
         (["--model", "nope"], "nope"),
         (["--layer", 9], "--layer"),

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -20,22 +21,6 @@ CONFIG = {
     "encoder": {"name": "demo"},
     "environment": {"commit": "x"},
 }
-
-
-def test_atomic_keeps_the_old_file_on_an_error(tmp_path):
-    path = tmp_path / "a" / "file.txt"
-    common.write_text(path, "old")
-    with pytest.raises(ZeroDivisionError), common.atomic(path) as temporary:
-        temporary.write_text("half")
-        raise ZeroDivisionError
-    assert path.read_text() == "old"
-    assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
-
-
-def test_atomic_file_is_readable_by_others(tmp_path):
-    common.write_text(tmp_path / "x", "1")
-    (tmp_path / "y").write_text("1")
-    assert (tmp_path / "x").stat().st_mode == (tmp_path / "y").stat().st_mode
 
 
 def test_run_path_names_what_is_not_default(tmp_path):
@@ -194,30 +179,56 @@ def test_broken_predictions_are_refused(tmp_path, text):
         runs.read_predictions(tmp_path / "p.csv")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[" * 100000])
-def test_broken_json_is_refused(tmp_path, text):
-    (tmp_path / "x.json").write_text(text)
-    with pytest.raises(common.UserError, match="x.json"):
-        common.read_json(tmp_path / "x.json")
+def test_domains_never_share_a_folder():
+    domains = ["a_b", "a/b", "a b", "A_b", "c"]
+
+    def folder(domain, domains=domains):
+        return runs.run_path("r", "d", "m", "probe", 1.0, 0, domain, (), domains).name
+
+    names = [folder(domain) for domain in domains]
+    # Some file systems do not tell upper from lower case.
+    assert len({name.casefold() for name in names}) == len(domains)
+    assert names[-1] == "domainc-fold0" and "domaina_b-fold0" in [name.lower() for name in names]
+    assert folder("a/b", ["a/b", "c"]) == "domaina_b-fold0"  # as without a clash
 
 
-def test_command_ends_with_one_line(tmp_path):
-    script = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import common\ndef main(): raise %s\ncommon.command(main)"
-    )
-    for raised, status, line in [
-        ("common.UserError('wrong\\nthing')", 2, "error: wrong thing\n"),
-        ("OSError(28, 'x', 'out.bin')", 2, "error: out.bin: the disk is full"),
-        ("PermissionError(13, 'x', 'out.bin')", 2, "error: out.bin: permission denied\n"),
-        ("KeyboardInterrupt", 130, "stopped"),
-    ]:
-        result = subprocess.run(
-            [sys.executable, "-c", script % raised], capture_output=True, text=True
-        )
-        assert result.returncode == status
-        assert result.stderr.startswith(line) and result.stderr.count("\n") == 1
-    result = subprocess.run(
-        [sys.executable, "-c", script % "ValueError('a bug')"], capture_output=True, text=True
-    )
-    assert result.returncode == 1 and "Traceback" in result.stderr  # bugs stay visible
+def test_a_folder_without_a_configuration_is_not_cleared(tmp_path):
+    path = tmp_path / "r"
+    path.mkdir()
+    (path / "model.safetensors").write_text("precious")
+    with pytest.raises(common.UserError, match="model.safetensors.*no config.json.*--force"):
+        runs.open_run(path, CONFIG, resume=True)
+    assert (path / "model.safetensors").read_text() == "precious"
+    (path / "notes.txt").write_text("mine")
+    (path / "sub").mkdir()
+    (path / "checkpoint.best-3.safetensors").touch()
+    with runs.open_run(path, CONFIG, force=True) as run:
+        assert not run.finished
+    # What a run wrote goes, the user's files stay.
+    assert sorted(p.name for p in path.iterdir()) == ["config.json", "lock", "notes.txt", "sub"]
+
+
+def test_a_glance_at_the_lock_does_not_refuse_a_starting_run(tmp_path):
+    """As evaluate.py looks whether a run is under way."""
+    (tmp_path / "r").mkdir()
+    held = common.try_lock(tmp_path / "r" / "lock")
+    threading.Timer(0.3, held.release).start()
+    runs.open_run(tmp_path / "r", CONFIG).close()
+
+
+def test_the_pixels_are_compared_if_both_runs_tell(tmp_path):
+    def config(**data):
+        return CONFIG | {"data": {"fingerprint": "abc", **data}}
+
+    assert runs.differing(config(), config(pixels="1")) == []
+    assert runs.differing(config(pixels="1"), config(pixels="1")) == []
+    (line,) = runs.differing(config(pixels="1"), config(pixels="2"))
+    assert "images or their µm/px" in line
+
+
+def test_sets_of_one_class_get_a_line_and_no_figures():
+    assert runs.one_class_line("test", np.array([0, 1])) is None
+    assert "test set holds label 0 only" in runs.one_class_line("test", np.zeros(4))
+    assert "test set B holds label 1 only" in runs.one_class_line("B", np.ones(4))
+    values = {"n": 4, "balanced_accuracy": None, "weighted_f1": 1.0, "auroc": None}
+    assert runs.metric_rows("r", {"sets": {"test": values}}) == [("r", "test", 4, "–", "–", "–")]

@@ -21,6 +21,7 @@ import checkpoint
 import common
 import data
 import engine
+import flags as data_flags
 import lora
 import models
 import runs
@@ -68,23 +69,7 @@ def weights(path):
     return load_file(path / "model.safetensors")
 
 
-def test_learning_rate_is_torchs_one_cycle():
-    for total in (20, 97, 8000):
-        p = torch.nn.Parameter(torch.zeros(1))
-        optimizer = torch.optim.Adam([p], lr=1e-4)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, 1e-4, total_steps=total, cycle_momentum=False
-        )
-        for step in range(total):
-            assert engine.learning_rate(step, total, 1e-4) == pytest.approx(
-                optimizer.param_groups[0]["lr"], rel=1e-9
-            )
-            optimizer.step()
-            if step < total - 1:
-                schedule.step()
-
-
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_run_learns_and_leaves_its_files(tmp_path, table, method):
     args = flags(table, tmp_path, epochs=8, epoch_size=96, lora=method == "lora")
     assert small.call(train, *args) == 0
@@ -157,7 +142,9 @@ def test_finished_other_rank_and_other_lr(tmp_path, table, capsys):
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("stop", [1, 5, 10])
+@pytest.mark.parametrize(
+    "stop", [5, *(pytest.param(stop, marks=pytest.mark.slow) for stop in (1, 10))]
+)
 def test_a_resumed_run_ends_bit_for_bit_the_same(tmp_path, table, monkeypatch, method, stop):
     """Interrupted after `stop` of 12 steps (4 per epoch): no more than one epoch is repeated."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -265,6 +252,7 @@ class Lives:
         ]
 
 
+@pytest.mark.slow
 def test_kill_9_at_twenty_moments(tmp_path, table):
     rng, epochs, per_epoch = random.Random(1), 14, 4
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -389,9 +377,7 @@ def test_parts_of_a_batch_give_the_same_gradient(tmp_path, table, monkeypatch):
     def backward(self, step, *rest):
         total = real(self, step, *rest)
         if step == 0:  # later ones start from weights that differ by Adam's amplified rounding
-            grads[self.args.accumulate] = {
-                name: p.grad.clone() for name, p in self.parameters.items()
-            }
+            grads[self.parts] = {name: p.grad.clone() for name, p in self.parameters.items()}
         return total
 
     monkeypatch.setattr(engine.Engine, "backward", backward)
@@ -484,6 +470,7 @@ def test_the_encoder_is_loaded_once_and_left_as_it_is(tmp_path, table, monkeypat
         )
 
 
+@pytest.mark.slow
 def test_resnet50_trains_and_resumes(tmp_path, table, monkeypatch):
     """A convolutional network: statistics of the batches are part of the checkpoint."""
     args = [
@@ -606,6 +593,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_patches(
     assert small.call(train, *flags(table, tmp_path), "--resume") == 0
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_even_if_one_is_killed(tmp_path, table):
     """torchrun with gloo: a killed process ends the job, --resume continues it; losses as with one
     process.
@@ -694,6 +682,7 @@ def test_domains_and_further_datasets(tmp_path, table, capsys):
     "more, words",
     [
         (["--model", "resnet50"], ["resnet50", "--lora"]),
+        (["--model", "resnet50", "--accumulate", "2"], ["--accumulate 2"]),
         (["--rank", "0"], ["--rank"]),
         (["--epochs", "0"], ["--epochs"]),
         (["--lr", "nan"], ["--lr"]),
@@ -701,6 +690,13 @@ def test_domains_and_further_datasets(tmp_path, table, capsys):
         (["--domain", "Z"], ["Z"]),
         (["--model", "unknown"], ["unknown", "h-optimus-0"]),
         (["--device", "cuda:77"], ["--device"]),
+        (["--dropout", "0.999999"], ["--dropout 0.999999"]),
+        (["--rank", "100000000"], ["--rank 100000000", "32"]),
+        (["--fold", "1" + 23 * "0"], ["--fold 1000", "65535"]),
+        (["--fold", "65536"], ["--fold 65536"]),
+        (["--alpha", "inf"], ["--alpha"]),
+        (["--adapter", "nowhere"], ["nowhere"]),
+        (["--targets", "qkv", "qkv"], ["--targets"]),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, table, more, words, capsys):
@@ -710,6 +706,7 @@ def test_mistakes_are_one_line(tmp_path, table, more, words, capsys):
     assert not list(tmp_path.glob("**/config.json"))
 
 
+@pytest.mark.slow
 def test_a_gated_encoder_says_what_to_do(tmp_path, table):
     code, out, err = small.command(
         "train",
@@ -747,5 +744,156 @@ def test_config_tells_everything(tmp_path, table):
     config = json.loads((folder(tmp_path) / "config.json").read_text())
     assert config["flags"]["targets"] == list(lora.TARGETS) and config["flags"]["dtype"] == "fp32"
     assert config["data"]["patch"] == 48 and config["encoder"]["weights_hash"] == "random"
-    annotations, args = flags.from_source(config["source"])
+    annotations, args = data_flags.from_source(config["source"])
     assert annotations.fingerprint() == config["data"]["fingerprint"] and args.fit == "resize"
+
+
+# ---------------------------------------------------------------- starting from an adapter
+
+
+def test_training_starts_from_an_adapter_in_pefts_format(tmp_path, table, monkeypatch, capsys):
+    """Rank, targets … are the adapter's; before the first step the model is the adapter's run."""
+    args = flags(table, tmp_path / "first", "--rank", 4, "--targets", "qkv", "fc1")
+    assert small.call(train, *args) == 0
+    run = folder(tmp_path / "first", "lora-r4-qkv+fc1")
+    model, _ = checkpoint.load_run(run)
+    lora.save_peft(model.encoder, tmp_path / "adapter", "tiny", model.head)
+    starts, real = [], engine.make_model
+
+    def make_model(*rest):
+        made = real(*rest)
+        starts.append({name: value.clone() for name, value in made[0].state_dict().items()})
+        return made
+
+    monkeypatch.setattr(engine, "make_model", make_model)
+    second = flags(table, tmp_path / "second", "--adapter", tmp_path / "adapter", epochs=1)
+    assert small.call(train, *second) == 0
+    before = model.state_dict()
+    assert starts[0].keys() == before.keys()
+    assert all(torch.equal(starts[0][name], value) for name, value in before.items())
+    (continued,) = (tmp_path / "second" / "small").glob("tiny-lora-r4-qkv+fc1-from*/frac1-fold0")
+    config = common.read_json(continued / "config.json")
+    assert (config["flags"]["rank"], config["flags"]["targets"]) == (4, ["qkv", "fc1"])
+    assert continued.parent.name.endswith(config["encoder"]["adapter_hash"][:8])
+    after, _ = checkpoint.load_run(continued)
+    assert not torch.equal(after.head.weight, model.head.weight)
+    capsys.readouterr()
+    assert small.call(train, *second) == 0
+    assert f"finished: {continued}" in capsys.readouterr().out
+    for more, words in (
+        (["--rank", 8], "--rank: the adapter of --adapter has 4"),
+        (["--targets", "proj"], "--targets"),
+        (["--dora"], "--dora"),
+    ):
+        assert small.call(train, *second, *more) == 2
+        assert words in capsys.readouterr().err
+    assert small.call(train, *second, "--dropout", 0.3) == 0
+    assert len(list((tmp_path / "second" / "small").glob("*-d0.3-*/frac1-fold0"))) == 1
+    full = flags(table, tmp_path, "--adapter", tmp_path / "adapter", lora=False)
+    assert small.call(train, *full) == 2
+    assert "needs --lora" in capsys.readouterr().err
+
+
+def test_a_resumed_run_with_an_adapter_ends_the_same(tmp_path, table, monkeypatch):
+    encoder = models.load_encoder("tiny", "random")
+    torch.manual_seed(1)
+    lora.add_lora(encoder, 2, 4)
+    for _, layer in lora.adapted(encoder):
+        torch.nn.init.normal_(layer.lora_B, 0, 0.1)
+    lora.save_peft(encoder, tmp_path / "adapter")
+    whole, cut = (
+        flags(table, tmp_path / name, "--adapter", tmp_path / "adapter")
+        for name in ("whole", "cut")
+    )
+    assert small.call(train, *whole) == 0
+    real = engine.Engine.epoch
+
+    def epoch(self, number, *rest):
+        if number == 2:
+            raise KeyboardInterrupt
+        return real(self, number, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.Engine, "epoch", epoch)
+        assert small.call(train, *cut) == 130
+    assert small.call(train, *cut, "--resume") == 0
+    one, other = (next((tmp_path / name).glob("small/*/*")) for name in ("whole", "cut"))
+    assert_equal_runs(one, other)
+
+
+# ---------------------------------------------------------------- other data, other runs
+
+
+def test_source_mpp_is_the_runs_own_data_alone(tmp_path, table, monkeypatch):
+    other = small.dataset(tmp_path / "other", cases=4, seed=9, name="elsewhere")
+    scales = {}
+
+    class Recorded(patches_module.Patches):
+        def __init__(self, annotations, **choices):
+            super().__init__(annotations, **choices)
+            scales[annotations.name] = (self.source_mpp, bool(annotations.mpp))
+
+    monkeypatch.setattr(train, "Patches", Recorded)
+    args = flags(table, tmp_path, "--source-mpp", 0.5, "--test", other, epochs=1)
+    assert small.call(train, *args) == 0
+    assert scales == {"small": (0.5, True), "elsewhere": (None, False)}
+
+
+def test_changed_images_are_noticed_by_resume(tmp_path, monkeypatch, capsys):
+    table = small.dataset(tmp_path / "data")
+    args = flags(table, tmp_path / "runs")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "finish", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert small.call(train, *args) == 130
+    images = sorted((tmp_path / "data" / "patches").iterdir())
+    os.utime(images[0], (1, 1))  # a copied dataset is the same dataset
+    first = images[3].read_bytes()
+    images[3].write_bytes(images[4].read_bytes())
+    capsys.readouterr()
+    assert small.call(train, *args, "--resume") == 2
+    error = capsys.readouterr().err
+    assert "images" in error and "--force" in error and len(error.splitlines()) == 1
+    images[3].write_bytes(first)
+    assert small.call(train, *args, "--resume") == 0
+
+
+def test_runs_of_the_first_version_are_finished_runs(tmp_path, table, capsys):
+    """Their config.json has no version, no pixels, and the order of an earlier program."""
+    args = flags(table, tmp_path, epochs=1)
+    assert small.call(train, *args) == 0
+    path = folder(tmp_path) / "config.json"
+    config = json.loads(path.read_text())
+    del config["data"]["pixels"]
+    names = "data model method frac fold domain seed by val_frac weights pool layer fit mpp dtype"
+    names += " epochs epoch_size batch_size lr balance random_share jitter stain_jitter tissue"
+    names += " rank alpha dropout targets dora rslora"
+    assert set(config["flags"]) == set(names.split())  # so they have been since the first version
+    path.write_text(json.dumps(config))
+    capsys.readouterr()
+    assert small.call(train, *args) == 0
+    assert f"finished: {folder(tmp_path)}" in capsys.readouterr().out
+
+
+def test_equal_runs_have_equal_files(tmp_path, table):
+    args = [flags(table, tmp_path / name, epochs=1) for name in "ab"]
+    for one in args:
+        assert small.call(train, *one) == 0
+    a, b = (folder(tmp_path / name) for name in "ab")
+    for name in ("model.safetensors", "predictions.csv", "metrics.json", "split.json"):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+
+
+def test_a_set_of_one_class_is_said(tmp_path, capsys):
+    table = small.dataset(tmp_path / "data")
+    head, *lines = table.read_text().splitlines()
+    mitotic = {"case04", "case05"}  # one case of each domain
+    for i, line in enumerate(lines):
+        path, label, case, domain = line.split(",")
+        if case not in mitotic:
+            label = "0"
+        lines[i] = ",".join((path, label, case, domain))
+    table.write_text("\n".join([head, *lines]) + "\n")
+    assert small.call(train, *flags(table, tmp_path / "runs", epochs=1)) == 0
+    out = capsys.readouterr().out
+    assert "problem: small, fold 0: the" in out and "holds label 0 only" in out
+    assert "1.000" not in out.splitlines()[-1]

@@ -1,0 +1,131 @@
+"""The training step's parts: schedule, settings, processes."""
+
+
+import numpy as np
+import pytest
+import small
+import torch
+from sklearn.metrics import log_loss
+
+import engine
+from common import UserError
+
+COMMON = dict(
+    data="d",
+    model="m",
+    method="lora",
+    frac=1.0,
+    fold=3,
+    domain=None,
+    seed=5,
+    by="case",
+    val_frac=1.0,
+    weights=None,
+    pool=None,
+    layer=None,
+    fit="resize",
+    mpp=None,
+    dtype="fp32",
+)
+TRAINING = dict(
+    epochs=1,
+    epoch_size=2,
+    batch_size=1,
+    lr=1e-4,
+    balance="annotation",
+    random_share=0.25,
+    jitter=0.0,
+    stain_jitter=0.0,
+    tissue=False,
+)
+LORA = dict(rank=16, alpha=16, dropout=0.1, targets=("qkv",), dora=False, rslora=False)
+
+
+def test_learning_rate_is_torchs_one_cycle():
+    for total in (20, 97, 8000):
+        p = torch.nn.Parameter(torch.zeros(1))
+        optimizer = torch.optim.Adam([p], lr=1e-4)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, 1e-4, total_steps=total, cycle_momentum=False
+        )
+        for step in range(total):
+            assert engine.learning_rate(step, total, 1e-4) == pytest.approx(
+                optimizer.param_groups[0]["lr"], rel=1e-9
+            )
+            optimizer.step()
+            if step < total - 1:
+                schedule.step()
+
+
+def test_settings_are_the_flags_of_the_configuration():
+    settings = engine.LoRASettings(**COMMON, **TRAINING, **LORA)
+    assert settings.flags() == COMMON | TRAINING | LORA
+    with pytest.raises(AttributeError):
+        settings.rank = 8
+    assert settings.run_seed == (5 << 16) + 3
+    adapted = engine.LoRASettings(**COMMON, **TRAINING, **LORA, adapter="/a")
+    assert adapted.flags() == settings.flags() | {"adapter": "/a"}
+
+
+def test_validation_loss_is_the_log_loss():
+    rng = np.random.default_rng(0)
+    labels, logits = rng.integers(0, 2, 50), rng.normal(size=50) * 3
+    expected = log_loss(labels, 1 / (1 + np.exp(-logits)))
+    assert engine.validation_loss(labels, logits) == pytest.approx(expected)
+    assert engine.validation_loss(labels, np.where(labels, 1e4, -1e4)) == 0
+
+
+@pytest.mark.parametrize(
+    "environment, expected",
+    [
+        ({}, (0, 1)),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, (0, 1)),
+        ({"RANK": "1"}, "RANK=1"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2"),
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE=abc"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "WORLD_SIZE=2"),
+        ({"RANK": "", "TORCHELASTIC_RUN_ID": "x"}, "RANK="),
+        (
+            {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "x"},
+            (3, 4),
+        ),
+    ],
+)
+def test_only_torchrun_starts_several_processes(monkeypatch, environment, expected):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if isinstance(expected, tuple):
+        assert engine.launched() == expected
+    else:
+        with pytest.raises(UserError, match=f"{expected} is set.*torchrun"):
+            engine.launched()
+
+
+@pytest.mark.parametrize("script", ["train", "probe"])
+def test_numbers_of_processes_left_in_the_environment_are_one_line(tmp_path, script):
+    code, out, err = small.command(
+        script, "--model", "tiny", "--runs", tmp_path, RANK="0", WORLD_SIZE="2"
+    )
+    assert code == 2 and err.startswith("error: WORLD_SIZE=2") and err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_decoded_patches_are_read_once(monkeypatch):
+    class Patches:
+        def __init__(self):
+            self.asked = []
+
+        def read(self, rows):
+            self.asked += rows.tolist()
+            return np.broadcast_to(rows[:, None, None, None] % 256, (len(rows), 224, 224, 3))
+
+    rows = np.array([7, 5, 9])
+    for limit, asked in ((4 << 30, [5, 9, 7]), (0, [5, 9, 7, 5])):
+        monkeypatch.setattr(engine, "CROPS_IN_MEMORY", limit)
+        patches = Patches()
+        decoded = engine.Decoded(patches, rows)
+        assert decoded.read(np.array([1, 2]))[:, 0, 0, 0].tolist() == [5, 9]
+        assert decoded.read(np.array([0, 1]))[:, 0, 0, 0].tolist() == [7, 5]
+        assert patches.asked == asked

@@ -1,0 +1,101 @@
+"""Flags that commands share: ranges, sources, further test sets."""
+
+import argparse
+import os
+import shutil
+
+import pytest
+import small
+
+import flags
+from common import UserError
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    return small.dataset(tmp_path_factory.mktemp("data"))
+
+
+def parsed(*more):
+    parser = argparse.ArgumentParser()
+    flags.add_arguments(parser)
+    flags.add_split_arguments(parser)
+    flags.add_run_arguments(parser)
+    return parser.parse_args([str(value) for value in more])
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--fold", 10**23], "--fold 1000"),
+        (["--fold", 0, 65536], "--fold 65536"),
+        (["--fold", -1], "--fold -1"),
+        (["--seed", 2**47], "--seed"),
+        (["--seed", -1], "--seed -1"),
+        (["--mpp", "nan"], "--mpp nan"),
+        (["--source-mpp", 0], "--source-mpp"),
+        (["--negative", "x"], "--negative needs --positive"),
+        (["--positive", ","], "need a label"),
+        (["--positive", "1", "--classes", "mitotic=1,other=0"], "mean the same"),
+        (["--test", "demo", "--test-images", "a", "b"], "2 folders for 1"),
+    ],
+)
+def test_values_out_of_range_are_refused(table, more, words):
+    args = parsed("--data", table, *more)
+    with pytest.raises(UserError, match=words):
+        flags.further(args, flags.from_arguments(args))
+
+
+def test_seeds_of_different_runs_differ(table):
+    """The largest fold of one seed lies below the first of the next."""
+    split = flags.splits(parsed("--fold", 65535, 0), flags.load_dataset(table))
+    assert [s.settings["fold"] for s in split] == [65535, 0]
+    assert ((3 << 16) + flags.FOLDS - 1) < (4 << 16)
+    assert ((flags.SEEDS - 1) << 16) + flags.FOLDS - 1 < 2**63
+
+
+def test_a_source_is_found_again_from_anywhere(table, monkeypatch, tmp_path):
+    monkeypatch.chdir(table.parent)
+    args = parsed("--data", table.name, "--source-mpp", 0.5, "--fit", "pad")
+    kept = flags.source(args)
+    monkeypatch.chdir(tmp_path)
+    annotations, choices = flags.from_source(kept)
+    assert annotations.fingerprint() == flags.load_dataset(table).fingerprint()
+    assert (choices.fit, choices.source_mpp, choices.mpp) == ("pad", 0.5, None)
+    with pytest.raises(AttributeError):
+        choices.fit = "resize"
+
+
+def test_splits_come_in_the_order_of_the_flags(table):
+    args = parsed("--domain", "B", "A", "--frac", 1, 0.5, 1, "--fold", 1, 0)
+    splits = flags.splits(args, flags.load_dataset(table))
+    order = [(s.settings["domain"], s.settings["frac"], s.settings["fold"]) for s in splits]
+    assert order == [(d, frac, fold) for d in "BA" for frac in (1, 0.5) for fold in (1, 0)]
+
+
+def test_shared_cases_and_one_class_are_said_once(table, tmp_path, capsys):
+    other = small.dataset(tmp_path / "other", cases=3, name="elsewhere")
+    lines = other.read_text().splitlines()
+    head, rows = lines[0], [line.split(",") for line in lines[1:]]
+    rows = [",".join((path, "1", case, domain)) for path, _, case, domain in rows]
+    other.write_text("\n".join([head, *rows]) + "\n")
+    args = parsed("--data", table, "--test", other)
+    annotations = flags.from_arguments(args)
+    capsys.readouterr()
+    (test,) = flags.further(args, annotations)
+    out = capsys.readouterr().out
+    assert test.name == "elsewhere" and out.count("shares 3 cases with small") == 1
+    assert "problem: the test set elsewhere holds label 1 only" in out
+    flags.further(args, annotations, quiet=True)
+    assert capsys.readouterr().out == ""
+
+
+def test_names_that_are_not_utf8_are_one_line(table, tmp_path):
+    name = os.fsencode(tmp_path) + b"/lat\xfcn.csv"
+    try:
+        shutil.copy(table, name)
+    except OSError:
+        pytest.skip("this file system has UTF-8 names only")
+    args = parsed("--data", os.fsdecode(name), "--images", table.parent)
+    with pytest.raises(UserError, match="not UTF-8"):
+        flags.from_arguments(args)
