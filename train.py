@@ -269,7 +269,6 @@ def main():
     patches = Patches(
         annotations, fit=args.fit, mpp=args.mpp, source_mpp=args.source_mpp, jitter=args.jitter
     )
-    facts = flags.facts(annotations, args.fit) | {"pixels": patches.fingerprint(times=False)}
     if args.weights == "random" and not quiet:
         print(
             "WEIGHTS: random numbers, for dry runs and benchmarks: the results mean nothing",
