@@ -20,6 +20,7 @@ Needs numpy, onnxruntime, openslide and Pillow (requirements-classify.txt)."""
 import argparse
 import sys
 import time
+import unicodedata
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -77,13 +78,13 @@ def find_images(candidates, slide):
 
 def parts(name):
     """The parts of an image's name in a candidates' file, which may be a path of any system."""
-    return PurePosixPath(name.replace("\\", "/")).parts
+    return PurePosixPath(unicodedata.normalize("NFC", name.replace("\\", "/"))).parts
 
 
 def relative(name, folder):
     """An image's name as a path below `folder`: never one that leaves it."""
     below = parts(name)
-    root = folder.resolve().parts
+    root = parts(folder.resolve().as_posix())
     if below[: len(root)] == root:
         below = below[len(root) :]
     elif Path(name).is_absolute() or below[0].endswith((":", "/")) or ".." in below:
@@ -97,14 +98,14 @@ def name_of_slide(names, slide, source):
     """Which of the images that a candidates' file names is the slide; UserError if none is, or if
     several could be.
     """
-    path = slide.resolve().parts
+    path = parts(slide.resolve().as_posix())
     by_path = [name for name in names if path[-len(parts(name)) :] == parts(name)]
     if by_path:  # of "a.tiff" and "sub/a.tiff", the longer one says more
         return max(by_path, key=lambda name: len(parts(name)))
-    same_name = [name for name in names if parts(name)[-1] == slide.name]
+    same_name = [name for name in names if parts(name)[-1] == path[-1]]
     # Conversions (.svs to .tiff) keep only the stem.
-    stem = annotations.file_stem(slide.name)
-    same_stem = [name for name in names if annotations.file_stem(parts(name)[-1]) == stem]
+    stem = annotations.short_stem(path[-1])
+    same_stem = [name for name in names if annotations.short_stem(parts(name)[-1]) == stem]
     matches = same_name or same_stem
     if len(matches) == 1:
         return matches[0]
@@ -235,7 +236,7 @@ def parse_arguments():
         "--candidates",
         metavar="C",
         help="MIDOG JSON, MIDOG challenge JSON, CSV (x, y, filename), SlideRunner SQLite, QuPath "
-        "GeoJSON",
+        "GeoJSON, ImageScope XML",
     )
     parser.add_argument(
         "--out", metavar="O", help="the same format, with probability and class added"

@@ -226,7 +226,7 @@ def shared_cases(a, b):
 
 def case_key(case):
     """A case without what spreadsheets and typists change: 12 and 12.0, P-01 and p-01, blanks."""
-    name = unicodedata.normalize("NFC", str(case)).casefold()
+    name = unicodedata.normalize("NFKC", str(case)).casefold()
     return cells.canonical(" ".join(name.split()))
 
 
@@ -464,8 +464,7 @@ def _cases(table, notes):
     several = sorted(", ".join(sorted(names)) for names in spellings.values() if len(names) > 1)
     if several:
         notes.append(
-            f"{len(several):,} cases are written in several ways and count as one each "
-            f"({cells.shown('; '.join(several))})"
+            f"cases written in several ways count as one: {cells.shown('; '.join(several))}"
         )
     cases = []
     for image, case in zip(table.images, written):
@@ -507,6 +506,12 @@ def file_stem(image):
     name = image.rsplit("/", 1)[-1]
     base, dot, suffix = name.rpartition(".")
     return base if dot and base and f".{suffix.lower()}" in formats.IMAGE_SUFFIXES else name
+
+
+def short_stem(image):
+    """file_stem without the ".ome" of slide.ome.tif, which QuPath leaves out too."""
+    stem = file_stem(image)
+    return stem[: -len(".ome")] if stem.lower().endswith(".ome") else stem
 
 
 def _dataset_name(path, source):
@@ -633,22 +638,20 @@ def locate(names, root, notes, source=None):
     lost = [name for name, found in place.items() if found is None]
     if not lost:
         return place
-    by_name, by_stem, by_ome_stem = {}, {}, {}
+    by_name, by_stem, by_short_stem = {}, {}, {}
     for path in _walk(root):
         name = _normal(path.rsplit("/", 1)[-1])
         by_name.setdefault(name, []).append(path)
-        stem = file_stem(name)
-        by_stem.setdefault(stem, []).append(path)
-        if stem.lower().endswith(".ome"):
-            by_ome_stem.setdefault(stem[: -len(".ome")], []).append(path)
+        by_stem.setdefault(file_stem(name), []).append(path)
+        by_short_stem.setdefault(short_stem(name), []).append(path)
     renamed = 0
     for name in lost:
         normal = _normal(name)
         bare = normal.rsplit("/", 1)[-1]
         matches = _longest_tail(normal, by_name.get(bare, []))
         if not matches:
-            matches = by_stem.get(file_stem(bare)) or by_ome_stem.get(file_stem(bare), [])
-            renamed += len(matches) == 1
+            matches = by_stem.get(file_stem(bare)) or by_short_stem.get(short_stem(bare), [])
+            renamed += len(matches) == 1 and bare != file_stem(bare)
         if len(matches) > 1:
             raise UserError(
                 f"{source or root}: several files under {root} could be {cells.shown(name)} "
@@ -656,7 +659,8 @@ def locate(names, root, notes, source=None):
             )
         place[name] = matches[0] if matches else None
     if renamed:
-        notes.append(f"{renamed:,} images were found under the same name with another suffix")
+        images = cells.several(renamed, "image")
+        notes.append(f"{images} found under the same name with another suffix")
     return place
 
 

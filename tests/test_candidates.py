@@ -154,7 +154,7 @@ def test_geojson_outlines_have_their_middle_and_regions_are_no_cells(tmp_path):
     found = formats.read_candidates(given)
     assert list(zip(found.x, found.y)) == [(5, 15), (5, 6)]
     notes = " ".join(found.notes)
-    assert "5 shapes are left out" in notes and "1 records without a valid place" in notes
+    assert "5 shapes left out" in notes and "1 record without a valid place" in notes
     assert "Tumor 2" in notes and "unclassified 2" in notes and "Region* 1" in notes
     written = json.loads(scored(given, tmp_path / "out.json", [0.9, 0.1]).read_text())["features"]
     assert written[2:] == regions
@@ -249,7 +249,7 @@ def test_sqlite_with_and_without_deletions(deleted, tmp_path):
     connection.close()
     found = formats.read_candidates(tmp_path / "in.sqlite")
     assert found.ids == (["3"] if deleted else ["3", "4"]) and (found.x[0], found.y[0]) == (20, 40)
-    assert "2 shapes are left out" in found.notes[0] and "hard negative 2" in found.notes[0]
+    assert "2 shapes left out" in found.notes[0] and "hard negative 2" in found.notes[0]
 
 
 def test_sqlite_that_another_program_has_open(tmp_path):

@@ -328,13 +328,14 @@ def cells_of(rows):
     """The rows that are cells: no shape of more than 256 px, no class that marks regions."""
     sides = {}
     for *_, name, side in rows:
-        sides.setdefault(name, []).append(side > 256)
+        if side > 0:
+            sides.setdefault(name, []).append(side > 256)
     regions = set()
     for name, large in sides.items():
         if name is not None and meaning(name) is None:
             if 2 * sum(large) > len(large) or {"region", "roi"} & set(name.lower().split()):
                 regions.add(name)
-    return [row for row in rows if row[4] <= 256 and row[3] not in regions]
+    return [row for row in rows if row[4] == 0 or row[4] <= 256 and row[3] not in regions]
 
 
 WORDS = {

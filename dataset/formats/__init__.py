@@ -208,8 +208,8 @@ def move_to_level0(table, paths, say):
     if moved:
         x, y = offsets[moved[0]]
         say(
-            f"coordinates on {len(moved):,} slides are relative to the slide's bounds, as QuPath "
-            f"writes them, and were moved ({Path(moved[0]).name}: by {x}, {y} px)"
+            f"coordinates on {cells.several(len(moved), 'slide')} are relative to the slide's "
+            f"bounds, as QuPath writes them, and were moved ({Path(moved[0]).name}: by {x}, {y} px)"
         )
 
 

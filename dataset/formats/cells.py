@@ -90,8 +90,10 @@ IMAGE_SUFFIXES = (
     ".bmp",
 )
 
-# Control characters, halves of surrogate pairs, and what changes the direction of a line of text.
-UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+# Control characters, halves of surrogate pairs, and invisible ones that change a line's direction.
+UNPRINTABLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+)
 
 COLUMNS_OF_A_CELL = (
     "ids",
@@ -210,20 +212,20 @@ class Table:
 def drop_regions(table):
     """Leave out what is no cell: shapes much larger than one, and all shapes of a class that marks
     regions. They are counted with their class."""
-    too_large = Counter()
-    total = Counter(table.categories)
+    shapes, large = Counter(), Counter()
     for category, extent in zip(table.categories, table.extents):
-        too_large[category] += extent > MAX_CELL
+        shapes[category] += extent > 0
+        large[category] += extent > MAX_CELL
     region_classes = set()
-    for category in total:
+    for category in shapes:
         name = plain(table.category_name(category))
         if category is None or name in MITOTIC | OTHER:
             continue
-        if too_large[category] > total[category] / 2 or REGION_WORDS & set(name.split()):
+        if 2 * large[category] > shapes[category] or REGION_WORDS & set(name.split()):
             region_classes.add(category)
     cells = []
     for i, (category, extent) in enumerate(zip(table.categories, table.extents)):
-        if extent > MAX_CELL or category in region_classes:
+        if extent > MAX_CELL or extent > 0 and category in region_classes:
             table.regions[category] += 1
         else:
             cells.append(i)
@@ -232,8 +234,8 @@ def drop_regions(table):
     if table.regions:
         regions = table.counted(table.regions.elements())
         table.notes.append(
-            f"{table.regions.total():,} shapes are left out because they mark regions or lines, "
-            f"not cells ({regions})"
+            f"{several(table.regions.total(), 'shape')} left out: regions or lines, not cells "
+            f"({regions})"
         )
 
 
@@ -267,10 +269,11 @@ def labelled(table, labels):
     unclassified = [c for c in left_out if c is None or c == "0" and table.names.get(c) is None]
     others = len(left_out) - len(unclassified)
     if unclassified:
-        table.notes.append(f"{len(unclassified):,} annotations without a class are left out")
+        without = several(len(unclassified), "annotation")
+        table.notes.append(f"{without} without a class left out")
     if others:
         named = table.counted([c for c in left_out if c is not None])
-        table.notes.append(f"{others:,} annotations of other classes are left out ({named})")
+        table.notes.append(f"{several(others, 'annotation')} of other classes left out ({named})")
     table.keep(rows)
     table.labels = [labels[category] for category in table.categories]
     if not rows:
@@ -291,7 +294,7 @@ def unlabelled(table):
         left_out.append(category)
     if left_out:
         table.notes.append(
-            f"{len(left_out):,} records without a valid place are left out "
+            f"{several(len(left_out), 'record')} without a valid place left out "
             f"({table.counted(left_out)})"
         )
     return table
@@ -547,6 +550,11 @@ def size_of(width, height):
     if width is None or height is None or min(width, height) < 1:
         return None
     return int(width), int(height)
+
+
+def several(number, noun):
+    """ "1 image", "1,200 images"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def key(value):

@@ -9,10 +9,12 @@ import codecs
 import csv
 import io
 import re
+from typing import NamedTuple
 
 from common import UserError
 from dataset.formats import files
 from dataset.formats.cells import (
+    AMBIGUOUS,
     IMAGE_SUFFIXES,
     MITOTIC,
     OTHER,
@@ -23,6 +25,7 @@ from dataset.formats.cells import (
     image_name,
     number,
     plain,
+    several,
     short,
     shown,
     text,
@@ -91,6 +94,16 @@ def parse_columns(text):
     return columns
 
 
+class Rows(NamedTuple):
+    """What a CSV file holds, for writing it back."""
+
+    rows: list
+    lines: list  # the line of the file in which each row ends
+    delimiter: str
+    first: int  # index of the header's row
+    column: dict  # what a column means → its index
+
+
 # ---------------------------------------------------------------- reading
 
 
@@ -101,7 +114,7 @@ def read(source, columns=None):
     rows, lines, delimiter, first = _rows(path, content, columns or {})
     header = [name.strip() for name in rows[first]]
     column = _find_columns(path, header, columns or {})
-    table = Table("csv", path, content=(rows, delimiter, first, column))
+    table = Table("csv", path, content=Rows(rows, lines, delimiter, first, column))
     if note:
         table.notes.append(note)
     if "path" in column and "x" in column:
@@ -116,9 +129,9 @@ def read(source, columns=None):
         table.kind = "patches"
     else:
         _check_columns(table, header, column, rows[first + 1 :])
-    _read_rows(table, header, column, lines)
+    _read_rows(table, header, column)
     _drop_repeated_patches(table)
-    table.names = {category: category for category in table.categories}
+    table.names = {category: category for category in table.categories if category is not None}
     return table
 
 
@@ -306,9 +319,9 @@ def _check_no_image_column(table, header, column, rows):
             )
 
 
-def _read_rows(table, header, column, lines):
-    rows, delimiter, first, _ = table.content
-    start = first + 1
+def _read_rows(table, header, column):
+    rows, lines, delimiter = table.content.rows, table.content.lines, table.content.delimiter
+    start = table.content.first + 1
     numeric = [key for key in ("x", "y", "width", "height", "right", "bottom") if key in column]
     if delimiter != ",":
         _check_thousands(table, column, rows[start:])
@@ -333,8 +346,9 @@ def _read_rows(table, header, column, lines):
             table.sizes.setdefault(names[image], None)
         else:
             blank.append(where)
-        if "label" in value:
-            cell["category"] = canonical(text(where, value["label"], "the label"))
+        label = _optional(table, where, value["label"], "label") if "label" in value else None
+        if label is not None:
+            cell["category"] = canonical(label)
         if table.kind == "patches":
             table.add_patch(**cell)
             continue
@@ -423,7 +437,7 @@ def _drop_repeated_patches(table):
     table.keep(rows)
     table.extents = [table.extents[i] for i in rows]
     if repeated:
-        table.notes.append(f"{repeated:,} patches that are listed twice are used once")
+        table.notes.append(f"{several(repeated, 'row')} of patches that are listed twice left out")
 
 
 # ---------------------------------------------------------------- labels
@@ -432,11 +446,10 @@ def _drop_repeated_patches(table):
 def labels_of(table, classes=None, profile=None):
     """{label as written: 1 or 0}. {0, 1} is 1 = mitotic figure; {1, 2} only in the benchmark's own
     files. UserError if the labels do not say it."""
-    rows, _, first, column = table.content
-    header = [name.strip() for name in rows[first]]
+    header = [name.strip() for name in table.content.rows[table.content.first]]
     values = set(table.names)
     if classes or profile:
-        where = f"{table.path}, column {shown(header[column['label']])}"
+        where = f"{table.path}, column {shown(header[table.content.column['label']])}"
         return class_labels(where, table.names, classes, profile)
     if values <= {"0", "1"}:
         return {"0": 0, "1": 1}
@@ -445,6 +458,8 @@ def labels_of(table, classes=None, profile=None):
         if set(header) == BENCHMARK_HEADER or table.path.name == "MIDOGpp.csv":
             return {"1": 1, "2": 0}
         hint = " (1 and 2 mean one thing in MIDOG and another in other data sets)"
+    if {plain(value) for value in values} & AMBIGUOUS:
+        hint = " (NMF is the non-mitotic figure of some data sets, the normal one of others)"
     labels = {value: _meaning(value) for value in values}
     if None not in labels.values():
         return labels
@@ -466,13 +481,23 @@ def _meaning(value):
 
 def own_categories(table, names):
     """[label of names[0], label of names[1]] in the file's own vocabulary, for --relabel."""
+    written = {}  # label → how the file writes it: 1.0 for 1
+    if "label" in table.content.column:
+        for place in table.places:
+            label = table.content.rows[place][table.content.column["label"]].strip()
+            written.setdefault(canonical(label), label)
     values = set(table.names)
     if values <= {"0", "1"}:
-        return ["0", "1"]
-    if {value.lower() for value in values} <= {"true", "false"}:
-        lower = {value.lower(): value for value in values}
-        return [lower.get("false", "False"), lower.get("true", "True")]
-    return categories_of(table, names)
+        labels = ["0", "1"]
+        if "." in "".join(written.values()):
+            labels = ["0.0", "1.0"]
+    elif {value.lower() for value in values} <= {"true", "false"}:
+        labels = ["False", "True"]
+        if "".join(values).islower():
+            labels = ["false", "true"]
+    else:
+        labels = categories_of(table, names)
+    return [written.get(label, label) for label in labels]
 
 
 # ---------------------------------------------------------------- writing
@@ -481,8 +506,8 @@ def own_categories(table, names):
 def write(table, path, scores, names, categories):
     """The rows with the columns probability and class; categories: what the column of labels
     becomes, [hard negative's, mitotic figure's], or None to leave it."""
-    rows, delimiter, first, column = table.content
-    rows = [list(row) for row in rows]
+    column, first = table.content.column, table.content.first
+    rows = [list(row) for row in table.content.rows]
     header = rows[first]
     lower = [name.strip().lower() for name in header]
     places = {}
@@ -504,5 +529,5 @@ def write(table, path, scores, names, categories):
         if categories is not None and "label" in column:
             rows[place][column["label"]] = categories[label]
     text = io.StringIO()
-    csv.writer(text, delimiter=delimiter, lineterminator="\n").writerows(rows)
+    csv.writer(text, delimiter=table.content.delimiter, lineterminator="\n").writerows(rows)
     files.write_text(path, text.getvalue())

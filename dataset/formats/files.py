@@ -93,13 +93,19 @@ class Source:
     @cached_property
     def xml(self):
         """The root element of an XML file. Files that define entities are refused."""
-        if "<!DOCTYPE" in self.text or "<!ENTITY" in self.text:
+        try:
+            content = self.text
+            hostile = "<!DOCTYPE" in content or "<!ENTITY" in content
+        except UserError:  # in another encoding, which the file has to state
+            content = self.bytes
+            hostile = any(mark in content for mark in (b"<!DOCTYPE", b"<!ENTITY", b"\0"))
+        if hostile:
             raise UserError(
-                f"{self.path}: defines a document type or entities; such XML is refused"
+                f"{self.path}: defines a document type or entities; such XML is not read"
             )
         try:
-            return ElementTree.fromstring(self.text)
-        except (ElementTree.ParseError, ValueError) as error:
+            return ElementTree.fromstring(content)
+        except (ElementTree.ParseError, ValueError, LookupError) as error:
             raise UserError(f"{self.path}: not a readable XML file ({one_line(error)})") from None
 
 

@@ -4,6 +4,7 @@ their bounding box; rulers, arrows and negative regions are not.
 The class is a region's text, else the name or description of its layer. The image's name is the
 file's, 001.xml for 001.svs. A score and the class become attributes of the region."""
 
+import copy
 import io
 from xml.etree import ElementTree
 
@@ -23,7 +24,7 @@ def read(source):
     if root.tag != "Annotations":
         raise UserError(f"{path}: not an ImageScope file: its root is {root.tag[:40]!r}")
     image = image_name(path, source.stem)
-    table = Table("imagescope", path, content=source.text)
+    table = Table("imagescope", path, content=root)
     table.sizes[image] = None
     for i, (layer, region) in enumerate(_regions(root)):
         where = f"{path}, region {i + 1}"
@@ -76,7 +77,7 @@ def _centre(where, region):
 def write(table, path, scores, names, categories):
     """The file with the attributes "probability" and "class" in each scored region; categories:
     what its text becomes, [hard negative's, mitotic figure's], or None to leave it."""
-    root = ElementTree.fromstring(table.content)
+    root = copy.deepcopy(table.content)
     regions = [region for _, region in _regions(root)]
     for place, score in zip(table.places, scores):
         if score is None:
