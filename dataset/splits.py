@@ -13,6 +13,7 @@ from dataset.annotations import KNOWN, NEAR, Annotations, by_image, near_pairs
 from dataset.draws import generator, shuffled
 
 TEST_SHARE = VAL_SHARE = 0.2
+FORMAT = f"{common.NAME}-split"  # "format" of a split file; before version 1.0 "mitosis-split"
 PARTS = ("train", "val", "test")
 
 
@@ -33,7 +34,7 @@ class Split:
 
     def save(self, path):
         content = {
-            "format": "mitosis-split",
+            "format": FORMAT,
             "version": 1,
             "dataset": self.dataset,
             "settings": self.settings,
@@ -316,7 +317,7 @@ def load_split(path, annotations: Annotations) -> Split:
     """
     content = common.read_json(path)
     try:
-        if content["format"] != "mitosis-split" or content["version"] != 1:
+        if content["format"] not in (FORMAT, "mitosis-split") or content["version"] != 1:
             raise UserError(f"{path}: not a split file of this version")
         parts = {name: _ids(content["ids"][name]) for name in PARTS}
         split = Split(

@@ -10,7 +10,7 @@ import common
 from common import UserError
 
 LIST = "report.json"
-FORMAT = "mitosis-report"
+FORMAT = f"{common.NAME}-report"
 # Reports of versions without a list are known by the start of these files.
 MARKS = {
     "index.html": "<!doctype html>",

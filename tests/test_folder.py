@@ -91,7 +91,7 @@ def test_a_report_of_an_earlier_version_is_replaced(three_folds, tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", '{"files": []}', '{"format": "mitosis-report", "files": {"runs": 5}}'],
+    ["", "{", "[]", '{"files": []}', '{"format": "mitfig-report", "files": {"runs": 5}}'],
 )
 def test_a_damaged_list_is_refused(three_folds, tmp_path, capsys, content):
     out = tmp_path / "report"
