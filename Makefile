@@ -1,4 +1,5 @@
-# make demo       from nothing to a scored slide, on synthetic tissue
+# make demo       from nothing to a scored slide, on synthetic tissue; make demo CPU=1 installs no
+#                 CUDA libraries, for machines without an NVIDIA GPU
 # make lint       style of the code (ruff)
 # make test       the quick tests, minutes; make test PYTEST="-k lora" for some of them
 # make test-slow  tests of more than 5 seconds each, without those of more than 3 minutes
@@ -6,8 +7,11 @@
 PYTHON  ?= python3
 VENV    ?= .venv
 BIN      = $(VENV)/bin
+CPU     ?=
 PYTEST  ?=
 WORKERS ?= auto
+
+pip = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # Tests of one file share fixtures, so a worker starts with a run of neighbouring tests.
 pytest = $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
@@ -37,11 +41,20 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed: requirements.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+ifeq ($(CPU),)
+	@echo "Downloading the packages into $(VENV). On Linux these are gigabytes (6 GB installed), most of it"
+	@echo "CUDA libraries; without an NVIDIA GPU stop here and run: make $(MAKECMDGOALS) CPU=1"
+	$(pip) -r $<
+else
+	@echo "Downloading the packages into $(VENV), without CUDA libraries."
+	$(pip) torch torchvision --index-url https://download.pytorch.org/whl/cpu
+	sed 's/^onnxruntime-gpu[^>]*/onnxruntime/' $< > $(VENV)/requirements-cpu.txt
+	$(pip) -r $(VENV)/requirements-cpu.txt
+endif
 	touch $@
 
 $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(pip) -r requirements-dev.txt
 	touch $@
 
 clean:

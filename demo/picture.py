@@ -19,25 +19,31 @@ BAND = 64  # px: height of the legend
 
 
 def scored_cells(scored, annotations):
-    """The scored candidates: (file name of their image, x, y, probability, label that was called,
-    true label), the last five arrays [n].
+    """The scored candidates of one image: (its file name, x, y, probability, label that was called,
+    true label), the last five arrays [n]. UserError if the two files do not belong together.
     """
-    truth = {a["id"]: a["category_id"] for a in common.read_json(annotations)["annotations"]}
-    content = common.read_json(scored)
-    mitotic = next(c["name"] for c in content["categories"] if c["id"] == 1)
-    cells = [a for a in content["annotations"] if "probability" in a]
-    if not cells:
-        raise UserError(f"{scored}: holds no scored candidate; classify.py adds the scores")
-    image = cells[0]["image_id"]
-    rows = []
-    for cell in cells:
-        if cell["image_id"] == image:
-            left, top, right, bottom = cell["bbox"]
-            called = int(cell["class"] == mitotic)
-            true = int(truth[cell["id"]] == 1)
-            rows.append(((left + right) / 2, (top + bottom) / 2, cell["probability"], called, true))
-    name = next(i["file_name"] for i in content["images"] if i["id"] == image)
-    return name, *np.array(rows).T
+    truth, content = common.read_json(annotations), common.read_json(scored)
+    try:
+        category = {a["id"]: a["category_id"] for a in truth["annotations"]}
+        names = {c["id"]: c["name"] for c in content["categories"]}
+        files = {i["id"]: i["file_name"] for i in content["images"]}
+        cells = [a for a in content["annotations"] if "probability" in a]
+        if not cells:
+            raise UserError(f"{scored}: holds no scored candidate; classify.py adds the scores")
+        image = cells[0]["image_id"]
+        rows = []
+        for cell in cells:
+            if cell["image_id"] == image:
+                left, top, right, bottom = cell["bbox"]
+                called = cell["class"] == names[1]
+                true = category[cell["id"]] == 1
+                place = (left + right) / 2, (top + bottom) / 2
+                rows.append((*place, cell["probability"], int(called), int(true)))
+        return files[image], *np.array(rows).T
+    except (KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{scored}: not the scored candidates of {annotations} in MIDOG's format"
+        ) from None
 
 
 def draw(image, x, y, probability, called, true):

@@ -26,14 +26,17 @@ import models
 from common import UserError
 from demo import synthetic
 
-SEED = 20_000  # far from the seeds that a demo dataset is made with
-STEPS, BATCH = 900, 64
+SEED = 20_000  # of the images: far from the seeds that a demo dataset is made with
+WEIGHTS, READOUTS, BATCHES = 3, 1, 7  # seeds
+STEPS = 750
+BATCH = 64
 PEAK_LR = 2e-3
 CELL = 4  # px: side of the squares whose stains the patch tokens predict
 JITTER = 0.2
 # The last nuclei of an image are the annotated cells, which are few and dense: half of a batch.
 DENSE = synthetic.MITOTIC_PER_IMAGE + synthetic.LOOK_ALIKES_PER_IMAGE
 DENSE_SHARE = 0.5
+CONTEXT = 96  # px: side of the windows over which the stains are standardised
 NEAR, AROUND = 56, 112  # px: half sides of the windows in which neighbours are counted, averaged
 AVERAGED = [synthetic.ATTRIBUTES.index(name) for name in ("area", "density", "eosin")]
 
@@ -72,46 +75,52 @@ def crop(image, x, y, size):
 
 
 class Nuclei:
-    """All nuclei of the painted images, with their targets standardised."""
+    """All nuclei of the painted images, with standardised targets and stains."""
 
     def __init__(self, painted):
         self.painted = painted
-        self.ends = np.cumsum([len(places) for _, _, places, _ in painted])
-        targets = np.concatenate([targets for *_, targets in painted])
+        places, targets, dense = [], [], []
+        for number, (_, _, centres, values) in enumerate(painted):
+            # To a multiple of CELL, so that crops of pixels and of stains show the same.
+            squares = np.floor(centres / CELL + 0.5).astype(int)
+            places.append(np.column_stack([np.full(len(squares), number), CELL * squares]))
+            targets.append(values)
+            dense.append(np.arange(len(values)) >= len(values) - DENSE)
+        self.places = np.concatenate(places)  # number of the image, x, y
+        self.dense = np.flatnonzero(np.concatenate(dense))
+        targets = np.concatenate(targets)
         self.targets = (targets - targets.mean(0)) / targets.std(0)
-        stains = np.concatenate([stains.reshape(-1, 3)[::97] for _, stains, *_ in painted])
-        stains = stains.astype(np.float32)
-        self.stain_mean, self.stain_std = stains.mean(0), stains.std(0) + 0.02
+        some = [self.stains(row, CONTEXT) for row in range(0, len(targets), 50)]
+        some = np.stack(some).astype(np.float32).reshape(-1, 3)
+        self.stain_mean, self.stain_std = some.mean(0), some.std(0) + 0.02
 
-    def draw(self, rng):
-        """(image, nucleus in it): one of the dense ones or any."""
-        if rng.random() < DENSE_SHARE:
-            image = rng.integers(len(self.painted))
-            return image, len(self.painted[image][2]) - 1 - rng.integers(DENSE)
-        row = rng.integers(len(self.targets))
-        image = np.searchsorted(self.ends, row, side="right")
-        return image, row - (self.ends[image] - len(self.painted[image][2]))
+    def pixels(self, row, size):
+        number, x, y = self.places[row]
+        return crop(self.painted[number][0], x, y, size)
+
+    def stains(self, row, size):
+        number, x, y = self.places[row]
+        return crop(self.painted[number][1], x // CELL, y // CELL, size // CELL)
 
     def batch(self, rng, count, size):
-        """Patches around random nuclei, turned and flipped: images uint8 [B, size, size, 3], stains
-        float32 [B, size / CELL, size / CELL, 3], targets [B, T].
+        """Patches around random nuclei, all turned and flipped alike: images uint8 [B, size, size,
+        3], stains float32 [B, size / CELL, size / CELL, 3], targets [B, T].
         """
-        images, stains, targets = [], [], []
-        for _ in range(count):
-            number, nucleus = self.draw(rng)
-            pixels, stain, places, _ = self.painted[number]
-            # To a multiple of CELL, so that both crops show the same.
-            x, y = (CELL * int(np.floor(c / CELL + 0.5)) for c in places[nucleus])
-            image = crop(pixels, x, y, size)
-            stain = crop(stain, x // CELL, y // CELL, size // CELL)
-            turns = rng.integers(4)
-            if rng.integers(2):
-                image, stain = image[:, ::-1], stain[:, ::-1]
-            images.append(np.rot90(image, turns))
-            stains.append(np.rot90(stain, turns))
-            targets.append(self.targets[self.ends[number] - len(places) + nucleus])
-        stains = (np.stack(stains).astype(np.float32) - self.stain_mean) / self.stain_std
-        return tuple(torch.from_numpy(np.stack(part)) for part in (images, stains, targets))
+        dense = int((rng.random(count) < DENSE_SHARE).sum())
+        rows = np.concatenate(
+            [rng.choice(self.dense, dense), rng.integers(len(self.targets), size=count - dense)]
+        )
+        images = np.stack([self.pixels(row, size) for row in rows])
+        stains = np.stack([self.stains(row, size) for row in rows]).astype(np.float32)
+        stains = (stains - self.stain_mean) / self.stain_std
+        turns, flip = int(rng.integers(4)), bool(rng.integers(2))
+        turned = []
+        for part in (images, stains):
+            part = np.rot90(part, turns, (1, 2))
+            if flip:
+                part = part[:, :, ::-1]
+            turned.append(torch.from_numpy(np.ascontiguousarray(part)))
+        return *turned, torch.from_numpy(self.targets[rows])
 
 
 def recolour(images, rng):
@@ -128,15 +137,14 @@ def recolour(images, rng):
         amount = torch.from_numpy(amount).to(images.device)
         images = operation(images, amount.view(-1, 1, 1, 1))
     blurred = rng.random(len(images)) < 0.2
-    if blurred.any():
-        images[blurred] = augment.blur(images[blurred], rng.uniform(0.3, 1.2, blurred.sum()))
+    images[blurred] = augment.blur(images[blurred], rng.uniform(0.3, 1.2, blurred.sum()))
     return images
 
 
 def initialise(encoder):
     """Random weights from which the encoder learns fast: products keep the scale of their input."""
-    models.randomise(encoder, "cpu", torch.float32, SEED)
-    generator = torch.Generator().manual_seed(SEED)
+    models.randomise(encoder, "cpu", torch.float32)
+    generator = torch.Generator().manual_seed(WEIGHTS)
     with torch.no_grad():
         for name, parameter in encoder.named_parameters():
             if name.startswith("blocks") and parameter.dim() == 2:
@@ -152,7 +160,7 @@ def pretrain(encoder, nuclei, steps):
     device = next(encoder.parameters()).device
     spec, side = encoder.spec, encoder.spec.patch // CELL
     model = models.PatchClassifier(encoder)  # for its normalisation
-    torch.manual_seed(SEED)
+    torch.manual_seed(READOUTS)
     readout = torch.nn.Linear(encoder.embed_dim, nuclei.targets.shape[1]).to(device)
     stain_readout = torch.nn.Linear(spec.dim, side * side * 3).to(device)
     parameters = [*encoder.parameters(), *readout.parameters(), *stain_readout.parameters()]
@@ -166,7 +174,7 @@ def pretrain(encoder, nuclei, steps):
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, PEAK_LR, total_steps=steps, pct_start=0.1
     )
-    rng, recent = np.random.default_rng(SEED), []
+    rng, recent = np.random.default_rng(BATCHES), []
     with common.progress(total=steps, desc="pretraining", unit="steps") as bar:
         for _ in range(steps):
             images, stains, targets = nuclei.batch(rng, BATCH, encoder.size)

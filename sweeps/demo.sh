@@ -63,7 +63,7 @@ report=$out/report/index.html
 if newer "$report" $runs/demo/*/frac1-fold0/metrics.json; then
     echo "$report: exists"
 else
-    python evaluate.py $runs/demo --out "$out/report"
+    python evaluate.py $runs/demo --out "$out/report" --figure "$out/scored.png"
 fi
 done_with
 

@@ -18,7 +18,7 @@ import data
 import models
 import probe
 from dataset import slides
-from demo import pretrain, synthetic
+from demo import picture, pretrain, synthetic
 
 HERE = Path(__file__).resolve().parent.parent
 # Of the first image (an x86 machine, NumPy 2): its first cells, and the green of 64 pixels.
@@ -253,6 +253,45 @@ def test_the_shipped_encoder_is_small_and_knows_nuclei(folder):
         fitted = X[~train] @ np.linalg.solve(gram, X[train].T @ area[train])
         errors[weights] = np.mean((fitted - area[~train]) ** 2) / area.var()
     assert errors[None] < 0.4 < errors["random"]
+
+
+def scored_files(tmp_path, folder, probability=(0.9, 0.8, 0.1, 0.2)):
+    """The first cells of the first image, scored: two called mitotic figures, two look-alikes."""
+    content = json.loads((folder / "MIDOG.json").read_text())
+    for annotation, p in zip(content["annotations"], probability):
+        annotation |= {"probability": p, "class": ["look-alike", "mitotic figure"][p >= 0.5]}
+    (tmp_path / "scored.json").write_text(json.dumps(content))
+    return tmp_path / "scored.json", content["annotations"][: len(probability)]
+
+
+def test_the_picture_tells_right_from_wrong(folder, tmp_path, capsys):
+    """By its counts, and by a black cross at every wrong call: not by colour alone."""
+    scored, cells = scored_files(tmp_path, folder)
+    truth = [cell["category_id"] == 1 for cell in cells]
+    right = [called == true for called, true in zip((True, True, False, False), truth)]
+    out = tmp_path / "picture.png"
+    annotations = folder / "MIDOG.json"
+    assert small.call(picture, scored, "--annotations", annotations, "--out", out) == 0
+    assert f"{sum(right)} of 4 cells of A01.tiff called right" in capsys.readouterr().out
+    name, x, y, *_ = picture.scored_cells(scored, annotations)
+    assert name == "A01.tiff"
+    drawn = np.asarray(Image.open(out).convert("RGB")).astype(int)
+    left, top = max(0, int(x.min()) - 200), max(0, int(y.min()) - 200)
+    for cx, cy, is_right in zip(x - left, y - top, right):
+        corner = drawn[int(cy) - 29 : int(cy) - 20, int(cx) + 21 : int(cx) + 30]
+        assert (corner.sum(-1) == 0).any() == (not is_right)
+
+
+def test_a_picture_of_unscored_candidates_is_an_error(folder, tmp_path, capsys):
+    annotations = folder / "MIDOG.json"
+    out = tmp_path / "picture.png"
+    assert small.call(picture, annotations, "--annotations", annotations, "--out", out) == 2
+    assert "holds no scored candidate" in capsys.readouterr().err and not out.exists()
+    (tmp_path / "other.json").write_text('{"annotations": [{"id": 5000}]}')
+    for truth in (tmp_path / "other.json", tmp_path / "none.json"):
+        scored, _ = scored_files(tmp_path, folder)
+        assert small.call(picture, scored, "--annotations", truth, "--out", out) == 2
+        assert capsys.readouterr().err.startswith("error: ") and not out.exists()
 
 
 def test_pretraining_turns_stains_with_the_image(folder):
