@@ -18,6 +18,8 @@ classifier.mpp µm/px.
 Needs numpy, onnxruntime, openslide and Pillow (requirements-classify.txt)."""
 
 import argparse
+import itertools
+import os
 import sys
 import time
 import unicodedata
@@ -55,19 +57,19 @@ def find_images(candidates, slide):
         if not names:
             return [slide] * len(candidates), []
         name = name_of_slide(names, slide, candidates.path)
-        return [slide if image == name else None for image in candidates.images], []
+        return [slide if parts(image) == parts(name) else None for image in candidates.images], []
     if not names:
         raise UserError(
             f"--slide {slide}: {candidates.path.name} does not name the image of its candidates, "
             "so a folder is not enough: give the slide's file"
         )
-    places = annotations.locate([relative(name, slide) for name in names], slide, [])
+    inside = {name: relative(name, slide) for name in names}
+    places = annotations.locate(list(inside.values()), slide, [], candidates.path)
     paths, users = {}, {}
     for name in names:
-        inside = relative(name, slide)
-        paths[name] = slide / (places[inside] or inside)
+        paths[name] = slide / (places[inside[name]] or inside[name])
         other = users.setdefault(paths[name], name)
-        if other != name:
+        if inside[other] != inside[name]:
             raise UserError(
                 f"{candidates.path}: {other} and {name} would both be {paths[name]}; name the "
                 "images by their paths below the folder of --slide"
@@ -77,33 +79,46 @@ def find_images(candidates, slide):
 
 
 def parts(name):
-    """The parts of an image's name in a candidates' file, which may be a path of any system."""
-    return PurePosixPath(unicodedata.normalize("NFC", name.replace("\\", "/"))).parts
+    """The parts of an image's name, which may be a path of any system."""
+    name = unicodedata.normalize("NFC", str(name or ""))
+    return PurePosixPath(name.replace("\\", "/")).parts
 
 
 def relative(name, folder):
     """An image's name as a path below `folder`: never one that leaves it."""
     below = parts(name)
-    root = parts(folder.resolve().as_posix())
-    if below[: len(root)] == root:
-        below = below[len(root) :]
-    elif Path(name).is_absolute() or below[0].endswith((":", "/")) or ".." in below:
+    for root in (parts(folder.resolve()), parts(os.path.abspath(folder))):
+        if below[: len(root)] == root:
+            below = below[len(root) :]
+    if below and (below[0] == "/" or below[0].endswith(":")):  # of another machine
+        below = below[1:]
+    if ".." in below:
         below = below[-1:]
     if not below or ".." in below:
         raise UserError(f"{name!r} is not the name of an image")
     return "/".join(below)
 
 
+def shared_end(one, other):
+    """How many parts two paths have in common at their ends."""
+    pairs = zip(reversed(one), reversed(other))
+    return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+
+
 def name_of_slide(names, slide, source):
     """Which of the images that a candidates' file names is the slide; UserError if none is, or if
     several could be.
     """
-    path = parts(slide.resolve().as_posix())
+    names = list({parts(name): name for name in names}.values())
+    path = parts(slide.resolve())
     by_path = [name for name in names if path[-len(parts(name)) :] == parts(name)]
     if by_path:  # of "a.tiff" and "sub/a.tiff", the longer one says more
         return max(by_path, key=lambda name: len(parts(name)))
+    # Files of another machine: those that share most folders, counted from the end.
     same_name = [name for name in names if parts(name)[-1] == path[-1]]
-    # Conversions (.svs to .tiff) keep only the stem.
+    most = max((shared_end(parts(name), path) for name in same_name), default=0)
+    same_name = [name for name in same_name if shared_end(parts(name), path) == most]
+    # Conversions (.svs to .ome.tiff) keep only the stem.
     stem = annotations.short_stem(path[-1])
     same_stem = [name for name in names if annotations.short_stem(parts(name)[-1]) == stem]
     matches = same_name or same_stem
@@ -116,7 +131,7 @@ def name_of_slide(names, slide, source):
         )
     others = ""
     if len(names) > 1:
-        others = f" and {len(names) - 1} other images"
+        others = f" and {len(names) - 1} more"
     raise UserError(
         f"--slide {slide}: {source.name} has no candidates on it, only on {names[0]}{others}"
     )
@@ -303,23 +318,31 @@ def check(args):
         raise UserError(
             "--slide, --candidates and --out belong together; without them the model is described"
         )
-    for flag, value, least in (
-        ("--batch-size", args.batch_size, 1),
-        ("--workers", args.workers, 1),
-        ("--threads", args.threads, 0),
+    for flag, value, least, most in (
+        ("--batch-size", args.batch_size, 1, 65536),
+        ("--workers", args.workers, 1, 256),
+        ("--threads", args.threads, 0, 1024),
     ):
-        if value is not None and not least <= value <= 4096:
-            raise UserError(f"{flag} {value}: give {least} to 4096")
+        if value is not None and not least <= value <= most:
+            raise UserError(f"{flag} {value}: give {least} to {most}")
     if args.mpp is not None and not 0.01 < args.mpp < 100:
         raise UserError(f"--mpp {args.mpp:g}: not a plausible number of µm per px")
 
 
-def check_output(flag, path):
-    """UserError for a file that could not be written: found before the scoring, not after."""
-    if path.is_dir():
-        raise UserError(f"{flag} {path}: is a folder; name a file in it")
-    if not path.resolve().parent.is_dir():
-        raise UserError(f"{flag} {path}: its folder does not exist")
+def check_outputs(args, images):
+    """UserError for outputs that could not be written or would replace an input: before the work.
+
+    images  that the candidates lie on
+    """
+    inputs = [args.model, f"{args.model}.data", args.slide, args.candidates, *images]
+    outputs = [("--out", args.out)]
+    if args.overlay:
+        outputs.append(("--overlay", args.overlay))
+    for flag, path in outputs:
+        common.check_output(flag, path, inputs)
+        if not Path(path).resolve().parent.is_dir():
+            raise UserError(f"{flag} {path}: its folder does not exist")
+        inputs.append(path)
 
 
 def say(text):
@@ -365,16 +388,8 @@ def classify(args):
     candidates = formats.read_candidates(args.candidates)
     for note in candidates.notes:
         say(f"{candidates.path.name}: {note}")
-    out = Path(args.out)
-    if out.exists() and out.samefile(args.candidates):
-        raise UserError(
-            f"--out {out}: is the file of the candidates itself; it is never written to, choose "
-            "another"
-        )
-    check_output("--out", out)
-    if args.overlay:
-        check_output("--overlay", Path(args.overlay))
     images, missing = find_images(candidates, args.slide)
+    check_outputs(args, sorted({path for path in images if path is not None}))
     formats.move_to_level0(candidates, images, say)
     classifier = Classifier(args.model, args.device, args.batch_size, args.threads)
     if classifier.input != "uint8":
@@ -405,14 +420,14 @@ def classify(args):
 
     probability = np.full(len(candidates), np.nan, np.float32)
     probability[job.rows], seconds = score_all(classifier, job, args)
-    formats.write(candidates, out, probability, threshold, classifier.labels, args.relabel)
+    formats.write(candidates, args.out, probability, threshold, classifier.labels, args.relabel)
     if args.overlay:
         overlay(args.overlay, job, probability[job.rows], threshold, classifier.labels)
 
     scored = int((~np.isnan(probability)).sum())
     positive = int((probability >= threshold).sum())
     print(
-        f"{out}: {scored} candidates scored, {positive} {classifier.labels[1]}, "
+        f"{args.out}: {scored} candidates scored, {positive} {classifier.labels[1]}, "
         f"{scored - positive} {classifier.labels[0]} (threshold {threshold:.4g}); "
         f"{scored / max(seconds, 1e-9):.1f} candidates/s"
     )

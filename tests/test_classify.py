@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sqlite3
+import stat
 import subprocess
 import sys
 import threading
@@ -267,7 +268,7 @@ def test_the_input_is_never_written_to(kind, tiny, tmp_path):
     before = given.read_bytes()
     (tmp_path / "link").symlink_to(given)
     for out in (given, tmp_path / "link"):
-        assert "never written to" in failure(
+        assert "the same command reads or writes this file" in failure(
             folder / "model.onnx", "--slide", folder / "a.tiff", "--candidates", given, "--out", out
         )
     assert given.read_bytes() == before
@@ -392,10 +393,165 @@ def test_output_that_cannot_be_written_is_found_before_the_model_is_loaded(tmp_p
     """There is no model here: a message about it would say that its loading came first."""
     (tmp_path / "a.png").write_bytes(b"")
     usual = ("--slide", tmp_path / "a.png", "--candidates", midog(tmp_path / "in.json"), "--out")
-    assert "--out" in (said := failure("none.onnx", *usual, tmp_path)) and "is a folder" in said
+    assert (
+        "--out" in (said := failure("none.onnx", *usual, tmp_path)) and "this is a folder" in said
+    )
     usual = (*usual, tmp_path / "out.json", "--overlay")
-    assert "--overlay" in (said := failure("none.onnx", *usual, tmp_path)) and "is a folder" in said
+    assert (
+        "--overlay" in (said := failure("none.onnx", *usual, tmp_path))
+        and "this is a folder" in said
+    )
     assert "its folder does not exist" in failure("none.onnx", *usual, tmp_path / "no" / "o.png")
+
+
+@pytest.fixture
+def case(tiny, tmp_path):
+    """Copies that a test may spoil: (arguments without outputs, {name: path of an input})."""
+    folder, _ = tiny
+    write_model(tmp_path / "m.onnx", classifier("gelu"), inline=False)
+    shutil.copy(folder / "a.tiff", tmp_path / "a.tiff")
+    midog(tmp_path / "in.json")
+    inputs = {name: tmp_path / name for name in ("m.onnx", "m.onnx.data", "a.tiff", "in.json")}
+    arguments = (inputs["m.onnx"], "--slide", tmp_path / "a.tiff", "--candidates")
+    return (*arguments, inputs["in.json"]), inputs
+
+
+def call(monkeypatch, *arguments):
+    """classify.py in this process → exit status."""
+    monkeypatch.setattr(sys, "argv", ["classify.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        common.command(classify.main)
+    return ended.value.code
+
+
+def test_no_output_replaces_an_input(case, tmp_path, monkeypatch, capsys):
+    """By its name, by a link of either kind; of a folder of slides, each of its images."""
+    arguments, inputs = case
+    before = {name: path.read_bytes() for name, path in inputs.items()}
+    (tmp_path / "other").mkdir()
+    folder = (*arguments[:2], tmp_path, *arguments[3:])
+    for name, path in inputs.items():
+        (tmp_path / "other" / f"symbolic-{name}").symlink_to(path)
+        os.link(path, tmp_path / "other" / f"hard-{name}")
+        for output in (path, *sorted((tmp_path / "other").glob(f"*-{name}"))):
+            for given in (arguments, folder):
+                for outputs in (
+                    ("--out", output),
+                    ("--out", tmp_path / "o.json", "--overlay", output),
+                ):
+                    assert call(monkeypatch, *given, *outputs) == 2
+                    assert "reads or writes this file" in capsys.readouterr().err
+    same = ("--out", tmp_path / "o.json", "--overlay", tmp_path / "o.json")
+    assert call(monkeypatch, *arguments, *same) == 2
+    assert {name: path.read_bytes() for name, path in inputs.items()} == before
+    assert not (tmp_path / "o.json").exists()
+
+
+def test_outputs_that_are_no_regular_files(case, tmp_path, monkeypatch, capsys):
+    """A link stays one, and what it points to gets the result; a device is written through; a FIFO
+    is refused; permissions stay.
+    """
+    arguments, _ = case
+    assert call(monkeypatch, *arguments, "--out", tmp_path / "o.json") == 0
+    expected = (tmp_path / "o.json").read_bytes()
+    (tmp_path / "o.json").chmod(0o600)
+    (tmp_path / "target.json").touch()
+    (tmp_path / "link.json").symlink_to("target.json")
+    for name in ("o.json", "link.json"):
+        assert call(monkeypatch, *arguments, "--out", tmp_path / name) == 0
+    assert stat.S_IMODE((tmp_path / "o.json").stat().st_mode) == 0o600
+    assert (tmp_path / "link.json").is_symlink()
+    assert (tmp_path / "target.json").read_bytes() == expected
+    os.mkfifo(tmp_path / "fifo")
+    assert call(monkeypatch, *arguments, "--out", tmp_path / "fifo") == 2
+    assert "not a regular file" in capsys.readouterr().err
+    try:
+        os.mknod(tmp_path / "null", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+        (tmp_path / "null").write_bytes(b"")
+    except PermissionError:
+        pytest.skip("no right to make a device")
+    for outputs in (("--out", "null"), ("--out", "o.json", "--overlay", "null")):
+        given = [tmp_path / text if text[0] != "-" else text for text in outputs]
+        assert call(monkeypatch, *arguments, *given) == 0
+        assert (tmp_path / "null").is_char_device()
+
+
+def test_an_unwritable_folder_is_found_before_the_scoring(case, tmp_path, monkeypatch, capsys):
+    arguments, _ = case
+    monkeypatch.setattr(session, "score", lambda *_, **__: pytest.fail("scored"))
+    with mounted(tmp_path / "ro", "ro") as disk:
+        for outputs in (("--out", disk / "o"), ("--out", tmp_path / "o", "--overlay", disk / "o")):
+            assert call(monkeypatch, *arguments, *outputs) == 2
+            assert "not writable" in capsys.readouterr().err
+
+
+def image(path, seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(patches(1, seed=seed)[0]).save(path, resolution=40000, resolution_unit=3)
+    return path
+
+
+def places_of(tmp_path, names, slide):
+    """find_images of candidates on these images."""
+    rows = ["filename,x,y", *(f'"{name}",100,100' for name in names)]
+    (tmp_path / "c.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return classify.find_images(formats.read_candidates(tmp_path / "c.csv"), slide)[0]
+
+
+def test_candidates_belong_to_a_slide_by_its_path(tmp_path):
+    one, two = image(tmp_path / "one" / "a.tiff"), image(tmp_path / "two" / "a.tiff")
+    for names in (
+        ("one/a.tiff", "two/a.tiff"),
+        ("one\\a.tiff", "two\\a.tiff"),
+        (str(one), str(two)),
+        ("C:\\s\\one\\a.tiff", "C:\\s\\two\\a.tiff"),
+        ("/elsewhere/one/a.tiff", "/elsewhere/two/a.tiff"),
+    ):
+        assert places_of(tmp_path, names, tmp_path) == [one, two], names
+        assert places_of(tmp_path, names, one) == [one, None], names
+        assert places_of(tmp_path, names, two) == [None, two], names
+    twice = ("one/a.tiff", "one\\a.tiff")  # one image, spelt in two ways
+    assert places_of(tmp_path, twice, one) == places_of(tmp_path, twice, tmp_path) == [one, one]
+    # The image of the folder itself, and one of the same name below it.
+    top = image(tmp_path / "a.tiff")
+    assert places_of(tmp_path, ("a.tiff", "one/a.tiff"), one) == [None, one]
+    assert places_of(tmp_path, ("a.tiff", "one/a.tiff"), tmp_path) == [top, one]
+
+
+def test_candidates_belong_to_a_slide_by_its_name_if_only_one_has_it(tmp_path):
+    slide = image(tmp_path / "data" / "a.tiff")
+    for names, expected in (
+        (("elsewhere/a.tiff", "b.tiff"), [slide, None]),
+        (("C:\\slides\\a.tiff", "C:\\slides\\b.tiff"), [slide, None]),
+        (("a.svs", "b.svs"), [slide, None]),
+        (("a", "b"), [slide, None]),
+        (("a.ome.tif", "b.tiff"), [slide, None]),
+    ):
+        assert places_of(tmp_path, names, slide) == expected, names
+    for names, text in (
+        (("x/a.tiff", "y/a.tiff"), "either could be this slide"),
+        (("a.svs", "a.png"), "either could be this slide"),
+        (("b.tiff",), "no candidates on it, only on b.tiff"),
+        (("b.tiff", "c.tiff"), "no candidates on it, only on b.tiff and 1 more"),
+    ):
+        with pytest.raises(common.UserError, match=text):
+            places_of(tmp_path, names, slide)
+
+
+def test_in_a_folder_only_images_are_taken_for_slides(tmp_path):
+    folder = tmp_path / "data"
+    slide = image(folder / "a.tiff")
+    for name in ("a.csv", "a.json", "a.txt"):
+        (folder / name).write_text("no image")
+    assert places_of(tmp_path, ("a.svs",), folder) == [slide]
+    assert places_of(tmp_path, ("a",), folder) == [slide]
+    image(folder / "sub" / "a.png")
+    for names, text in (
+        (("a.svs",), "several files under"),
+        (("x/a.tiff", "y/a.tiff"), "would both be"),
+    ):
+        with pytest.raises(common.UserError, match=text):
+            places_of(tmp_path, names, folder)
 
 
 def test_relabel_that_cannot_be_is_found_before_the_scoring(tiny, tmp_path, monkeypatch):
@@ -491,7 +647,7 @@ def test_names_cannot_leave_the_folder(tiny, tmp_path):
     for name in ("/secret.tiff", "C:\\secret.tiff", str(tmp_path / "secret.tiff")):
         found = formats.read_candidates(midog(tmp_path / "in.json", images=(name,)))
         paths, missing = classify.find_images(found, tmp_path / "inner")
-        assert missing and all(tmp_path / "inner" == path.parent for path in missing)
+        assert missing and all(tmp_path / "inner" in path.parents for path in missing)
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -504,7 +660,7 @@ def test_full_disk_and_read_only_folder_leave_nothing(kind, tiny, tmp_path):
         assert "the disk is full" in failure(folder / "model.onnx", *usual, disk / "out")
         assert [path.name for path in disk.iterdir()] == ["full"]
     with mounted(tmp_path / "ro", "ro") as disk:
-        assert "read-only" in failure(folder / "model.onnx", *usual, disk / "out")
+        assert "not writable" in failure(folder / "model.onnx", *usual, disk / "out")
 
 
 def test_a_full_disk_spoils_no_older_file(tiny, tmp_path):
