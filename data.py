@@ -417,6 +417,9 @@ def save_file(annotations, args):
         raise UserError(
             "--save-split: a file holds one split; give one --fold, --frac and --domain"
         )
+    inputs = [annotations.source, args.check_split]
+    inputs += [annotations.image_path(name) for name in annotations.codes("image")[0].tolist()]
+    common.check_output("--save-split", args.save_split, inputs)
     split = make_split(
         annotations, folds[0], args.frac[0], domains[0], args.seed, args.split, args.val_frac
     )

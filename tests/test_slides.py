@@ -13,6 +13,7 @@ import threading
 import zlib
 from pathlib import Path
 
+import dicom_wsi
 import jpeg_tiff
 import numpy as np
 import openslide
@@ -659,6 +660,13 @@ def test_a_printers_resolution_is_no_scale(tmp_path, dpi, mpp):
     for name in ("a.tif", "a.png"):
         found = slides.microns_per_pixel(tmp_path / name)
         assert found == (None if mpp is None else pytest.approx(mpp, rel=1e-3)), name
+
+
+def test_dicom(tmp_path):
+    pixels = blocks(512, 512)
+    dicom_wsi.write(tmp_path / "a.dcm", Image.fromarray(pixels), 0.25)
+    assert slides.facts(tmp_path / "a.dcm") == (512, 512, pytest.approx(0.25), True, ())
+    assert np.abs(whole(tmp_path / "a.dcm", pixels).astype(int) - pixels).mean() < 2
 
 
 # ---------------------------------------------------------------- the scanned area
