@@ -198,9 +198,14 @@ def test_what_a_killed_process_left_is_replaced(three_folds, tmp_path):
 
 
 @pytest.mark.slow
-def test_twenty_kills_and_a_second_run_give_the_files_of_an_uninterrupted_one(study, tmp_path):
-    root, _ = study
-    arguments = (root, "--replicates", 200, "--paper", "--no-gallery")
+def test_twenty_kills_and_a_second_run_give_the_files_of_an_uninterrupted_one(
+    copied, tissue, tmp_path
+):
+    for fold in range(2):
+        make(copied, tissue, "virchow2", "probe", 1.0, fold)
+        make(copied, tissue, "uni", "lora", 0.1, fold)
+        make(copied, tissue, "uni", "lora", 1.0, fold, "A")
+    arguments = (copied, *QUICK)
     start = time.monotonic()
     assert small.command("evaluate", *arguments, "--out", tmp_path / "whole")[0] == 0
     took = time.monotonic() - start
