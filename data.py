@@ -24,7 +24,7 @@ from dataset.annotations import (  # noqa: F401
     PATCH,
     Annotations,
     by_image,
-    near_pairs,
+    count_near_pairs,
     root_folder,
     shared_cases,
 )
@@ -49,8 +49,7 @@ def opposite_pairs(annotations, distance=NEAR):
     for rows in by_image(annotations).values():
         positive = rows[annotations.label[rows] == 1]
         negative = rows[annotations.label[rows] == 0]
-        pairs = near_pairs(x[positive], y[positive], x[negative], y[negative], distance)
-        number += len(pairs[0])
+        number += count_near_pairs(x[positive], y[positive], x[negative], y[negative], distance)
     return number
 
 

@@ -712,19 +712,9 @@ def _name_below(image):
 # ---------------------------------------------------------------- neighbours
 
 
-def near_pairs(xa, ya, xb, yb, distance, chebyshev=False):
-    """Pairs (i, j) with point i of a within `distance` of point j of b: Euclidean, or the larger of
-    |dx| and |dy|. Returns two index arrays, which are as long as there are pairs; `near_any` and
-    `count_near_pairs` need no more memory than the points themselves."""
-    first, second = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for i, j in _pair_chunks(xa, ya, xb, yb, distance, chebyshev):
-        first.append(i)
-        second.append(j)
-    return np.concatenate(first), np.concatenate(second)
-
-
 def near_any(xa, ya, xb, yb, distance, chebyshev=False):
-    """Whether each point of a has a point of b within `distance`: bool [len(a)]."""
+    """Whether each point of a has a point of b within `distance`, Euclidean or (chebyshev) by the
+    larger of |dx| and |dy|: bool [len(a)]. Memory is linear in the number of points."""
     a, row, _ = _distinct(xa, ya)
     b, _, _ = _distinct(xb, yb)
     near = np.zeros(len(a), bool)
@@ -734,7 +724,7 @@ def near_any(xa, ya, xb, yb, distance, chebyshev=False):
 
 
 def count_near_pairs(xa, ya, xb, yb, distance, chebyshev=False):
-    """The number of pairs that `near_pairs` returns."""
+    """Number of pairs of a point of a and a point of b within `distance`, as in `near_any`."""
     a, _, times_a = _distinct(xa, ya)
     b, _, times_b = _distinct(xb, yb)
     count = 0
@@ -752,8 +742,8 @@ def _distinct(x, y):
 
 
 def _pair_chunks(xa, ya, xb, yb, distance, chebyshev):
-    """Yield the pairs of near_pairs in chunks: candidates (|dx| ≤ distance) are expanded CHUNK at a
-    time, so that memory stays bounded by that and by the number of points."""
+    """Yield index arrays (i, j) of pairs within `distance`, in chunks: candidates (|dx| ≤ distance)
+    are expanded CHUNK at a time, so that memory stays bounded by that and the number of points."""
     xa, ya = np.asarray(xa), np.asarray(ya)
     # 1. Sort b by x; the candidates of each point of a are a range in it.
     order = np.argsort(xb, kind="stable")

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from common import UserError
-from dataset.annotations import PATCH, by_image, near_pairs
+from dataset.annotations import PATCH, by_image, near_any
 from dataset.draws import generator, shuffled
 from dataset.images import pool_size, random_pool
 
@@ -124,8 +124,7 @@ class Sampler:
         rows = rows.get(image)
         if rows is None:
             return np.zeros(len(x), bool)
-        i, _ = near_pairs(x, y, self.annotations.x[rows], self.annotations.y[rows], reach)
-        return np.isin(np.arange(len(x)), i)
+        return near_any(x, y, self.annotations.x[rows], self.annotations.y[rows], reach)
 
     def epoch(self, epoch: int) -> np.ndarray:
         """Structured array of SAMPLE, [epoch_size]: a pure function of the table, the ids, seed,

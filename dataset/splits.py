@@ -9,7 +9,7 @@ import numpy as np
 
 import common
 from common import UserError
-from dataset.annotations import KNOWN, NEAR, Annotations, by_image, near_pairs
+from dataset.annotations import KNOWN, NEAR, Annotations, by_image, near_any
 from dataset.draws import generator, shuffled
 
 TEST_SHARE = VAL_SHARE = 0.2
@@ -380,6 +380,6 @@ def _near_training(annotations, train, test, distance, chebyshev):
     for image, rows in by_image(annotations, test).items():
         other = trained_on.get(image)
         if other is not None:
-            i, _ = near_pairs(x[rows], y[rows], x[other], y[other], distance, chebyshev)
-            near += len(np.unique(i))
+            close = near_any(x[rows], y[rows], x[other], y[other], distance, chebyshev)
+            near += int(close.sum())
     return near

@@ -8,6 +8,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from PIL import Image
 import data
 import flags
 from common import UserError
-from dataset import formats, images
+from dataset import annotations, formats, images
 from dataset.formats import files
 
 HERE = Path(__file__).resolve().parent.parent
@@ -893,16 +894,31 @@ def test_path_stays_below_the_root(tmp_path):
         a.path(0)
 
 
-def test_near_pairs_equals_the_plain_way():
+def test_neighbours_equal_the_plain_way():
     rng = np.random.default_rng(1)
     xa, ya, xb, yb = rng.integers(0, 900, (4, 150)) / 2
     for chebyshev in (False, True):
         dx, dy = np.abs(xa[:, None] - xb), np.abs(ya[:, None] - yb)
         near = (np.maximum(dx, dy) if chebyshev else np.hypot(dx, dy)) <= 40
-        assert set(
-            zip(*map(np.ndarray.tolist, data.near_pairs(xa, ya, xb, yb, 40, chebyshev)))
-        ) == set(zip(*map(np.ndarray.tolist, np.nonzero(near))))
-    assert len(data.near_pairs(xa, ya, xb[:0], yb[:0], 40)[0]) == 0
+        found = annotations.near_any(xa, ya, xb, yb, 40, chebyshev)
+        assert 0 < found.sum() < 150 and np.array_equal(found, near.any(axis=1))
+        assert annotations.count_near_pairs(xa, ya, xb, yb, 40, chebyshev) == near.sum()
+    assert not annotations.near_any(xa, ya, xb[:0], yb[:0], 40).any()
+    assert annotations.count_near_pairs(xa[:0], ya[:0], xb, yb, 40) == 0
+
+
+def test_coincident_points_need_memory_for_the_points_alone():
+    n = 200_000
+    same = np.full(n, 5.0)
+    tracemalloc.start()
+    assert annotations.count_near_pairs(same, same, same, same, 10) == n * n
+    assert annotations.near_any(same, same, same, same, 10).all()
+    # Points that nearly coincide are no different.
+    x = np.linspace(0, 1, 4000)
+    assert annotations.count_near_pairs(x, x, x, x, 10) == 4000**2
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 150 * 2**20  # the pairs alone would be 600 GB
 
 
 def test_a_file_with_a_known_name_is_not_that_dataset_for_its_name_alone(tmp_path):
