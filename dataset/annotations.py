@@ -470,7 +470,7 @@ def _cases(table, notes):
     for image, case in zip(table.images, written):
         if case is not None:
             counts = spellings[case_key(case)]
-            cases.append(min(counts, key=lambda name: (-counts[name], name)))
+            cases.append(min(counts, key=lambda name: (-counts[name], len(name), name)))
         elif mitos2014:
             cases.append(file_stem(image)[:3])
         else:

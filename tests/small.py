@@ -16,9 +16,7 @@ import models
 from encoders.table import Encoder
 
 HERE = Path(__file__).resolve().parent
-TINY = Encoder(
-    "tiny", "", "MIT", 0, dim=32, depth=2, heads=2, patch=32, hidden=64, layerscale=True
-)
+TINY = Encoder("tiny", "", "MIT", 0, dim=32, depth=2, heads=2, patch=32, hidden=64, layerscale=True)
 WIDE = Encoder(
     "wide", "", "MIT", 0, dim=256, depth=2, heads=4, patch=32, hidden=64, layerscale=True
 )

@@ -745,7 +745,7 @@ LOOK_ALIKE = feature({"type": "Point", "coordinates": [1, 2]}, "Non-mitotic")
         ([feature({"type": "Point", "coordinates": [1, 2]}, "Mitosis")], "do not say"),
         ([], "class"),
         ([3], "features"),
-        ({"type": "FeatureCollection"}, "class"),
+        ({"type": "FeatureCollection"}, "features"),
         ({"type": "FeatureCollection", "features": 3}, "features"),
     ],
 )

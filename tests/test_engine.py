@@ -1,6 +1,5 @@
 """The training step's parts: schedule, settings, processes."""
 
-
 import numpy as np
 import pytest
 import small

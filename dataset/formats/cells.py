@@ -150,7 +150,8 @@ class Table:
 
     regions: Counter = field(default_factory=Counter)  # class → number of shapes that are no cells
     damaged: list = field(default_factory=list)  # (class, message) of records that cannot be read
-    no_training: str = None  # why labels or images cannot be had from this file
+    no_training: str = None  # why the file is no annotation file: labels or images are missing
+    no_candidates: str = None  # why scores could not be written into the file
 
     def __len__(self):
         return len(self.x)
@@ -285,11 +286,19 @@ def labelled(table, labels):
 
 
 def unlabelled(table):
-    """The table with all its cells, whatever their class. UserError: a record that cannot be read,
-    unless its class is neither a mitotic figure nor a hard negative: that one is left out."""
+    """The table with all its cells, whatever their class. UserError: a record that cannot be read.
+    One of a class that is neither mitotic figure nor hard negative is left out, and so is one
+    without a class among classified ones."""
+    if table.no_candidates:
+        raise UserError(table.no_candidates)
+    classified = any(category is not None for category in table.categories)
     left_out = []
     for category, message in table.damaged:
-        if category is None or plain(table.category_name(category)) in MITOTIC | OTHER:
+        if category is None:
+            needed = not classified
+        else:
+            needed = plain(table.category_name(category)) in MITOTIC | OTHER
+        if needed:
             raise UserError(message)
         left_out.append(category)
     if left_out:

@@ -41,10 +41,10 @@ def read(source):
     features = list(_walk(path, _features(path, source.json)))
     for i, feature in enumerate(features):
         where = f"{path}, feature {i + 1}"
-        properties = feature.get("properties") or {}
+        properties = _properties(feature)
+        table.no_candidates = table.no_candidates or _wrong_type(where, feature)
         category = None
         try:
-            _check(where, feature)
             name = class_name(properties.get("classification"))
             if name is not None:
                 category = canonical(text(where, name, "the classification"))
@@ -65,7 +65,7 @@ def _features(path, content):
         return content
     if content.get("type") == "Feature":
         return [content]
-    features = content.get("features", [])
+    features = content.get("features")
     if not isinstance(features, list):
         raise _no_features(path)
     return features
@@ -93,8 +93,7 @@ def _walk(path, features):
 
 
 def _children(path, feature):
-    properties = feature.get("properties")
-    children = properties.get("childObjects") if isinstance(properties, dict) else None
+    children = _properties(feature).get("childObjects")
     if children is None:
         return []
     if not isinstance(children, list):
@@ -116,15 +115,20 @@ def class_name(value):
     return None
 
 
-def _check(where, feature):
-    """UserError if a part of a feature that is read or written has the wrong type."""
+def _properties(feature):
     properties = feature.get("properties")
-    if properties is not None and not isinstance(properties, dict):
-        raise UserError(f"{where}: its properties are no object")
+    return properties if isinstance(properties, dict) else {}
+
+
+def _wrong_type(where, feature):
+    """What is wrong with a feature into which scores could not be written, else None."""
+    if not isinstance(feature.get("properties"), (dict, type(None))):
+        return f"{where}: its properties are no object"
     for name, types in (("measurements", (dict, list)), ("metadata", dict)):
-        value = (properties or {}).get(name)
+        value = _properties(feature).get(name)
         if value is not None and not isinstance(value, types):
-            raise UserError(f"{where}: its {name} are no object")
+            return f"{where}: its {name} are no object"
+    return None
 
 
 def _read_feature(table, where, i, feature, category, image):
@@ -133,7 +137,7 @@ def _read_feature(table, where, i, feature, category, image):
     if not isinstance(geometry, dict):
         raise UserError(f"{where}: has no geometry")
     shape, coordinates = geometry.get("type"), geometry.get("coordinates")
-    object_type = (feature.get("properties") or {}).get("objectType")
+    object_type = _properties(feature).get("objectType")
     if shape not in SHAPES:
         raise UserError(f"{where}: {short(shape)} is no geometry of GeoJSON")
     if shape not in ("Point", "MultiPoint", "Polygon") or object_type in REGION_OBJECTS:
