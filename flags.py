@@ -386,8 +386,8 @@ def splits(args, annotations, tests=()):
 
 
 def at_least(args, least, *names):
-    """UserError if one of the flags is below `least`."""
+    """UserError if one of the flags is below `least`, or larger than any sensible number."""
     for name in names:
-        if getattr(args, name) < least:
+        if not least <= getattr(args, name) < 2**31:
             flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{flag} {getattr(args, name)}: give {least} or more")
+            raise UserError(f"{flag} {getattr(args, name)}: give a number from {least} to 2^31 - 1")

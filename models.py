@@ -127,6 +127,8 @@ def resolve_device(name="auto"):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise NotImplementedError("it holds no numbers")
         torch.zeros(1, device=device)  # the only reliable sign that it works
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(

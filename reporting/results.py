@@ -115,9 +115,7 @@ def find(roots):
         if not Path(root).is_dir():
             raise UserError(f"{root}: this is a file; name a folder of runs")
         for folder, subfolders, files in os.walk(root, onerror=refuse):
-            subfolders[:] = sorted(
-                name for name in subfolders if not name.startswith(".") and name != "embeddings"
-            )
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
             if set(FILES) & {*files, *subfolders}:
                 folders[os.path.realpath(folder)] = Path(folder)
                 subfolders[:] = [name for name in subfolders if name not in FILES]

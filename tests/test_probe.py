@@ -22,6 +22,7 @@ import models
 import probe
 import runs
 from dataset import patches as patches_module
+from reporting import results
 from encoders.table import HALF
 
 
@@ -448,8 +449,9 @@ def test_a_dataset_may_be_called_embeddings(tmp_path, table):
     named = table.with_name("embeddings.csv")
     named.write_bytes(table.read_bytes())
     assert small.call(probe, *flags(named, tmp_path)) == 0
-    assert (tmp_path / "embeddings" / "wide-probe" / "frac1-fold0" / "metrics.json").exists()
+    run = tmp_path / "embeddings" / "wide-probe" / "frac1-fold0"
     assert (tmp_path / "embeddings" / "embeddings" / "wide-cls.npy").exists()
+    assert results.find([tmp_path]) == [run] and results.read_run(run).data == "embeddings"
 
 
 def test_names_of_further_datasets(tmp_path, table, capsys):
