@@ -278,7 +278,7 @@ def _notes(orientation, pages):
     if orientation in UPRIGHT:
         notes.append(f"has the orientation tag {orientation}; its pixels are read as stored")
     if pages > 1:
-        notes.append(f"holds {pages} images of the same size; only the first is read")
+        notes.append(f"holds {pages} images; only the first is read")
     return tuple(notes)
 
 
@@ -310,7 +310,10 @@ class WholeSlide:
                 properties.get("tiff.YResolution"),
                 properties.get("tiff.ResolutionUnit"),
             )
-        self.notes = _notes(1, tiff.full_pages(pages) if generic and pages else 1)
+        number = 1
+        if pages and generic:
+            number = tiff.different_pages(pages)
+        self.notes = _notes(1, number)
 
     def window(self, left, top, size):
         """The square at (left, top) of level 0 as uint8 [size, size, 3]; white outside."""
@@ -349,7 +352,7 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
-MODES = ("1", "L", "P", "LA", "PA", "La", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB")
+MODES = ("1", "L", "P", "LA", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
 
 
 class PlainImage:
@@ -376,8 +379,12 @@ class PlainImage:
             self.planes = bool(pages) and tiff.colour_planes(pages)
         except ValueError as error:
             raise UserError(f"{path}: {error}") from None
-        number = tiff.full_pages(pages) if pages else 1
-        self.notes = _notes(orientation, number // 3 if self.planes else number)
+        number = 1
+        if self.planes:
+            number = tiff.different_pages(pages[2:])
+        elif pages:
+            number = tiff.different_pages(pages)
+        self.notes = _notes(orientation, number)
 
     def _file(self):
         """The file as Pillow opens it, not yet decoded."""
@@ -400,7 +407,7 @@ class PlainImage:
         _check_pixels(self.path, image.width, image.height, "it is")
         if image.mode not in MODES:
             raise UserError(
-                f"{self.path}: {image.mode} pixels, 8 bits per channel are needed; {ADVICE}"
+                f"{self.path}: {image.mode} pixels; RGB of 8 bits per channel is needed; {ADVICE}"
             )
         return image
 
@@ -561,7 +568,7 @@ def _as_stored(image):
 
 def _rgb(image):
     """Any mode as RGB; transparent pixels become white."""
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (WHITE,) * 4)
         return Image.alpha_composite(white, image).convert("RGB")

@@ -214,16 +214,20 @@ def size(directory):
     return value(directory, WIDTH), value(directory, HEIGHT)
 
 
-def full_pages(pages):
-    """Number of pages of the first one's size that are no reduced versions of it."""
-    return sum(
-        size(page) == size(pages[0]) and not _integer(value(page, SUBFILE_TYPE, 0)) & 1
-        for page in pages
-    )
+def different_pages(pages):
+    """Number of pages, reduced versions of the first one (the levels of a pyramid) not counted."""
+    return 1 + sum(not _is_reduced(page, pages[0]) for page in pages[1:])
 
 
-def _integer(number):
-    return number if isinstance(number, int) else 0
+def _is_reduced(page, first):
+    kind = value(page, SUBFILE_TYPE, 0)
+    if isinstance(kind, int) and kind & 1:
+        return True
+    try:
+        across, down = (a / b for a, b in zip(size(first), size(page)))
+    except (TypeError, ZeroDivisionError):
+        return False
+    return across > 1.5 and abs(across / down - 1) < 0.02
 
 
 def compression(directory):

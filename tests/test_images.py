@@ -175,7 +175,7 @@ def test_what_files_say_of_themselves_is_passed_on(tmp_path):
         pixels = np.stack([tissue(), tissue()])
         tifffile.imwrite(tmp_path / "d" / name, pixels, photometric="rgb")
     lines = images.find_problems(data.load_dataset(path)).lines
-    assert "001.tif holds 2 images of the same size; only the first is read (and 1 more" in lines[0]
+    assert "001.tif holds 2 images; only the first is read (and 1 more" in lines[0]
 
 
 def test_ready_made_patches_of_mixed_sizes_are_looked_at_one_by_one(tmp_path):

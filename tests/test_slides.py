@@ -173,7 +173,7 @@ def test_other_modes(tmp_path, mode):
 
 def test_deep_pixels_are_refused(tmp_path):
     Image.fromarray(np.full((40, 50), 40000, np.uint16)).save(tmp_path / "a.png")
-    with pytest.raises(UserError, match="8 bits"):
+    with pytest.raises(UserError, match="RGB of 8 bits"):
         slides.read(tmp_path / "a.png", 20, 20, 10)
 
 
@@ -609,13 +609,18 @@ def test_an_unsupported_compression_is_called_that(tmp_path, number, name):
 def test_several_pages_are_said(tmp_path):
     pixels = picture(300, 400)
     tifffile.imwrite(tmp_path / "a.tif", np.stack([pixels, 255 - pixels]), photometric="rgb")
-    note = "holds 2 images of the same size; only the first is read"
+    note = "holds 2 images; only the first is read"
     assert slides.facts(tmp_path / "a.tif").notes == (note,)
     assert np.array_equal(whole(tmp_path / "a.tif", pixels), pixels)
     with tifffile.TiffWriter(tmp_path / "b.tif") as file:  # a pyramid is one image
         file.write(pixels, photometric="rgb", tile=(128, 128))
         file.write(pixels[::2, ::2], photometric="rgb", tile=(128, 128), subfiletype=1)
+        file.write(pixels[::4, ::4], photometric="rgb")  # a level that does not say so
     assert slides.facts(tmp_path / "b.tif").notes == ()
+    with tifffile.TiffWriter(tmp_path / "c.tif") as file:  # a thumbnail first
+        file.write(pixels[::4, ::4], photometric="rgb")
+        file.write(pixels, photometric="rgb")
+    assert slides.facts(tmp_path / "c.tif").notes == (note,)
 
 
 @pytest.mark.parametrize(
