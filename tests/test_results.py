@@ -3,13 +3,12 @@
 import fcntl
 import re
 import shutil
-import subprocess
-import sys
+import threading
+import time
 
 import numpy as np
 import pytest
 from run_folders import annotations, folder, half, make
-from small import HERE
 
 import common
 import runs
@@ -232,29 +231,27 @@ def test_a_run_at_work_is_said_to_be_one(copied):
         assert collected(copied)[1] == {"tissue/uni-lora/frac1-fold1": "a process works on it"}
 
 
-def test_a_run_may_start_while_somebody_looks_whether_it_is_at_work(tmp_path):
-    """Looking holds the run's lock for an instant; who opens the run then waits for it."""
+def test_a_run_may_start_while_somebody_looks_whether_it_is_at_work(tmp_path, monkeypatch):
+    """Looking holds the run's lock for an instant, here for a long one; who opens the run waits."""
     path, config = tmp_path / "run", {"flags": {}, "data": {}, "encoder": {}}
     runs.open_run(path, config).close()
-    looker = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
-            "from reporting import results\n"
-            "print('looking', flush=True)\nwhile True: results.is_locked(Path(sys.argv[2]))",
-            str(HERE.parent),
-            str(path),
-        ],
-        stdout=subprocess.PIPE,
-    )
-    try:
-        looker.stdout.readline()  # it looks
-        for _ in range(300):
-            runs.open_run(path, config, resume=True).close()
-    finally:
-        looker.kill()
-        looker.communicate()
+    looking, taken, try_lock = threading.Event(), [], common.try_lock
+
+    def slowly(*arguments, **options):
+        lock = try_lock(*arguments, **options)
+        if threading.current_thread() is looker:
+            looking.set()
+            time.sleep(0.3)
+        return lock
+
+    monkeypatch.setattr(common, "try_lock", slowly)
+    looker = threading.Thread(target=lambda: taken.append(results.is_locked(path)))
+    looker.start()
+    looking.wait()
+    with runs.open_run(path, config, resume=True):
+        looker.join()
+        assert taken == [False] and results.is_locked(path)
+    assert not results.is_locked(path)
 
 
 def test_a_folder_that_was_just_begun_is_none(copied):
