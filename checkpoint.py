@@ -235,6 +235,7 @@ def load_run(path, weights=None, device="cpu", merge=False):
         )
     state, _ = load_tensors(file)
     choices = {"pool": flags.get("pool"), "layer": flags.get("layer")}
+    choices["size"] = flags.get("size") or models.SIZE
     if method == "full":
         with torch.device("meta"):
             encoder = models.build(models.find_encoder(name), **choices)

@@ -277,7 +277,7 @@ class Engine:
         # This process's part of every batch; samples keep their number in the whole batch.
         places = np.arange(len(sample))
         places = places[(places % batch_size) // share == rank()]
-        reader = SampleReader(self.patches, sample, margin(models.SIZE))
+        reader = SampleReader(self.patches, sample, margin(self.patches.size))
         starts = range(0, len(places), share)
         losses, watched = [], 0
         self.model.train()
@@ -342,7 +342,7 @@ class Engine:
         for first in range(0, len(labels), size):
             part = slice(first, first + size)
             key = (seed, step, samples[part])
-            patches = augment.augment(images[part], key, models.SIZE, stain)
+            patches = augment.augment(images[part], key, self.patches.size, stain)
             if uses_lora:
                 lora.set_step(self.model.encoder, *key)
             synchronised = contextlib.nullcontext()
@@ -395,7 +395,7 @@ class Decoded:
 
     def __init__(self, patches, rows):
         self.patches, self.rows, self.images = patches, rows, None
-        shape = (len(rows), models.SIZE, models.SIZE, 3)
+        shape = (len(rows), patches.size, patches.size, 3)
         if math.prod(shape) <= CROPS_IN_MEMORY:
             self.images = np.empty(shape, np.uint8)
             self.decoded = np.zeros(len(rows), bool)

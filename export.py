@@ -123,7 +123,7 @@ def best_temperature(labels, logits):
 # ---------------------------------------------------------------- patches to compare on
 
 
-def validation_patches(run, config, args, count):
+def validation_patches(run, config, args, count, size=models.SIZE):
     """Validation patches of the run, about half of each class → (patches, labels, ids, where they
     are from); the demo's if the run's data is not available.
     """
@@ -135,7 +135,9 @@ def validation_patches(run, config, args, count):
         if len(rows):
             # Read inside the try: the annotations may be available without their images.
             name = f"validation patches of {annotations.name}"
-            patches, labels, rows, name = read_patches(annotations, choices, rows, count, name)
+            patches, labels, rows, name = read_patches(
+                annotations, choices, rows, count, name, size
+            )
             return patches, labels, annotations.id[rows], name
     except (UserError, OSError) as error:
         if args.data:
@@ -145,19 +147,19 @@ def validation_patches(run, config, args, count):
             "names other data)",
             file=sys.stderr,
         )
-    return demo_patches(count)
+    return demo_patches(count, size)
 
 
-def demo_patches(count):
+def demo_patches(count, size):
     annotations, choices = flags.from_source({"data": "demo", "fit": "resize"}, quiet=False)
     rows = np.arange(len(annotations))
-    patches, labels, _, name = read_patches(annotations, choices, rows, count, "demo patches")
+    patches, labels, _, name = read_patches(annotations, choices, rows, count, "demo patches", size)
     return patches, labels, [], name
 
 
-def read_patches(annotations, choices, rows, count, name):
+def read_patches(annotations, choices, rows, count, name, size):
     """`count` of the rows, of both classes, and others of the dataset if they are too few →
-    (patches, labels, rows, name).
+    (patches, labels, rows, name). size: px of the patches.
     """
     rows = pick(rows, annotations.label, count)
     if len(rows) < min(count, FEWEST, len(annotations)):  # a batch of 64 needs as many
@@ -168,7 +170,7 @@ def read_patches(annotations, choices, rows, count, name):
     flags.need_images(annotations, choices.mpp, quiet=True)
     reader = Patches(
         annotations,
-        size=models.SIZE,
+        size=size,
         fit=choices.fit or "resize",
         mpp=choices.mpp,
         source_mpp=choices.source_mpp,
@@ -297,7 +299,7 @@ def describe(run, config, model, args, decision):
         "domain": choices.get("domain"),
         "mpp": training_mpp(config),
         "resampled": bool(choices.get("mpp")),
-        "patch": data.get("patch") or models.SIZE,
+        "patch": data.get("patch") or model.encoder.size,
         "fit": choices.get("fit") or "resize",
         "labels": LABELS,
         "threshold": {"value": threshold, "rule": rule},
@@ -318,7 +320,7 @@ def describe_adapter(model, args):
         "dataset": None,
         "mpp": args.mpp,
         "resampled": False,
-        "patch": models.SIZE,
+        "patch": model.encoder.size,
         "fit": "resize",
         "labels": labels,
         "threshold": threshold,
@@ -341,7 +343,7 @@ def describe_model(model, args):
         "licence": licence,
         "redistribution": redistribution(spec, licence),
         "base_weights_hash": model.encoder.weights_hash,
-        "size": models.SIZE,
+        "size": model.encoder.size,
         "normalisation": spec.norm,
         "precision": args.precision,
         "opset": args.opset,
@@ -524,7 +526,9 @@ def load_adapter(args):
     if the folder has none, and its metadata).
     """
     head = lora.load_head(args.adapter)
-    encoder = models.load_encoder(args.model, args.weights, pool=args.pool, layer=args.layer)
+    encoder = models.load_encoder(
+        args.model, args.weights, pool=args.pool, layer=args.layer, size=args.size
+    )
     lora.load_peft(encoder, args.adapter)
     model = models.PatchClassifier(encoder).eval()
     if head is None:
@@ -544,15 +548,16 @@ def load_adapter(args):
 def comparison(args, model, config):
     """Patches to compare on → (patches, labels, ids, where they are from)."""
     count = args.patches or default_count(model.encoder)
+    size = model.encoder.size
     if args.run:
-        return validation_patches(Path(args.run), config, args, count)
+        return validation_patches(Path(args.run), config, args, count, size)
     if not args.data:
-        return demo_patches(count)
+        return demo_patches(count, size)
     source = {"data": args.data, "images": args.images, "fit": "resize"}
     annotations, choices = flags.from_source(source, quiet=False)
     rows = np.arange(len(annotations))
     name = f"patches of {annotations.name}"
-    patches, labels, rows, name = read_patches(annotations, choices, rows, count, name)
+    patches, labels, rows, name = read_patches(annotations, choices, rows, count, name, size)
     return patches, labels, annotations.id[rows], name
 
 
@@ -672,6 +677,9 @@ def parse_arguments():
         "--layer", type=int, metavar="N", help="with --adapter: as for train.py (default: last)"
     )
     parser.add_argument(
+        "--size", type=int, metavar="PX", help="with --adapter: as for train.py (default: the same)"
+    )
+    parser.add_argument(
         "--mpp",
         type=float,
         metavar="M",
@@ -771,7 +779,7 @@ def check(args):
 def check_run(args):
     if not Path(args.run).is_dir():
         raise UserError(f"{args.run}: no such run folder")
-    for name in ("model", "pool", "layer", "mpp"):
+    for name in ("model", "pool", "layer", "size", "mpp"):
         if getattr(args, name) is not None:
             raise UserError(f"--{name} goes with --adapter; a run knows its own")
     if args.peft and args.out:

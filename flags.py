@@ -46,7 +46,7 @@ def add_arguments(parser, positional=False):
         "--fit",
         choices=("resize", "pad"),
         default="resize",
-        help="patches smaller than 224 px are resized, or padded with white (default: resize)",
+        help="patches smaller than the encoder reads are resized, or padded (default: resize)",
     )
     group.add_argument(
         "--mpp",
@@ -309,7 +309,7 @@ def need_images(annotations, mpp=None, quiet=False):
     images.check(annotations, mpp, quiet)
 
 
-def facts(annotations, fit="resize", mpp=None, source_mpp=None):
+def facts(annotations, fit="resize", mpp=None, source_mpp=None, size=224):
     """What a model needs to know about the data it was trained on.
 
     {"mpp": µm/px of the images, or None if unknown or different by more than 2%; "patch": side in
@@ -317,14 +317,14 @@ def facts(annotations, fit="resize", mpp=None, source_mpp=None):
     """
     patch = None
     if annotations.kind == "patches":
-        patch = images.patch_side(annotations, fit)
+        patch = images.patch_side(annotations, fit, size)
     names = annotations.codes("image")[0].tolist()
     scales = [images.source_mpp(annotations, name) for name in names]
     known = [scale for scale in scales if scale]
     scale = None
     if known and max(known) <= images.SAME_SCALE * min(known):
         scale = round(sum(known) / len(known), 6)
-    patches = Patches(annotations, fit=fit, mpp=mpp, source_mpp=source_mpp)
+    patches = Patches(annotations, size=size, fit=fit, mpp=mpp, source_mpp=source_mpp)
     return {"mpp": scale, "patch": patch, "pixels": patches.fingerprint(times=False)}
 
 

@@ -5,10 +5,10 @@
     python models.py NAME --weights PATH    check a file: strict load, hash, fingerprint of an
                                             embedding, speed
 
-An encoder maps normalised images float [B, 3, 224, 224] to embeddings [B, D]. The table of encoders
-and their networks are in encoders/, published files in weights.py. `PatchClassifier` owns the
-normalisation and the head; `predict` is the loop that validation, test, embeddings and the check of
-exports share.
+An encoder maps normalised images float [B, 3, size, size] to embeddings [B, D]. The table of
+encoders and their networks are in encoders/, published files in weights.py. `PatchClassifier` owns
+the normalisation and the head; `predict` is the loop that validation, test, embeddings and the
+check of exports share.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from encoders.table import ENCODERS, POOLS, SIZE, find_encoder, flops
 from encoders.vit import ViT
 
 
-def build(spec, pool=None, layer=None, size=SIZE):
+def build(spec, pool=None, layer=None, size=None):
     """The network of a row, without weights: make it under `torch.device("meta")`."""
     if spec.stages:
         return Swin(spec, size)
@@ -52,6 +52,7 @@ def load_encoder(
     pool: str | None = None,
     layer: int | None = None,
     revision: str | None = None,
+    size: int | None = None,
 ) -> nn.Module:
     """The encoder `name` with its published weights, in evaluation mode.
 
@@ -59,16 +60,17 @@ def load_encoder(
               noise, for tests and dry runs
     dtype     of the parameters (torch.dtype or "fp32" …); None: float32
     pool, layer: see ViT; None: the published embedding of the last block
+    size      px of the images; None: the row's. The position embedding is resampled.
 
-    The module maps normalised images float [B, 3, 224, 224] to [B, D] and has .spec .embed_dim
-    .blocks .pool .layer .licence .weights_hash. UserError for everything that can be wrong with the
-    weights.
+    The module maps normalised images float [B, 3, size, size] to [B, D] and has .spec .size
+    .embed_dim .blocks .pool .layer .licence .weights_hash. UserError for everything that can be
+    wrong with the weights.
     """
     spec = find_encoder(name)
     dtype = torch.float32 if dtype is None else DTYPES.get(dtype, dtype)
-    check_choices(spec, pool, layer)
+    check_choices(spec, pool, layer, size)
     with torch.device("meta"):
-        encoder = build(spec, pool, layer)
+        encoder = build(spec, pool, layer, size)
     if weights == "random":
         randomise(encoder, device, dtype)
         encoder.weights_hash = "random"
@@ -79,8 +81,21 @@ def load_encoder(
     return encoder.eval()
 
 
-def check_choices(spec, pool, layer):
-    """UserError if --pool or --layer does not fit this encoder."""
+def unusual_size(encoder):
+    """What a run's settings say of the size of its patches: None for 224 px."""
+    return encoder.size if encoder.size != SIZE else None
+
+
+def check_choices(spec, pool, layer, size):
+    """UserError if --pool, --layer or --size does not fit this encoder."""
+    if size not in (None, spec.size):
+        if spec.family not in ("ViT", "DINOv3") or spec.field:
+            raise UserError(f"--size {size}: {spec.name} reads patches of {spec.size} px only")
+        if size < spec.patch or size % spec.patch:
+            raise UserError(
+                f"--size {size}: {spec.name} reads multiples of its patches of {spec.patch} px, "
+                f"such as {spec.patch * round(size / spec.patch) or spec.patch}"
+            )
     if spec.family in ("ResNet", "Swin"):
         if pool not in (None, spec.pool) or layer:
             raise UserError(
@@ -88,7 +103,7 @@ def check_choices(spec, pool, layer):
                 f"{spec.family} and has one embedding ({spec.pool})"
             )
         return
-    if pool not in (None, *POOLS):
+    if pool not in (None, spec.pool, *POOLS):
         raise UserError(f"--pool {pool}: choose among {', '.join(POOLS)}")
     if layer is not None and not 1 <= layer <= spec.depth:
         raise UserError(f"--layer {layer}: {spec.name} has the layers 1 to {spec.depth}")
@@ -187,6 +202,13 @@ def add_arguments(parser):
         "--pool", choices=POOLS, help="which tokens make the embedding (default: as published)"
     )
     group.add_argument(
+        "--size",
+        type=int,
+        metavar="PX",
+        help="side of the patches that the encoder reads, a multiple of its patch size; the "
+        "position embedding is resampled (default: as published, 224 for most)",
+    )
+    group.add_argument(
         "--layer",
         type=int,
         metavar="N",
@@ -212,8 +234,8 @@ def add_arguments(parser):
 class PatchClassifier(nn.Module):
     """Normalisation, encoder, head: images → logits.
 
-    forward: uint8 [B, 224, 224, 3] or float [B, 3, 224, 224] in [0, 1] → logits [B] (positive:
-             mitotic figure)
+    forward: uint8 [B, size, size, 3] or float [B, 3, size, size] in [0, 1] → logits [B] (positive:
+             mitotic figure); size: the encoder's, 224 px for most
     embed:   the same images → embeddings [B, D]
     Both return float32 (float64 for a float64 encoder): normalisation and head stay in it whatever
     the encoder's precision. `tta`: in evaluation mode the embedding is the mean over the eight
@@ -273,8 +295,8 @@ def predict(
     """Run a PatchClassifier over `patches` → float32 [n] ("logits") or [n, D] ("embedding"), in the
     order of `rows`.
 
-    patches   anything with .read(rows) → uint8 [n, 224, 224, 3] (dataset.patches.Patches), or such
-              an array
+    patches   anything with .read(rows) → uint8 [n, size, size, 3] (dataset.patches.Patches), or
+              such an array
     rows      row numbers; None: all
     device    the model is moved there first; None: it stays where it is
     dtype     bf16 or fp16 with float32 parameters: autocast; else the precision of the parameters
@@ -432,7 +454,7 @@ def table():
             "dim": spec.embed_dim,
             "layers": spec.depth or "–",
             "patch": spec.patch or "–",
-            "px": SIZE,
+            "px": spec.size,
             "M params": f"{spec.params / 1e6:,.1f}",
             "GFLOP": f"{flops(spec) / 1e9:,.1f}",
             "licence": spec.licence,
@@ -444,11 +466,11 @@ def table():
     return common.table(lines, tuple(row), right=(2, 3, 4, 5, 6, 7))
 
 
-def fixed_image():
-    """A synthetic image float32 [1, 3, 224, 224] in [0, 1], the same everywhere: no library's
+def fixed_image(size):
+    """A synthetic image float32 [1, 3, size, size] in [0, 1], the same everywhere: no library's
     random numbers.
     """
-    y, x = np.mgrid[0:SIZE, 0:SIZE] / SIZE
+    y, x = np.mgrid[0:size, 0:size] / size
     channels = []
     for c in range(3):
         channels.append(0.5 + 0.25 * np.sin(7 * x + 3 * c) + 0.25 * np.cos(11 * y * (1 + x) + c))
@@ -473,11 +495,11 @@ def verify(args):
     dtype = resolve_dtype(args.dtype, device, spec)
     start = time.perf_counter()
     encoder = load_encoder(
-        args.name, args.weights, device, dtype, args.pool, args.layer, args.revision
+        args.name, args.weights, device, dtype, args.pool, args.layer, args.revision, args.size
     )
     seconds = time.perf_counter() - start
     model = PatchClassifier(encoder).eval()
-    image = fixed_image().to(device)
+    image = fixed_image(encoder.size).to(device)
     with torch.inference_mode():
         embedding = model.embed(image)[0].cpu().double()
     if not embedding.isfinite().all():

@@ -111,6 +111,7 @@ def settings_of(args, probe, split, encoder, dtype):
         weights=checkpoint.absolute(args.weights),
         pool=encoder.pool,
         layer=args.layer,
+        size=models.unusual_size(encoder),
         fit=args.fit,
         mpp=args.mpp,
         dtype=models.name_of(dtype),
@@ -171,10 +172,13 @@ def main():
     splits = flags.splits(args, annotations, tests)
     dtype = models.resolve_dtype(args.dtype, device, models.find_encoder(args.model))
     encoder = models.load_encoder(
-        args.model, args.weights, device, dtype, args.pool, args.layer, args.revision
+        args.model, args.weights, device, dtype, args.pool, args.layer, args.revision, args.size
     )
     model = models.PatchClassifier(encoder, tta=args.tta).to(device)
-    patches = Patches(annotations, fit=args.fit, mpp=args.mpp, source_mpp=args.source_mpp)
+    size = encoder.size
+    patches = Patches(
+        annotations, size=size, fit=args.fit, mpp=args.mpp, source_mpp=args.source_mpp
+    )
     jobs = []
     if rank == 0:
         jobs = plan(args, annotations, splits, encoder, dtype)
@@ -183,7 +187,7 @@ def main():
     X = all_embeddings(model, annotations, patches, args, dtype)
     features = []
     for other in tests:
-        reader = Patches(other, fit=args.fit, mpp=args.mpp)
+        reader = Patches(other, size=size, fit=args.fit, mpp=args.mpp)
         features.append((other, all_embeddings(model, other, reader, args, dtype)))
     if rank > 0:
         return
@@ -207,7 +211,8 @@ def main():
 
 def plan(args, annotations, splits, encoder, dtype):
     """The Jobs of all probes and splits; UserError if an existing run was done differently."""
-    jobs, facts = [], flags.facts(annotations, args.fit, args.mpp, args.source_mpp)
+    facts = flags.facts(annotations, args.fit, args.mpp, args.source_mpp, encoder.size)
+    jobs = []
     source = flags.source(args) | {"revision": args.revision}
     domains = np.unique(annotations.domain)
     for probe in dict.fromkeys(args.probe):
@@ -287,6 +292,8 @@ def all_embeddings(model, annotations, patches, args, dtype):
     parts = [encoder.spec.name, encoder.pool]
     if args.layer:
         parts.append(f"layer{args.layer}")
+    if models.unusual_size(encoder):
+        parts.append(f"{encoder.size}px")
     if args.tta:
         parts.append("tta")
     path = Path(args.runs) / "embeddings" / annotations.name / "-".join(parts)

@@ -60,6 +60,7 @@ class Settings:
     weights: str | None
     pool: str | None
     layer: int | None
+    size: int | None  # px of the patches that the encoder reads; None: 224
     fit: str
     mpp: float | None
     dtype: str
@@ -83,6 +84,8 @@ class Settings:
             parts.append(pool)
         if self.layer:
             parts.append(f"layer{self.layer}")
+        if self.size:
+            parts.append(f"{self.size}px")
         if tta:
             parts.append("tta")
         if self.by != "case":

@@ -193,8 +193,11 @@ def adapter_settings(args):
     return settings
 
 
-def settings_of(args, split, dtype, adapter):
-    """The settings of the run on one split; adapter: adapter_settings(…), {} without LoRA."""
+def settings_of(args, split, base, dtype, adapter):
+    """The settings of the run on one split.
+
+    base: the encoder; adapter: adapter_settings(…), {} without LoRA.
+    """
     kind = engine.LoRASettings if args.lora else engine.TrainingSettings
     return kind(
         **split.settings,
@@ -204,6 +207,7 @@ def settings_of(args, split, dtype, adapter):
         weights=checkpoint.absolute(args.weights),
         pool=args.pool,
         layer=args.layer,
+        size=models.unusual_size(base),
         fit=args.fit,
         mpp=args.mpp,
         dtype=models.name_of(dtype),
@@ -265,10 +269,6 @@ def main():
     flags.need_images(annotations, args.mpp, quiet)
     tests = flags.further(args, annotations, quiet)
     splits = flags.splits(args, annotations, tests)
-    facts = flags.facts(annotations, args.fit, args.mpp, args.source_mpp)
-    patches = Patches(
-        annotations, fit=args.fit, mpp=args.mpp, source_mpp=args.source_mpp, jitter=args.jitter
-    )
     if args.weights == "random" and not quiet:
         print(
             "WEIGHTS: random numbers, for dry runs and benchmarks: the results mean nothing",
@@ -277,11 +277,20 @@ def main():
     base = load_base(args, dtype, device)
     if args.lora:
         engine.adapt(base, **adapter)  # once, to see that the adapters fit
+    facts = flags.facts(annotations, args.fit, args.mpp, args.source_mpp, base.size)
+    patches = Patches(
+        annotations,
+        size=base.size,
+        fit=args.fit,
+        mpp=args.mpp,
+        source_mpp=args.source_mpp,
+        jitter=args.jitter,
+    )
 
     # One run after the other.
     rows = []
     for split in splits:
-        settings = settings_of(args, split, dtype, adapter)
+        settings = settings_of(args, split, base, dtype, adapter)
         more = {"adapter_hash": adapter_hash} if adapter_hash else {}
         source = flags.source(args) | {"revision": args.revision}
         config = runs.configuration(settings, annotations, facts, base, source, **more)
@@ -312,7 +321,7 @@ def load_base(args, dtype, device):
     if not args.lora:
         device, dtype = "cpu", torch.float32
     return models.load_encoder(
-        args.model, args.weights, device, dtype, args.pool, args.layer, args.revision
+        args.model, args.weights, device, dtype, args.pool, args.layer, args.revision, args.size
     )
 
 
@@ -472,7 +481,7 @@ def further_tests(args, settings, tests, path, device, dtype):
     autocast = dtype if dtype != torch.float32 else None
     predicted = []
     for other in pending:
-        reader = Patches(other, fit=settings.fit, mpp=settings.mpp)
+        reader = Patches(other, size=model.encoder.size, fit=settings.fit, mpp=settings.mpp)
         title = other.name if engine.rank() == 0 else None
         logits = engine.predict_together(
             model, reader, len(other), settings.batch_size, autocast, title

@@ -375,7 +375,7 @@ def positions(encoder, cls_token, pos_embed):
 
     Files of DINOv2 with registers give the class token a position embedding and the registers none:
     it is added to the class token, once. A grid of another size than the network's is resampled in
-    float32, bicubic with antialias, as timm does it.
+    float32 as the row's `resample` says.
     """
     spec = encoder.spec
     prefix = encoder.prefix if spec.pos == "all" else 0
@@ -390,8 +390,11 @@ def positions(encoder, cls_token, pos_embed):
         )
     if side != encoder.grid:
         grid = pos_embed[:, prefix:].float().reshape(1, side, side, spec.dim).permute(0, 3, 1, 2)
-        shape = encoder.grid, encoder.grid
-        grid = F.interpolate(grid, size=shape, mode="bicubic", antialias=True)
+        if spec.resample == "timm":
+            shape = encoder.grid, encoder.grid
+            grid = F.interpolate(grid, size=shape, mode="bicubic", antialias=True)
+        else:  # as in DINO, whose factor is a little too large to be safe from rounding
+            grid = F.interpolate(grid, scale_factor=(encoder.grid + 0.1) / side, mode="bicubic")
         grid = grid.permute(0, 2, 3, 1).flatten(1, 2)
         pos_embed = torch.cat([pos_embed[:, :prefix], grid], dim=1)
     return cls_token, pos_embed

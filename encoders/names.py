@@ -71,6 +71,7 @@ TRANSFORMERS_BLOCK = {  # name in a block → (ours, place among the parts that 
     "layer_scale1": ("ls1", 0),
     "layer_scale2": ("ls2", 0),
 }
+POOLER = {"attn_pool_contrast.": "pooler.", "ln_contrast.": "pooler.norm."}
 TRANSFORMERS = {
     "embeddings.cls_token": "cls_token",
     "embeddings.register_tokens": "reg_token",
@@ -119,7 +120,19 @@ def rename(names):
         if renamed is not None:
             ours, place = renamed
             parts.setdefault(ours, []).append((place, full))
+    if start.endswith("trunk."):
+        parts |= pooler(names, start.removesuffix("trunk."))
     return {ours: [full for _, full in sorted(places)] for ours, places in parts.items()}, kind
+
+
+def pooler(names, start):
+    """CONCH's attention pooler, which lies beside its "trunk."; in the form of `parts` above."""
+    parts = {}
+    for name in names:
+        for theirs, ours in POOLER.items():
+            if name.startswith(start + theirs):
+                parts[ours + name[len(start + theirs) :]] = [(0, name)]
+    return parts
 
 
 def prefix(names):

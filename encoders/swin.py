@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from encoders.layers import Block, Linear, attention
-from encoders.table import SIZE
 
 WINDOW = 7  # patches, the side of a window
 SHIFT = WINDOW // 2  # of the windows, in every second block
@@ -166,8 +165,9 @@ class Swin(nn.Module):
     `blocks` are those of all stages; torch knows them as layers.I.blocks.J.
     """
 
-    def __init__(self, spec, size=SIZE):
+    def __init__(self, spec, size=None):
         super().__init__()
+        size = size or spec.size
         self.spec, self.size, self.pool, self.layer = spec, size, spec.pool, spec.depth
         self.embed_dim = spec.dim
         last = len(spec.stages) - 1

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from common import UserError
 
-SIZE = 224  # px, of every patch
+SIZE = 224  # px, of the patches that most encoders read
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean, std
 HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
@@ -44,11 +44,15 @@ class Encoder:
     qkv_bias: bool = True
     stages: tuple = ()  # Swin: blocks per stage; dim, heads and hidden are those of the last stage
     stem: str = "patches"  # Swin: patches (one convolution) | convolutions (CTransPath)
-    # Size in px that the file's position embedding is for. Another grid is resampled as timm does
-    # it: bicubic with antialias, in float32 (DINOV2 below says why).
+    size: int = SIZE  # px, of the patches that the network reads; --size chooses another
+    # Size in px that the file's position embedding is for. Another grid is resampled: as timm does
+    # it, bicubic with antialias in float32 (DINOV2 below says why) | dino: as DINO's code, bicubic
+    # by a factor that is 0.1 patches too large.
     stored: int = SIZE
+    resample: str = "timm"
     norm: tuple = IMAGENET  # mean, std of the normalisation
-    pool: str = "cls"  # the published embedding: cls | cls+mean
+    pool: str = "cls"  # the published embedding: cls | cls+mean | attention (a query of its own)
+    pooler: int = 0  # numbers in the embedding of pool="attention", which has 8 heads
     eps: float = 1e-6  # of every LayerNorm
     keys: str = "timm"  # names in the published file: timm | transformers | torchvision
     files: tuple = SAFE_OR_BIN  # tried in this order
@@ -76,13 +80,16 @@ class Encoder:
 
 
 def embed_dim(spec, pool):
+    if pool == "attention":
+        return spec.pooler
     return 2 * spec.dim if pool == "cls+mean" else spec.dim
 
 
-def flops(spec, size=SIZE):
+def flops(spec, size=None):
     """Floating-point operations for one image in the matrix products and convolutions (a
     multiplication and an addition are two).
     """
+    size = size or spec.size
     if spec.family == "ResNet":
         return 8.18e9  # as torchvision states it, times two
     if spec.family == "Swin":
@@ -91,8 +98,10 @@ def flops(spec, size=SIZE):
     tokens = patches + 1 + spec.registers
     fc2 = spec.hidden // 2 if spec.mlp == "swiglu" else spec.hidden
     weights = spec.dim * (4 * spec.dim + spec.hidden + fc2)  # of a block's products
-    embedding = patches * spec.dim * 3 * spec.patch**2
-    return 2 * (spec.depth * (tokens * weights + 2 * tokens**2 * spec.dim) + embedding)
+    ends = patches * spec.dim * 3 * spec.patch**2
+    if spec.pool == "attention":
+        ends += tokens * 2 * spec.pooler * (spec.dim + 1) + 2 * spec.pooler**2
+    return 2 * (spec.depth * (tokens * weights + 2 * tokens**2 * spec.dim) + ends)
 
 
 def swin_flops(spec, size):
@@ -256,6 +265,9 @@ ROWS = [
             mlp="swiglu", hidden=10240, **DINOV3),
     Encoder("dinov3-7b", dinov3("vit7b16"), params=6_716_030_976, dim=4096, depth=40, heads=32,
             mlp="swiglu", hidden=16384, qkv_bias=False, **DINOV3),
+    Encoder("conch-v1.5", "MahmoodLab/conchv1_5", **ND, params=306_109_184, **LARGE,
+            layerscale=True, size=448, resample="dino", pool="attention", pooler=768,
+            files=("pytorch_model_vision.bin",)),
     # trained at 1 µm/px
     Encoder("ctranspath", "1aurent/swin_tiny_patch4_window7_224.CTransPath",
             "GPL-3.0, academic", 27_520_038, **SWIN_T, stem="convolutions"),

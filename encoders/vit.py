@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from encoders.layers import Block, Linear, attention, linear
-from encoders.table import SIZE, embed_dim
+from encoders.table import embed_dim
 
 
 class PatchEmbed(nn.Module):
@@ -79,6 +79,28 @@ def rotate(x, cos, sin):
     return (x * cos + turned * sin).to(x.dtype)
 
 
+class AttentionPooler(nn.Module):
+    """One learned query attends to all tokens [B, T, dim] → [B, D] (CONCH)."""
+
+    def __init__(self, dim, pooled, heads=8):
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Parameter(torch.zeros(1, pooled))
+        self.ln_q, self.ln_k = nn.LayerNorm(pooled), nn.LayerNorm(dim)
+        self.to_q = Linear(pooled, pooled, bias=False)
+        self.to_kv = Linear(dim, 2 * pooled, bias=False)
+        self.to_out = Linear(pooled, pooled, bias=False)
+        self.norm = nn.LayerNorm(pooled)
+
+    def forward(self, x):
+        B, T, _ = x.shape
+        q = self.to_q(self.ln_q(self.query)).view(1, 1, self.heads, -1).expand(B, -1, -1, -1)
+        kv = self.to_kv(self.ln_k(x)).view(B, T, 2, self.heads, -1)
+        k, v = kv.permute(2, 0, 3, 1, 4)  # each [B, h, T, d]
+        x = attention(q.transpose(1, 2), k, v)  # [B, h, 1, d]
+        return self.norm(self.to_out(x.flatten(1)))
+
+
 class ViT(nn.Module):
     """Pre-norm vision transformer (Dosovitskiy et al. 2021) with what its descendants added:
     LayerScale, packed SwiGLU, registers, and DINOv3's rotary positions. The names of the parameters
@@ -91,16 +113,18 @@ class ViT(nn.Module):
         cls+mean      both, one after the other                                    D = 2 dim
         patch-center  mean of the patch tokens around the cell: 4 × 4 of the       D = dim
                       grids of 14 × 14 and 16 × 16 (56 and 64 px), 8 × 8 of 28 × 28 (64 px)
+        attention     all tokens, by AttentionPooler (CONCH)                       D = pooler
     `layer`: the number of blocks that run (1 … depth). Later blocks are not built; the final norm
     is still applied, so that embeddings of different layers have comparable scales.
     """
 
-    def __init__(self, spec, size=SIZE, pool=None, layer=None):
+    def __init__(self, spec, size=None, pool=None, layer=None):
         super().__init__()
         self.spec, self.pool, self.layer = spec, pool or spec.pool, layer or spec.depth
         self.embed_dim = embed_dim(spec, self.pool)
         self.prefix = 1 + spec.registers  # tokens before the patches
-        self.size, self.field = size, spec.field or size
+        self.size = size or spec.size
+        self.field = spec.field or self.size
         self.grid = self.field // spec.patch
         self.cls_token = nn.Parameter(torch.zeros(1, 1, spec.dim))
         self.reg_token = None
@@ -120,6 +144,7 @@ class ViT(nn.Module):
             )
             self.blocks.append(block)
         self.norm = nn.LayerNorm(spec.dim, eps=spec.eps)
+        self.pooler = AttentionPooler(spec.dim, spec.pooler) if spec.pooler else None
 
     @property
     def centre(self):
@@ -158,6 +183,8 @@ class ViT(nn.Module):
         x = self.norm(self.blocks[-1](x, rotary, first=self.pool == "cls"))
         if self.pool == "cls":
             return x[:, 0]
+        if self.pool == "attention":
+            return self.pooler(x)
         patches = x[:, self.prefix :]
         if self.pool == "patch-center":
             start, side = self.centre

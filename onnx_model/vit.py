@@ -77,6 +77,27 @@ def rotate(g, x, factors, heads, half, at):
     return g.op("Reshape", x, g.ints(0, 0, heads * d), at=at)
 
 
+def attention_pool(g, x, pooler):
+    """AttentionPooler on tokens [N, T, dim], in float32 in every precision: its query is constant,
+    and the product of that with the keys' weights is one vector per head.
+    """
+    at, heads = "pooler", pooler.heads
+    query = to_numpy(pooler.to_q(pooler.ln_q(pooler.query)).view(heads, -1))  # [h, d]
+    d = query.shape[1]
+    keys, values = np.split(to_numpy(pooler.to_kv.weight).reshape(2 * heads, d, -1), 2)
+    x = layer_norm(g, x, pooler.ln_k, f"{at}.ln_k")
+    # q · (K x) = (q K) · x: scores [N, T, h], then [N, h, T]
+    directions = np.einsum("hd,hdc->ch", query, keys) * d**-0.5
+    scores = g.op("MatMul", x, g.tensor(f"{at}.query", directions, np.float32), at=at)
+    scores = g.op("Softmax", g.op("Transpose", scores, at=at, perm=[0, 2, 1]), at=at, axis=-1)
+    # Σ w (V x) = V (Σ w x): [N, h, 1, dim] times [h, dim, d]
+    x = g.op("Unsqueeze", g.op("MatMul", scores, x, at=at), g.ints(2), at=at)
+    values = g.tensor(f"{at}.values", values.transpose(0, 2, 1), np.float32)
+    x = g.op("Reshape", g.op("MatMul", x, values, at=at), g.ints(0, heads * d), at=at)
+    out = g.tensor(f"{at}.to_out", to_numpy(pooler.to_out.weight).T, np.float32)
+    return layer_norm(g, g.op("MatMul", x, out, at=at), pooler.norm, f"{at}.norm")
+
+
 def pool(g, encoder, x):
     """The embedding [N, D] out of the tokens after the last norm; see encoders/vit.py."""
 
@@ -88,6 +109,8 @@ def pool(g, encoder, x):
         rows = np.arange(encoder.grid**2).reshape(encoder.grid, encoder.grid)
         rows = rows[start : start + side, start : start + side].ravel() + encoder.prefix
         return mean(g.op("Gather", x, g.tensor("center", rows), at="pool", axis=1))
+    if encoder.pool == "attention":
+        return attention_pool(g, x, encoder.pooler)
     parts = []
     if "cls" in encoder.pool:
         parts.append(g.op("Gather", x, g.tensor("first", 0, np.int64), at="pool", axis=1))

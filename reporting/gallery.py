@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 import common
 import flags
 from common import UserError
-from dataset.annotations import KNOWN, root_folder
+from dataset.annotations import KNOWN, PATCH, root_folder
 from dataset.patches import Patches
 from reporting import figures, tables
 
@@ -57,6 +57,7 @@ def gallery(finished, given):
     flags.need_images(annotations, first.flags.get("mpp"), quiet=True)
     patches = Patches(
         annotations,
+        size=first.flags.get("size") or PATCH,
         fit=first.flags.get("fit") or "resize",
         mpp=first.flags.get("mpp"),
         source_mpp=reading.source_mpp,

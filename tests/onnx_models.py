@@ -46,6 +46,7 @@ FAMILIES = {
     "dinov3": Encoder(
         "tiny-dinov3", **SMALL, patch=16, layerscale=True, registers=4, pos="rotary", eps=1e-5
     ),
+    "conch": Encoder("tiny-conch", **SMALL, patch=16, layerscale=True, pool="attention", pooler=48),
     "swin": Encoder(
         "tiny-swin",
         **{**SMALL, "heads": 4, "depth": 4},

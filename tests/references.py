@@ -250,6 +250,44 @@ class ConvStem(torch.nn.Module):
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 
+class Conch(torch.nn.Module):
+    """CONCH v1.5: timm's ViT-L/16 at 448 px, whose file holds positions for 224 px, and a pooler
+    with one query.
+    """
+
+    def __init__(self, depth):
+        super().__init__()
+        self.trunk = timm_model("uni", depth=depth)
+        with torch.device("meta"):
+            pooler = torch.nn.Module()
+            pooler.query = torch.nn.Parameter(torch.empty(1, 768))
+            pooler.ln_q, pooler.ln_k = torch.nn.LayerNorm(768), torch.nn.LayerNorm(1024)
+            pooler.to_q = torch.nn.Linear(768, 768, bias=False)
+            pooler.to_kv = torch.nn.Linear(1024, 2 * 768, bias=False)
+            pooler.to_out = torch.nn.Linear(768, 768, bias=False)
+            self.attn_pool_contrast, self.ln_contrast = pooler, torch.nn.LayerNorm(768)
+        self.depth = depth
+
+    def forward(self, x):
+        large = timm_model("uni", depth=self.depth, img_size=448).to_empty(device="cpu")
+        state = dict(self.trunk.state_dict())
+        pos = state["pos_embed"]
+        grid = pos[:, 1:].float().unflatten(1, (14, 14)).permute(0, 3, 1, 2)
+        factor = (28 + 0.1) / 14
+        grid = torch.nn.functional.interpolate(grid, scale_factor=(factor, factor), mode="bicubic")
+        grid = grid.permute(0, 2, 3, 1).flatten(1, 2).to(pos.dtype)
+        state["pos_embed"] = torch.cat([pos[:, :1], grid], dim=1)
+        large.load_state_dict(state)
+        tokens = large.to(x.dtype).forward_features(x)
+        pooler = self.attn_pool_contrast
+        query = pooler.to_q(pooler.ln_q(pooler.query)).view(8, 96)
+        keys, values = pooler.to_kv(pooler.ln_k(tokens)).chunk(2, dim=-1)
+        keys, values = (t.unflatten(-1, (8, 96)) for t in (keys, values))
+        scores = torch.einsum("hd,bthd->bht", query * 96**-0.5, keys)
+        pooled = torch.einsum("bht,bthd->bhd", scores.softmax(-1), values).flatten(1)
+        return self.ln_contrast(pooler.to_out(pooled))
+
+
 def swin_model(name, depths=None):
     """timm's network on the meta device, of `depths` blocks per stage; see `fill`."""
     import timm

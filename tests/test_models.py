@@ -121,6 +121,7 @@ def test_every_row_has_a_reference():
         *references.EQUIVALENT,
         *references.SWIN,
         *references.DINOV3,
+        "conch-v1.5",
     }
 
 
@@ -154,6 +155,15 @@ def test_dinov3_is_timms(name):
     assert spec.params == parameters + spec.qkv_bias * spec.depth * 3 * spec.dim
     assert {block.norm1.eps for block in reference.blocks} == {spec.eps}
     assert spec.heads == reference.blocks[0].attn.num_heads
+
+
+def test_conch_is_a_vit_and_a_pooler():
+    reference = references.Conch(24)
+    plan, _ = rename(reference.state_dict())
+    theirs = shapes(reference)
+    spec = models.ENCODERS["conch-v1.5"]
+    assert shapes(on_meta(spec)) == {ours: theirs[name] for ours, (name,) in plan.items()}
+    assert spec.params == sum(p.numel() for p in reference.parameters())
 
 
 def test_resnet50_is_torchvisions():
@@ -735,14 +745,16 @@ def test_the_table_is_printed(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet50", "uni", "h0-mini", "dinov3-s-plus", "ctranspath", "swin-b"]
+    "name", ["resnet50", "uni", "h0-mini", "dinov3-s-plus", "ctranspath", "swin-b", "conch-v1.5"]
 )
 def test_flops_are_torchs_count(name):
     from torch.utils.flop_counter import FlopCounterMode
 
     spec = models.ENCODERS[name]
     with torch.device("meta"):
-        network, images = models.build(spec, pool="mean").eval(), torch.empty(1, 3, 224, 224)
+        pool = "attention" if spec.pooler else "mean"
+        network = models.build(spec, pool=pool).eval()
+        images = torch.empty(1, 3, spec.size, spec.size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(images)
     assert flops(spec) == pytest.approx(counter.get_total_flops(), rel=2e-3)

@@ -50,8 +50,8 @@ def folder():
         yield Path(path)
 
 
-def images(count=5):
-    return references.noise(count * 3 * 224 * 224, 11).view(count, 3, 224, 224)
+def images(count=5, size=224):
+    return references.noise(count * 3 * size * size, 11).view(count, 3, size, size)
 
 
 def reference(name, depth=DEPTH):
@@ -62,6 +62,9 @@ def reference(name, depth=DEPTH):
             dict(model.state_dict()),
             Reference(name, resampled(name, model, depth), "forward_features"),
         )
+    elif name == "conch-v1.5":
+        model = references.fill(references.Conch(depth)).eval()
+        state, run = dict(model.state_dict()), Reference(name, model, None)
     elif name in references.SWIN:
         model = references.fill(references.swin_model(name, STAGES if depth == DEPTH else None))
         state = {k: v for k, v in model.state_dict().items() if not k.endswith("tracked")}
@@ -223,7 +226,7 @@ def assert_parity(name, folder, doubles=1, count=5):
     """
     state, run = reference(name)
     file = publish(name, state, folder)
-    x = images(count)
+    x = images(count, models.ENCODERS[name].size)
     expected = run(x)
     assert expected.std(0).mean() > 1e-3  # the embedding depends on the image
     encoder = models.load_encoder(name, file)
@@ -233,7 +236,8 @@ def assert_parity(name, folder, doubles=1, count=5):
         assert relative(encoder(x[:1]), expected[:1]) < 1e-5
     if doubles:
         x = x[:doubles].double()
-        limit = 1e-12 if models.ENCODERS[name].stored == 224 else 1e-6
+        spec = models.ENCODERS[name]
+        limit = 1e-12 if spec.stored == spec.size else 1e-6
         assert relative(embed(name, file, x), run(x)) < limit
 
 
@@ -322,6 +326,22 @@ def test_a_missing_mask_of_windows_is_caught(folder, monkeypatch):
         assert_parity("swin-t", folder, doubles=0, count=2)
 
 
+def test_another_scale_of_the_pooler_is_caught(folder, monkeypatch):
+    attend = vit.attention
+    monkeypatch.setattr(
+        vit, "attention", lambda q, k, v: attend(q * 1.1 if q.shape[2] == 1 else q, k, v)
+    )
+    with pytest.raises(AssertionError):
+        assert_parity("conch-v1.5", folder, doubles=0, count=2)
+
+
+def test_other_positions_of_conch_are_caught(folder, monkeypatch):
+    spec = dataclasses.replace(models.ENCODERS["conch-v1.5"], resample="timm")
+    monkeypatch.setitem(models.ENCODERS, "conch-v1.5", spec)
+    with pytest.raises(AssertionError):
+        assert_parity("conch-v1.5", folder, doubles=0, count=2)
+
+
 def axes_swapped(cos, sin):
     cos, sin = (factor.clone() for factor in (cos, sin))
     for factor in cos, sin:
@@ -341,6 +361,47 @@ def test_other_rotary_factors_are_caught(folder, monkeypatch, change):
     monkeypatch.setattr(vit, "rotary_factors", lambda *given: change(*factors(*given)))
     with pytest.raises(AssertionError):
         assert_parity("dinov3-s", folder, doubles=0, count=2)
+
+
+# ---------------------------------------------------------------- other sizes
+
+
+@pytest.mark.parametrize("name, size", [("kaiko-s16", 160), ("dinov2-s", 518), ("dinov3-s", 288)])
+def test_another_size_equals_timm(name, size, folder):
+    """The position embedding is resampled by timm's function, or is stored for this size, or is
+    computed.
+    """
+    from timm.layers import resample_abs_pos_embed
+
+    state, run = reference(name)
+    x = images(2, size)
+    if name == "kaiko-s16":
+        theirs = references.timm_model(name, depth=DEPTH, img_size=size).to_empty(device="cpu")
+        pos = resample_abs_pos_embed(state["pos_embed"], (size // 16,) * 2)
+        theirs.load_state_dict(state | {"pos_embed": pos})
+    elif name == "dinov2-s":
+        theirs = timm_of_dinov2(name, state, DEPTH)
+    else:
+        theirs = run.model
+    with torch.inference_mode():
+        expected = theirs.forward_features(x)[:, 0]
+    encoder = models.load_encoder(name, publish(name, state, folder), size=size)
+    assert encoder.size == size
+    with torch.inference_mode():
+        assert relative(encoder(x), expected) < 1e-5
+
+
+def test_sizes_that_do_not_fit():
+    for name, size, words in (
+        ("kaiko-s16", 230, "multiples of its patches of 16 px, such as 224"),
+        ("kaiko-s16", 0, "such as 16"),
+        ("dinov2-s", 320, "such as 322"),
+        ("resnet50", 448, "reads patches of 224 px only"),
+        ("swin-t", 448, "reads patches of 224 px only"),
+        ("demo", 448, "reads patches of 224 px only"),
+    ):
+        with pytest.raises(UserError, match=words):
+            models.load_encoder(name, "random", size=size)
 
 
 # ---------------------------------------------------------------- formats
