@@ -234,8 +234,7 @@ def load_run(path, weights=None, device="cpu", merge=False):
             f"{path}: no model.safetensors: not a finished run (continue it with --resume)"
         )
     state, _ = load_tensors(file)
-    choices = {"pool": flags.get("pool"), "layer": flags.get("layer")}
-    choices["size"] = flags.get("size") or models.SIZE
+    choices = {name: flags.get(name) for name in ("pool", "layer", "size")}
     if method == "full":
         with torch.device("meta"):
             encoder = models.build(models.find_encoder(name), **choices)

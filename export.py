@@ -44,6 +44,7 @@ import runs
 from common import UserError
 from dataset import splits
 from dataset.patches import Patches
+from encoders.table import SIZE
 from onnx_model import doctor, graph, parity, session
 from reporting import metrics
 
@@ -123,7 +124,7 @@ def best_temperature(labels, logits):
 # ---------------------------------------------------------------- patches to compare on
 
 
-def validation_patches(run, config, args, count, size=models.SIZE):
+def validation_patches(run, config, args, count, size=SIZE):
     """Validation patches of the run, about half of each class → (patches, labels, ids, where they
     are from); the demo's if the run's data is not available.
     """

@@ -29,7 +29,7 @@ import common
 import weights as published
 from common import UserError
 from encoders.swin import Swin
-from encoders.table import ENCODERS, POOLS, SIZE, find_encoder, flops
+from encoders.table import ENCODERS, POOLS, find_encoder, flops
 from encoders.vit import ViT
 
 
@@ -82,8 +82,8 @@ def load_encoder(
 
 
 def unusual_size(encoder):
-    """What a run's settings say of the size of its patches: None for 224 px."""
-    return encoder.size if encoder.size != SIZE else None
+    """What a run's settings say of --size: None for the size of the encoder's row."""
+    return encoder.size if encoder.size != encoder.spec.size else None
 
 
 def check_choices(spec, pool, layer, size):

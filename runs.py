@@ -60,7 +60,7 @@ class Settings:
     weights: str | None
     pool: str | None
     layer: int | None
-    size: int | None  # px of the patches that the encoder reads; None: 224
+    size: int | None  # px of the patches that the encoder reads; None: as published
     fit: str
     mpp: float | None
     dtype: str

@@ -49,6 +49,7 @@ import data
 import lora
 import models
 from dataset import patches
+from encoders.table import SIZE
 
 LORA = ("phikon", "uni", "virchow", "virchow2", "prov-gigapath", "h-optimus-0")
 FULL = ("resnet50", "vit-b", "vit-h")
@@ -122,10 +123,8 @@ class Unaugmented(bench_patches.Ordinary):
         image, x, y = self.places[i]
         if image not in self.slides:
             self.slides[image] = openslide.OpenSlide(self.paths[image])
-        corner = int(x - models.SIZE / 2), int(y - models.SIZE / 2)
-        return self.as_tensor(
-            self.slides[image].read_region(corner, 0, (models.SIZE,) * 2).convert("RGB")
-        )
+        corner = int(x - SIZE / 2), int(y - SIZE / 2)
+        return self.as_tensor(self.slides[image].read_region(corner, 0, (SIZE,) * 2).convert("RGB"))
 
 
 def reading_rates(device, rounds):

@@ -43,6 +43,7 @@ import logistic
 import models
 from dataset.patches import Patches
 from encoders import layers
+from encoders.table import SIZE
 from onnx_model import graph, session
 
 BATCHES = 1, 8, 64
@@ -59,7 +60,7 @@ def fit_head(model, count):
     train, test = (
         generator.permutation(annotations.rows(ids))[:count] for ids in (split.train, split.test)
     )
-    reader = Patches(annotations, size=models.SIZE, fit=choices.fit)
+    reader = Patches(annotations, size=SIZE, fit=choices.fit)
     embeddings = models.predict(
         model, reader.read(train), output="embedding", progress="fitting the head"
     )

@@ -26,6 +26,7 @@ NAMED = (
     "rslora",
     "pool",
     "layer",
+    "size",
     "fit",
     "tta",
     "C",
@@ -35,7 +36,7 @@ NAMED = (
     "adapter",
 )
 # Flags that must agree with the run's if a command gives them.
-COMPARED = ("val_frac", "epochs", "epoch_size", "rank", "pool", "layer")
+COMPARED = ("val_frac", "epochs", "epoch_size", "rank", "pool", "layer", "size")
 STATES = ("done", "running", "failed", "missing")
 
 

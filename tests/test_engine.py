@@ -22,6 +22,7 @@ COMMON = dict(
     weights=None,
     pool=None,
     layer=None,
+    size=None,
     fit="resize",
     mpp=None,
     dtype="fp32",
