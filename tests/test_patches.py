@@ -235,7 +235,7 @@ def test_larger_than_stored_is_read_from_the_image(points):
     "options, side",
     [
         ({"jitter": 0.1}, 320 + 46),
-        ({"mpp": 0.5}, 640),
+        pytest.param({"mpp": 0.5}, 640, marks=pytest.mark.slow),
         ({"mpp": 0.2}, 256),
         ({"mpp": 0.5, "source_mpp": 0.4}, 400),
     ],
@@ -603,7 +603,7 @@ class Training:
         return i, self.patches.read_sample(self.samples[i : i + 1], 320)[0]
 
 
-@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize("cache", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_any_number_of_workers_and_a_resume_give_the_same_patches(points, cache):
     torch_data = pytest.importorskip("torch.utils.data")
     a, folder = points
