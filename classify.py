@@ -18,6 +18,7 @@ classifier.mpp µm/px.
 Needs numpy, onnxruntime, openslide and Pillow (requirements-classify.txt)."""
 
 import argparse
+import contextlib
 import itertools
 import os
 import sys
@@ -29,13 +30,14 @@ import numpy as np
 
 import common
 from common import UserError
-from dataset import annotations, formats
+from dataset import annotations, draws, formats, look
 from onnx_model import doctor, session
 from onnx_model.session import Classifier, SlideReader
 from reporting import metrics
 from reporting.overlay import Marks, view_around
 
 LISTED = 5  # problems that are named one by one
+LOOK_PATCHES, LOOK_SLIDES = 100, 8  # of the sample that is looked at before the scoring
 LABELLED = 200  # candidates in an overlay that are still labelled with their probability
 
 # ---------------------------------------------------------------- which image a candidate lies on
@@ -356,6 +358,42 @@ def say_left_out(problems):
         say(f"left out: {len(problems) - LISTED} more")
 
 
+def say_readers(readers):
+    """How each slide is read, and once, loudly, where the scale may be wrong."""
+    doubtful = {}
+    for reader in readers:
+        say(f"{Path(reader.name).name}: {reader.note}")
+        if reader.warning:
+            doubtful.setdefault(reader.warning, []).append(Path(reader.name).name)
+    for warning, names in doubtful.items():
+        more = ""
+        if len(names) > 1:
+            more = f" and {len(names) - 1} more"
+        say(
+            f"warning: {names[0]}{more}: {warning}; at another scale every probability is wrong "
+            "(--mpp gives the µm/px)"
+        )
+
+
+def look_at(job):
+    """Say if a sample of the patches does not look like cells."""
+    rng = draws.generator("look")
+    cells = np.arange(len(job.rows))
+    which = np.asarray(job.which, int)
+    if len(job.readers) > LOOK_SLIDES:  # each may have to be decoded whole
+        chosen = draws.shuffled(rng, np.arange(len(job.readers)))[:LOOK_SLIDES]
+        cells = np.flatnonzero(np.isin(which, chosen))
+    patches = []
+    for i in np.sort(draws.shuffled(rng, cells)[:LOOK_PATCHES]):
+        # What cannot be read is said when it is scored.
+        with contextlib.suppress(UserError, OSError, ValueError):
+            patches.append(job.readers[which[i]].read(job.x[i], job.y[i]))
+    if patches:
+        line = look.suspicion(np.stack(patches))
+        if line:
+            say(f"warning: {line}")
+
+
 def score_all(classifier, job, args):
     """Probabilities of the plan's cells → (float32 [n], seconds). With --skip, NaN for those that
     cannot be read, which are named.
@@ -406,8 +444,7 @@ def classify(args):
         threshold = classifier.threshold
 
     job = plan(candidates, images, missing, classifier.metadata, args.mpp)
-    for reader in job.readers:
-        say(f"{Path(reader.name).name}: {reader.note}")
+    say_readers(job.readers)
     if job.problems and not args.skip:
         more = ""
         if len(job.problems) > 1:
@@ -417,6 +454,7 @@ def classify(args):
             "cannot be scored"
         )
     say_left_out(job.problems)
+    look_at(job)
 
     probability = np.full(len(candidates), np.nan, np.float32)
     probability[job.rows], seconds = score_all(classifier, job, args)

@@ -299,6 +299,7 @@ def describe(run, config, model, args, decision):
         "fold": choices.get("fold"),
         "domain": choices.get("domain"),
         "mpp": training_mpp(config),
+        "mixed_mpp": mixed_mpp(config),
         "resampled": bool(choices.get("mpp")),
         "patch": data.get("patch") or model.encoder.size,
         "fit": choices.get("fit") or "resize",
@@ -368,16 +369,23 @@ def redistribution(spec, licence):
 
 
 def training_mpp(config):
-    """µm/px of the patches that the run was trained on; None if it is not known."""
-    value = config["flags"].get("mpp") or config.get("data", {}).get("mpp")
-    if isinstance(value, dict):  # per image or domain: the middle one
+    """µm/px of the patches that the run was trained on; None if it is not known, or mixed."""
+    value = config["flags"].get("mpp") or config["data"].get("mpp")
+    if isinstance(value, dict):  # of early versions, per image or domain
         known = [number for number in value.values() if number]
         value = None
-        if known:
+        if known and max(known) <= 1.02 * min(known):
             value = np.median(known)
     if value is None:
         return None
     return float(value)
+
+
+def mixed_mpp(config):
+    """{µm/px: number of images} if the run was trained on images as scanned at different µm/px."""
+    if training_mpp(config) is not None:
+        return None
+    return config["data"].get("mixed_mpp")
 
 
 def announce(source, metadata, calibrated):
@@ -399,6 +407,15 @@ def announce(source, metadata, calibrated):
     if metadata["redistribution"] != "yes":
         line += " (a model with these weights merged in is a derivative of them)"
     print(line)
+    if metadata.get("mixed_mpp"):
+        print(
+            f"warning: trained on images of different µm/px ({scales(metadata['mixed_mpp'])}), so "
+            "slides will be read as scanned; --mpp of train.py resamples all to one scale"
+        )
+
+
+def scales(mixed):
+    return ", ".join(f"{scale} µm/px: {count} images" for scale, count in mixed.items())
 
 
 # ---------------------------------------------------------------- the check against torch

@@ -1,5 +1,6 @@
 """Flags that several commands share: which data, how it is read, which split, which runs."""
 
+import collections
 import dataclasses
 import itertools
 import math
@@ -313,7 +314,8 @@ def facts(annotations, fit="resize", mpp=None, source_mpp=None, size=224):
     """What a model needs to know about the data it was trained on.
 
     {"mpp": µm/px of the images, or None if unknown or different by more than 2%; "patch": side in
-    px actually used of ready-made patches, else None; "pixels": fingerprint of the patches}.
+    px actually used of ready-made patches, else None; "pixels": fingerprint of the patches}. If the
+    images have different µm/px, also "mixed_mpp": {µm/px as text: number of images}.
     """
     patch = None
     if annotations.kind == "patches":
@@ -325,7 +327,11 @@ def facts(annotations, fit="resize", mpp=None, source_mpp=None, size=224):
     if known and max(known) <= images.SAME_SCALE * min(known):
         scale = round(sum(known) / len(known), 6)
     patches = Patches(annotations, size=size, fit=fit, mpp=mpp, source_mpp=source_mpp)
-    return {"mpp": scale, "patch": patch, "pixels": patches.fingerprint(times=False)}
+    content = {"mpp": scale, "patch": patch, "pixels": patches.fingerprint(times=False)}
+    if known and scale is None:
+        counts = collections.Counter(f"{value:.3g}" for value in sorted(known))
+        content["mixed_mpp"] = dict(counts)
+    return content
 
 
 # ---------------------------------------------------------------- splits and further test sets

@@ -150,7 +150,8 @@ def differing(old, new):
         for key in sorted(set(before) | set(after)):
             if part == "flags" and key in ("weights", "adapter"):
                 continue  # compared by their hash: where they lie does not matter
-            if part == "data" and key == "pixels" and not (before.get(key) and after.get(key)):
+            unsaid = not (before.get(key) and after.get(key))
+            if part == "data" and key in ("pixels", "mixed_mpp") and unsaid:
                 continue  # runs of version 1.0 and earlier do not tell
             # Through JSON, so that tuples equal lists and NumPy's numbers equal Python's.
             was = json.dumps(before.get(key), default=common.plain, sort_keys=True)

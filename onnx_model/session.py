@@ -198,6 +198,9 @@ class Classifier:
             colours = "RGB"
         if self.mpp is not None:
             scale = f"{self.mpp:g} µm/px"
+        elif self.metadata.get("mixed_mpp"):
+            counts = self.metadata["mixed_mpp"].items()
+            scale = "µm/px mixed (" + ", ".join(f"{mpp}: {n} images" for mpp, n in counts) + ")"
         return (
             f"patches {self.input} [N, {', '.join(map(str, self.shape))}] {colours}, {scale}; "
             f"trained on patches of {self.patch} px, fit {self.metadata['fit']}"
@@ -392,6 +395,8 @@ def read_metadata(session, path):
     kind, shape = "tensor(float)", [3, size, size]
     if metadata["input"] == "uint8":
         kind, shape = "tensor(uint8)", [size, size, 3]
+    if not are_scales(metadata.get("mixed_mpp")):
+        raise damaged(path, "mixed_mpp", metadata["mixed_mpp"])
     has_head = "probability" in [output.name for output in session.get_outputs()]
     for key in ("labels", "threshold"):
         if (metadata[key] is not None) != has_head:
@@ -424,6 +429,19 @@ def are_labels(value):
         and all(is_text(name) and name.strip() for name in value)
         and value[0] != value[1]
     )
+
+
+def are_scales(value):
+    """None or {µm/px as text: number of images}."""
+    if value is None:
+        return True
+    try:
+        return bool(value) and all(
+            is_number(float(scale), 0.01, 100) and type(count) is int
+            for scale, count in value.items()
+        )
+    except (AttributeError, ValueError):
+        return False
 
 
 def is_threshold(value):
@@ -541,7 +559,7 @@ class SlideReader:
     mpp       µm/px of the slide; None: as its file says
 
     Attributes: .name .mpp (None: unknown) .extent (text) .side (px at level 0 that a patch covers)
-    .note (how it is read, a line)."""
+    .note (how it is read, a line) .warning (why its scale may be wrong, or None)."""
 
     def __init__(self, metadata, slide, mpp=None):
         self.metadata = metadata
@@ -550,7 +568,7 @@ class SlideReader:
         self.width, self.height = slides.dimensions(self.slide)
         self.extent = f"{self.width} × {self.height} px"
         self.mpp = mpp or slides.microns_per_pixel(self.slide)
-        self.target, self.note = resolution(metadata["mpp"], self.mpp)
+        self.target, self.note, self.warning = resolution(metadata, self.mpp)
         self.side = metadata["patch"]
         if self.target is not None:
             self.side = metadata["patch"] * self.target / self.mpp
@@ -568,15 +586,31 @@ class SlideReader:
         return to_size(pixels, self.metadata["size"], self.metadata["fit"])
 
 
-def resolution(model_mpp, slide_mpp):
-    """(µm/px to resample a slide to, None: read as it is; a note that says so)."""
-    if model_mpp is None:
-        return None, "the model does not know its µm/px; the slide is read as it is"
+def resolution(metadata, slide_mpp):
+    """How a slide is read → (µm/px to resample it to, None: read as it is; a note that says so; a
+    warning if the scale may be another than in training, else None).
+    """
+    target, mixed = metadata["mpp"], metadata.get("mixed_mpp")
+    given = "µm/px unknown"
+    if slide_mpp is not None:
+        given = f"{slide_mpp:.4g} µm/px"
+    if target is None and mixed:
+        known = sorted(float(scale) for scale in mixed)
+        note = f"{given}, read as it is (model: {known[0]:g} to {known[-1]:g} µm/px, as scanned)"
+        warning = None
+        if slide_mpp is None:
+            warning = "its µm/px is unknown"
+        elif not known[0] / (1 + TOLERANCE) <= slide_mpp <= known[-1] * (1 + TOLERANCE):
+            warning = f"the model was never trained at {slide_mpp:.4g} µm/px"
+        return None, note, warning
+    if target is None:
+        return None, f"{given}, read as it is: the model does not know its µm/px", None
     if slide_mpp is None:
-        return None, f"µm/px unknown; read as if it had the model's {model_mpp:g}"
-    if abs(slide_mpp / model_mpp - 1) <= TOLERANCE:
-        return None, f"{slide_mpp:.4g} µm/px, read as it is (model: {model_mpp:g})"
-    return model_mpp, f"{slide_mpp:.4g} µm/px, resampled to the model's {model_mpp:g}"
+        warning = f"its µm/px is unknown and taken for the model's {target:g}"
+        return None, f"µm/px unknown, read as if it were the model's {target:g}", warning
+    if abs(slide_mpp / target - 1) <= TOLERANCE:
+        return None, f"{given}, read as it is (model: {target:g})", None
+    return target, f"{given}, resampled to the model's {target:g}", None
 
 
 def to_size(pixels, size, fit):

@@ -684,13 +684,67 @@ def test_a_full_disk_spoils_no_older_file(tiny, tmp_path):
 
 
 def test_resolution_rules():
-    assert session.resolution(0.25, 0.26)[0] is None
-    assert session.resolution(0.25, 0.2252)[0] is None
-    assert session.resolution(0.25, 0.5) == (0.25, "0.5 µm/px, resampled to the model's 0.25")
-    assert session.resolution(0.25, None)[0] is None
-    assert "unknown" in session.resolution(0.25, None)[1]
-    assert session.resolution(None, 0.5)[0] is None
-    assert "does not know" in session.resolution(None, 0.5)[1]
+    def resolution(mpp, mixed=None):
+        return session.resolution({"mpp": 0.25, "mixed_mpp": mixed}, mpp)
+
+    assert resolution(0.26) == (None, "0.26 µm/px, read as it is (model: 0.25)", None)
+    assert resolution(0.2252)[::2] == (None, None)
+    assert resolution(0.5) == (0.25, "0.5 µm/px, resampled to the model's 0.25", None)
+    target, note, warning = resolution(None)
+    assert target is None and "unknown" in note and "taken for the model's 0.25" in warning
+    unknown = session.resolution({"mpp": None}, 0.5)
+    assert unknown[::2] == (None, None) and "does not know" in unknown[1]
+    mixed = {"mpp": None, "mixed_mpp": {"0.25": 3, "0.5": 4}}
+    for mpp, doubt in ((0.25, None), (0.23, None), (0.54, None), (1.0, "never trained at 1 µm/px")):
+        target, note, warning = session.resolution(mixed, mpp)
+        assert target is None and "model: 0.25 to 0.5 µm/px, as scanned" in note
+        assert (warning or "").endswith(doubt or "")
+    assert session.resolution(mixed, None)[2] == "its µm/px is unknown"
+
+
+def test_an_unknown_scale_is_said_loudly(case, tmp_path, monkeypatch, capsys):
+    """Never taken for the model's without a word; --mpp ends the doubt."""
+    arguments, inputs = case
+    Image.open(inputs["a.tiff"]).save(tmp_path / "a.png")
+    usual = (arguments[0], "--slide", tmp_path / "a.png", *arguments[3:], "--out", tmp_path / "o")
+    text = (tmp_path / "in.json").read_text().replace("a.tiff", "a.png")
+    (tmp_path / "in.json").write_text(text)
+    assert call(monkeypatch, *usual) == 0
+    assert (
+        "warning: a.png: its µm/px is unknown and taken for the model's 0.25; at another scale "
+        "every probability is wrong (--mpp gives the µm/px)" in capsys.readouterr().err
+    )
+    for mpp in (0.25, 0.5):
+        assert call(monkeypatch, *usual, "--mpp", mpp) == 0
+        assert "warning" not in capsys.readouterr().err
+
+
+def test_a_look_at_the_patches(case, tmp_path, monkeypatch, capsys):
+    """Places on glass, as with a wrong origin or unit: one line with counts and the cause."""
+    arguments, _ = case
+    glass = np.full((900, 900, 3), 245, np.uint8)
+    glass[:100] = np.asarray(Image.open(tmp_path / "a.tiff"))[:100, :300].repeat(3, axis=1)
+    Image.fromarray(glass).save(tmp_path / "a.tiff", resolution=40000, resolution_unit=3)
+    points = np.random.default_rng(0).uniform(300, 880, (30, 2)).tolist()
+    midog(tmp_path / "in.json", points)
+    assert call(monkeypatch, *arguments, "--out", tmp_path / "o.json") == 0
+    assert "warning: of 30 patches looked at, 30 are blank" in capsys.readouterr().err
+    midog(tmp_path / "in.json")
+    assert call(monkeypatch, *arguments, "--out", tmp_path / "o.json") == 0
+
+
+def test_a_model_of_mixed_scales_says_so(tmp_path, tiny, monkeypatch, capsys):
+    folder, _ = tiny
+    mixed = {"mpp": None, "mixed_mpp": {"0.25": 3, "0.5": 4}}
+    write_model(tmp_path / "m.onnx", classifier("gelu"), metadata=mixed)
+    assert call(monkeypatch, tmp_path / "m.onnx") == 0
+    assert "µm/px mixed (0.25: 3 images, 0.5: 4 images)" in capsys.readouterr().out
+    pixels = np.asarray(Image.open(folder / "a.tiff"))
+    tiled(tmp_path / "a.tiff", pixels, mpp=1.0)
+    given = ("--slide", tmp_path / "a.tiff", "--candidates", midog(tmp_path / "in.json"))
+    assert call(monkeypatch, tmp_path / "m.onnx", *given, "--out", tmp_path / "o.json") == 0
+    error = capsys.readouterr().err
+    assert "warning: a.tiff: the model was never trained at 1 µm/px" in error
 
 
 def test_a_coarser_slide_is_resampled_and_said_so(tiny, tmp_path):
@@ -956,6 +1010,7 @@ DAMAGED = {
     "parity": ("[]", '{"source": "s", "wanted": "w", "measured": [{}]}', "null", None),
     "licence": ("[1]", None),
     "encoder": ("{", "[" * 100_000),
+    "mixed_mpp": ('{"0": 1}', '{"x": 1}', '{"0.25": "3"}', "5", "{}"),
 }
 
 
