@@ -205,6 +205,90 @@ def absolute(weights):
     return weights
 
 
+def _text(value):
+    return value is None or isinstance(value, str)
+
+
+def _switch(value):
+    return value is None or isinstance(value, bool)
+
+
+def _whole(value):
+    return value is None or (type(value) is int and 0 <= value < 2**63)
+
+
+def _positive(value):
+    return value is None or (type(value) in (int, float) and 0 < value < 1e9)
+
+
+def _share(value):
+    return value is None or (type(value) in (int, float) and 0 <= value <= 1)
+
+
+def _scale(value):
+    """µm/px; of early versions also a dict, by image or domain."""
+    if isinstance(value, dict):
+        return all(map(_positive, value.values()))
+    return _positive(value)
+
+
+# What of config.json is used, and when it is right. None: as if it were not there.
+ENTRIES = {
+    "flags": {
+        "model": lambda v: isinstance(v, str),
+        "method": lambda v: v in ("probe", "lora", "full"),
+        "rank": _whole,
+        "alpha": _positive,
+        "dropout": _share,
+        "targets": lambda v: v is None or (isinstance(v, list) and all(map(_text, v))),
+        "layer": _whole,
+        "fold": _whole,
+        "mpp": _positive,
+        "frac": _share,
+        "fit": lambda v: v in (None, "resize", "pad"),
+        **dict.fromkeys(("dora", "rslora", "tta"), _switch),
+        **dict.fromkeys(("data", "domain", "pool", "probe", "weights"), _text),
+    },
+    "data": {
+        "name": _text,
+        "mpp": _scale,
+        "mixed_mpp": lambda v: v is None or (isinstance(v, dict) and all(map(_whole, v.values()))),
+        "patch": lambda v: _whole(v) and v != 0,
+    },
+    "encoder": dict.fromkeys(("name", "licence", "weights_hash"), _text),
+    "source": {
+        **dict.fromkeys(("data", "images", "classes", "profile", "positive", "negative"), _text),
+        **dict.fromkeys(("columns", "fit", "revision"), _text),
+        "mpp": _positive,
+        "source_mpp": _positive,
+    },
+}
+
+
+def read_config(path):
+    """config.json of a run with its parts flags, data, encoder and source; UserError if it is
+    damaged.
+    """
+    file = Path(path) / "config.json"
+    config = common.read_json(file)
+    if not isinstance(config, dict) or "flags" not in config:
+        raise UserError(f"{file}: not the configuration of a run")
+    for part, entries in ENTRIES.items():
+        values = config.setdefault(part, {})
+        if not isinstance(values, dict):
+            raise UserError(f"{file}: {part} is damaged; restore the file or repeat the run")
+        for name, right in entries.items():
+            if not right(values.get(name)):
+                raise UserError(
+                    f"{file}: {part}.{name} is damaged ({json.dumps(values.get(name))[:60]}); "
+                    "restore the file or repeat the run"
+                )
+    flags = config["flags"]
+    if flags["method"] == "lora" and None in (flags.get(n) for n in ("rank", "alpha", "targets")):
+        raise UserError(f"{file}: rank, alpha or targets of the adapter are missing")
+    return config
+
+
 def load_run(path, weights=None, device="cpu", merge=False):
     """The classifier of a run folder (probe, lora or full) → (PatchClassifier in evaluation mode,
     its config).
@@ -214,16 +298,11 @@ def load_run(path, weights=None, device="cpu", merge=False):
     merge    LoRA adapters are merged into plain layers
     """
     path = Path(path)
-    config = common.read_json(path / "config.json")
+    config = read_config(path)
     file = path / "model.safetensors"
-    try:
-        flags, base = config["flags"], config.get("encoder", {})
-        name, method, probe = flags["model"], flags["method"], flags.get("probe")
-        revision = config.get("source", {}).get("revision")
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(
-            f"{path}/config.json: not the configuration of a run (model or method is missing)"
-        ) from None
+    flags, base = config["flags"], config["encoder"]
+    name, method, probe = flags["model"], flags["method"], flags.get("probe")
+    revision = config["source"].get("revision")
     if probe == "knn":
         raise UserError(
             f"{path}: a knn probe is its training set, it has no model to load or export; uni and "
@@ -268,7 +347,7 @@ def _adapt(encoder, flags, state):
         encoder,
         rank=flags["rank"],
         alpha=flags["alpha"],
-        dropout=flags.get("dropout", 0.0),
+        dropout=flags.get("dropout") or 0.0,
         targets=tuple(flags["targets"]),
         dora=bool(flags.get("dora")),
         rslora=bool(flags.get("rslora")),

@@ -67,7 +67,10 @@ def validation(predictions):
     if predictions is None:
         return np.zeros(0, np.int8), np.zeros(0), np.zeros(0)
     rows = predictions["set"] == "val"
-    return tuple(predictions[name][rows] for name in ("label", "logit", "probability"))
+    labels, logits, probability = (predictions[n][rows] for n in ("label", "logit", "probability"))
+    if not (np.isfinite(logits).all() and ((0 <= probability) & (probability <= 1)).all()):
+        raise UserError("predictions.csv: not probabilities (NaN?); restore it or repeat the run")
+    return labels, logits, probability
 
 
 def decide(predictions, rule, calibrate=False):
@@ -128,7 +131,7 @@ def validation_patches(run, config, args, count, size=SIZE):
     """Validation patches of the run, about half of each class → (patches, labels, ids, where they
     are from); the demo's if the run's data is not available.
     """
-    source = dict(config.get("source", {}))
+    source = dict(config["source"])
     source |= {name: getattr(args, name) for name in ("data", "images") if getattr(args, name)}
     try:
         annotations, choices = flags.from_source(source, quiet=False)
@@ -285,11 +288,11 @@ def describe(run, config, model, args, decision):
 
     decision  (threshold, rule, temperature), see `decide`
     """
-    choices, data = config["flags"], config.get("data", {})
+    choices, data = config["flags"], config["data"]
     threshold, rule, temperature = decision
-    results = {}
-    if (run / "metrics.json").exists():
-        results = common.read_json(run / "metrics.json")
+    results = common.read_json(run / "metrics.json")
+    if not isinstance(results, dict) or not session.are_metrics(results.get("sets", results)):
+        raise UserError(f"{run / 'metrics.json'}: damaged; restore it or repeat the run")
     with open(run / "model.safetensors", "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return describe_model(model, args) | {

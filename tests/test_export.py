@@ -409,6 +409,88 @@ def test_mistakes_are_one_line(made, tmp_path, monkeypatch, capsys):
     assert names(out) == []
 
 
+def damaged_values(value):
+    return [v for v in (None, 0, -1, 1e300, float("nan"), "x", "", [], {}, [1], True) if v != value]
+
+
+@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.slow)])
+def test_a_damaged_run_is_refused_in_one_line(method, made, tmp_path):
+    """Each entry of its configuration with values of the wrong kinds: one line, or a model that
+    does not depend on it.
+    """
+    run, _, _ = made("gelu", method)
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    config = json.loads((run / "config.json").read_text())
+
+    def described(changed):
+        """Whether what is known of the model before it is written is read without a traceback."""
+        (copy / "config.json").write_text(json.dumps(changed))
+        args = argparse.Namespace(
+            run=str(copy), weights=None, threshold="f1", calibrate=False, precision="fp32",
+            opset=23, input="uint8", data=None, images=None,
+        )  # fmt: skip
+        try:
+            model, metadata, _, read = export.load_run(args)
+        except common.UserError as error:
+            assert len(str(error).splitlines()) == 1
+            return False
+        json.dumps(metadata, default=common.plain)
+        export.validation_patches(copy, read, args, 4)
+        return True
+
+    assert described(config)
+    for part in (None, *config):
+        for value in damaged_values(None):
+            if part is None:
+                assert not described(value)
+            elif part not in ("environment",):
+                described(config | {part: value})
+    refused = 0
+    for part in ("flags", "data", "encoder", "source"):
+        for key, right in config[part].items():
+            for value in damaged_values(right):
+                changed = json.loads(json.dumps(config))
+                changed[part][key] = value
+                refused += not described(changed)
+    assert refused > 100
+
+
+def test_damaged_files_of_a_run_are_refused_in_one_line(made, tmp_path, monkeypatch, capsys):
+    run, _, _ = made()
+    out = tmp_path / "m.onnx"
+    for name, content in (
+        ("metrics.json", b"[]"),
+        ("metrics.json", b'{"sets": {"val\\u001b": 1}}'),
+        ("metrics.json", b"{"),
+        ("config.json", b"\xff\xfe"),
+        ("config.json", b"[" * 100_000),
+        ("model.safetensors", b"x" * 100),
+        ("model.safetensors", None),
+        ("predictions.csv", b"x"),
+        ("predictions.csv", None),
+    ):
+        copy = tmp_path / "run"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(run, copy)
+        if content is None:
+            content = (run / name).read_bytes()
+            content = content[: len(content) // 2 - 3]
+        (copy / name).write_bytes(content)
+        assert command(monkeypatch, copy, "--out", out, "--patches", 4) == 2, name
+        error = capsys.readouterr().err
+        assert error.count("error: ") == 1 and name in error, error
+    text = (run / "predictions.csv").read_text()
+    for wrong in ("nan", "7"):
+        lines = text.splitlines()
+        lines[2] = ",".join([*lines[2].split(",")[:-1], wrong])
+        shutil.copytree(run, copy, dirs_exist_ok=True)
+        (copy / "predictions.csv").write_text("\n".join(lines) + "\n")
+        assert command(monkeypatch, copy, "--out", out, "--patches", 4) == 2
+        assert "predictions.csv" in capsys.readouterr().err
+    assert not out.exists()
+
+
 @pytest.mark.parametrize("size,check", [("8m", True), ("10m", True), ("10m", False)])
 def test_full_disk(size, check, made, tmp_path, monkeypatch, capsys):
     """Too small for the patches; for the model; for the model, when what is free was not looked at
