@@ -242,6 +242,7 @@ ENTRIES = {
         "dropout": _share,
         "targets": lambda v: v is None or (isinstance(v, list) and all(map(_text, v))),
         "layer": _whole,
+        "size": _whole,
         "fold": _whole,
         "mpp": _positive,
         "frac": _share,
