@@ -210,6 +210,13 @@ class PlainProgress:
         pass
 
 
+def counted(number, thing):
+    """ "1 run", "5 runs"."""
+    if number == 1:
+        return f"1 {thing}"
+    return f"{number} {thing}s"
+
+
 def table(rows, header, right=()):
     """Rows of strings as text in aligned columns; `right`: indices of right-aligned columns."""
     rows = [[printable(cell) for cell in row] for row in rows]

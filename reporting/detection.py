@@ -174,10 +174,10 @@ def probabilities(candidates):
         if value in (None, ""):
             continue
         try:
-            p = float("nan") if isinstance(value, bool) else float(value)
+            p = float(value)
         except (OverflowError, TypeError, ValueError):
             p = float("nan")
-        if not 0 <= p <= 1:
+        if not 0 <= p <= 1 or isinstance(value, bool):
             raise UserError(
                 f"{candidates.path}: the probability of candidate {candidates.ids[i]} is {value}, "
                 "not a number from 0 to 1"
@@ -268,7 +268,7 @@ def images_of(candidates, probability, annotations, ids=None, mpp=None):
 
 def tell_left_out(candidates, names, why):
     first = common.printable(", ".join(sorted(names)[:3]))
-    count = "1 image" if len(names) == 1 else f"{len(names)} images"
+    count = common.counted(len(names), "image")
     print(f"{candidates.path}: left out {count} {why} ({first})")
 
 

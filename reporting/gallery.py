@@ -68,8 +68,8 @@ def gallery(finished, given):
     negative, positive = first.classes
     caption = (
         f"{first.data}: the most confident errors of {label} on the test set, mean over "
-        f"{tables.repeats_of(repeats)}, by domain. Left: {negative} called {positive}; right: "
-        f"{positive} missed. p: probability of {positive}."
+        f"{common.counted(len(repeats), 'repeat')}, by domain. Left: {negative} called {positive}; "
+        f"right: {positive} missed. p: probability of {positive}."
         f"{tables.legend(first.data, np.unique(domain))}"
     )
     return buffer.getvalue(), caption

@@ -184,7 +184,9 @@ def balanced_accuracy(y: ArrayLike, pred: ArrayLike, weight: ArrayLike | None = 
     """
     tp, fp, fn, tn = confusion(y, pred, weight)
     recalls = [a / (a + b) for a, b in ((tp, fn), (tn, fp)) if a + b]
-    return float(np.mean(recalls)) if recalls else float("nan")
+    if not recalls:
+        return float("nan")
+    return float(np.mean(recalls))
 
 
 def weighted_f1(y: ArrayLike, pred: ArrayLike, weight: ArrayLike | None = None) -> float:

@@ -334,8 +334,8 @@ def page(parts, problems, notes, count):
 
     parts: Table, Picture and Text in their order; problems: (path, what) of runs that do not count;
     notes: sentences; count: number of runs."""
-    runs = "finished run" if count == 1 else "finished runs"
-    body = [f"<h1>Mitotic figure classification: {count} {runs}</h1>"]
+    runs = common.counted(count, "finished run")
+    body = [f"<h1>Mitotic figure classification: {runs}</h1>"]
     if problems:
         items = [
             f"<li><code>{_escaped(os.fspath(path))}</code>: {_escaped(what)}</li>"
@@ -373,14 +373,16 @@ def page(parts, problems, notes, count):
 
 def _figure(picture):
     """A Picture as HTML with its content inside."""
-    kind = "svg" if "svg" in picture.files else next(iter(picture.files))
-    subtype = "svg+xml" if kind == "svg" else kind
+    kind = next(kind for kind in ("svg", "png", "jpeg") if kind in picture.files)
+    subtype = kind.replace("svg", "svg+xml")
     content = base64.b64encode(picture.files[kind]).decode()
     caption = _escaped(picture.caption)
-    opening = "<figure>"
+    shape = "narrow"
     if picture.wide:
-        opening = '<figure class="wide">' if picture.name else '<figure class="wide given">'
+        shape = "wide"
+    if not picture.name:
+        shape = "wide given"
     return (
-        f'{opening}<img alt="{caption}" src="data:image/{subtype};base64,{content}">'
+        f'<figure class="{shape}"><img alt="{caption}" src="data:image/{subtype};base64,{content}">'
         f"<figcaption>{caption}</figcaption></figure>"
     )

@@ -310,6 +310,17 @@ def _compare(summaries, before):
                 )
 
 
+def _check_ids(columns, ids):
+    """UserError unless the predictions of each set are of its annotations. ids: {set: ids}."""
+    for name, listed in ids.items():
+        predicted = np.sort(columns["id"][columns["set"] == name])
+        optional = name == "train" or (name == "val" and not len(predicted))
+        if not optional and not np.array_equal(predicted, listed):
+            raise UserError(
+                f"the predictions of {name} are not those of the annotations that split.json lists"
+            )
+
+
 def _read_json(path):
     """A JSON object of a run; UserError names the file without its folder."""
     if path.exists() and not path.is_file():
@@ -334,6 +345,7 @@ def read_run(path):
 
 
 def _read_run(path):
+    """read_run(), with errors that do not name the folder yet."""
     config = _read_json(path / "config.json")
     if not {"flags", "data"} <= config.keys():
         raise UserError("not a run's folder: its config.json is that of another program")
@@ -344,28 +356,24 @@ def _read_run(path):
         raise UserError("predictions.csv: this is not a file")
     columns = runs.read_predictions(path / "predictions.csv")
 
+    # The run's settings and its split, which must be of the same data.
     flags = _checked_flags(_object(config, "flags", "config.json"))
     data = _object(config, "data", "config.json")
     _expect(_is_text(data.get("name")), "config.json: data.name", data.get("name"), "a name")
-    by = flags["by"]
+    encoder = {} if config.get("encoder") is None else _object(config, "encoder", "config.json")
     split = _read_json(path / "split.json")
-    ids, others, fingerprint = _read_split(split, by)
+    ids, others, fingerprint = _read_split(split, flags["by"])
     _check_settings(flags, split)
     if fingerprint != str(data.get("fingerprint")):
         raise UserError("split.json is of another dataset than config.json")
 
+    # Its predictions, which must give its metrics and be of the split's annotations.
     before = _stored_metrics(stored)
     columns, unfinished = _without_unfinished(columns, before.keys() | ids.keys() | others.keys())
     _check_predictions(columns)
     result = metrics.of_predictions(columns)
     _compare(result["sets"], before)
-    for name, listed in (ids | others).items():
-        predicted = np.sort(columns["id"][columns["set"] == name])
-        optional = name == "train" or (name == "val" and not len(predicted))
-        if not optional and not np.array_equal(predicted, listed):
-            raise UserError(
-                f"the predictions of {name} are not those of the annotations that split.json lists"
-            )
+    _check_ids(columns, ids | others)
 
     run = Finished(
         path=path,
@@ -373,7 +381,7 @@ def _read_run(path):
         flags=flags,
         data=data["name"],
         fingerprint=fingerprint,
-        label=_label(path, flags, by),
+        label=_label(path, flags),
         split={"ids": ids, "others": others},
         columns=columns,
         threshold=result["threshold"],
@@ -383,30 +391,24 @@ def _read_run(path):
         source=source_of(config),
         unfinished=unfinished,
     )
-    run.hashes = {
-        "split": _hash(*ids.values(), *others.values()),
-        "test": _hash(ids["test"], *others.values()),
-    }
+    run.hashes["split"] = _hash(*ids.values(), *others.values())
+    run.hashes["test"] = _hash(ids["test"], *others.values())
     for name in run.sets:
         if name not in {"val", "test", *others}:
             run.hashes[name] = _hash(run.rows(name)[0])
     # Whatever makes another model of the same name; machine and precision do not.
     run.settings = {key: value for key, value in flags.items() if key not in GROUPED}
-    encoder = config.get("encoder")
-    _expect(
-        encoder is None or isinstance(encoder, dict), "config.json: encoder", encoder, "an object"
-    )
-    run.settings |= {key: (encoder or {}).get(key) for key in BASES}
+    run.settings |= {key: encoder.get(key) for key in BASES}
     return run
 
 
-def _label(path, flags, by):
+def _label(path, flags):
     """Model, method and choices that are not the default, from the name of the run's folder."""
     label = f"{flags['model']}-{flags['method']}"
     if path.parent.name.startswith(f"{flags['model']}-"):
         label = path.parent.name
-    if by != "case":
-        label = label.replace(f"-by{by}", "")
+    if flags["by"] != "case":
+        label = label.replace(f"-by{flags['by']}", "")
     return label
 
 
@@ -450,6 +452,36 @@ def read_log(path):
 # ---------------------------------------------------------------- runs that belong together
 
 
+# What the runs of one table must share, in the order of the checks: (what, key of the runs that
+# must agree, in what). The majority of each key counts.
+SHARED = (
+    ("annotations of its dataset", lambda run: run.data, lambda run: run.fingerprint),
+    (
+        "test set",
+        lambda run: (run.data, run.by, run.seed, run.domain),
+        lambda run: run.hashes["test"],
+    ),
+    (
+        "split",
+        lambda run: (
+            run.data,
+            run.by,
+            run.seed,
+            run.domain,
+            run.frac,
+            run.fold,
+            run.flags.get("val_frac"),
+        ),
+        lambda run: run.hashes["split"],
+    ),
+    (
+        "choice of settings",
+        lambda run: (*run.group()[:4], bool(run.domain), run.frac),
+        lambda run: tuple(sorted((key, str(value)) for key, value in run.settings.items())),
+    ),
+)
+
+
 def collect(roots):
     """(runs that count, problems); problems: (path, what) of all that is left out below `roots`."""
     finished, problems = [], []
@@ -470,44 +502,8 @@ def collect(roots):
             problems.append((path, "not finished; the same command with --resume continues it"))
 
     finished = _at_home(finished, problems)
-    # What the runs of one table must share. Each time the majority counts.
-    finished = _agreeing(
-        finished,
-        problems,
-        "annotations of its dataset",
-        lambda run: run.data,
-        lambda run: run.fingerprint,
-    )
-    finished = _agreeing(
-        finished,
-        problems,
-        "test set",
-        lambda run: (run.data, run.by, run.seed, run.domain),
-        lambda run: run.hashes["test"],
-    )
-    finished = _agreeing(
-        finished,
-        problems,
-        "split",
-        lambda run: (
-            run.data,
-            run.by,
-            run.seed,
-            run.domain,
-            run.frac,
-            run.fold,
-            run.flags.get("val_frac"),
-        ),
-        lambda run: run.hashes["split"],
-    )
-    finished = _agreeing(
-        finished,
-        problems,
-        "choice of settings",
-        lambda run: (*run.group()[:4], bool(run.domain), run.frac),
-        lambda run: tuple(sorted((key, str(value)) for key, value in run.settings.items())),
-        _differing,
-    )
+    for what, key, value in SHARED:
+        finished = _agreeing(finished, problems, what, key, value)
     for name in sorted({key for run in finished for key in run.hashes} - {"split", "test"}):
         finished = _agreeing(
             finished,
@@ -517,9 +513,9 @@ def collect(roots):
             lambda run, name=name: run.hashes.get(name),
         )
     finished = _without_copies(finished, problems)
-    return sorted(finished, key=lambda run: str(run.path)), sorted(
-        problems, key=lambda problem: str(problem[0])
-    )
+    finished.sort(key=lambda run: str(run.path))
+    problems.sort(key=lambda problem: str(problem[0]))
+    return finished, problems
 
 
 def _at_home(finished, problems):
@@ -559,8 +555,8 @@ def _without_copies(finished, problems):
     return single
 
 
-def _differing(run, other):
-    """The settings in which two runs differ, as " (--epochs 2, there 100)"."""
+def _difference(run, other):
+    """The settings in which two runs differ, as " (--epochs 2, not 100)"; "" if in none."""
     parts = []
     for key in sorted(run.settings.keys() | other.settings.keys()):
         value, others = run.settings.get(key), other.settings.get(key)
@@ -569,16 +565,15 @@ def _differing(run, other):
         if key in BASES:
             parts.append(f"other {BASES[key]}")
         else:
-            parts.append(f"--{key.replace('_', '-')} {value}, there {others}")
-    return f" ({', '.join(parts)})"
+            parts.append(f"--{key.replace('_', '-')} {value}, not {others}")
+    return f" ({', '.join(parts)})" if parts else ""
 
 
-def _agreeing(finished, problems, what, key, value, difference=lambda run, other: ""):
+def _agreeing(finished, problems, what, key, value):
     """The runs that agree with most runs of their key; the others go to the problems. On a tie none
     counts.
 
-    key(run): which runs must agree; value(run): in what; difference(run, other): text on how they
-    differ."""
+    key(run): which runs must agree; value(run): in what."""
     votes = defaultdict(Counter)
     for run in finished:
         votes[key(run)][value(run)] += 1
@@ -590,17 +585,16 @@ def _agreeing(finished, problems, what, key, value, difference=lambda run, other
         if not tie and value(run) == majority:
             agreeing.append(run)
             continue
+        others = [r for r in finished if key(r) == key(run) and value(r) != value(run)]
         if tie:
-            other = next(r for r in finished if key(r) == key(run) and value(r) != value(run))
-            text = (
-                f"another {what} than {other.path}{difference(run, other)}, and no telling which "
-                "is right: neither counts"
-            )
+            other = others[0]
+            outcome = "and no telling which is right: neither counts"
+            text = f"another {what} than {other.path}{_difference(run, other)}, {outcome}"
         else:
-            other = next(r for r in finished if key(r) == key(run) and value(r) == majority)
+            other = next(r for r in others if value(r) == majority)
             text = (
                 f"another {what} than {count} other runs have ({other.path})"
-                f"{difference(run, other)}: left out"
+                f"{_difference(run, other)}: left out"
             )
         problems.append((run.path, text))
     return agreeing
@@ -615,10 +609,7 @@ def notes(finished):
             line = runs.one_class_line(shown, run.rows(name)[1])
             if line:
                 counts[f"{run.data}: {line}"] += 1
-    return [
-        f"{line} ({count} {'run' if count == 1 else 'runs'})"
-        for line, count in sorted(counts.items())
-    ]
+    return [f"{line} ({common.counted(count, 'run')})" for line, count in sorted(counts.items())]
 
 
 def results(finished):

@@ -71,7 +71,9 @@ def markdown(table):
         texts = []
         for cell in cells:
             text = plain_markdown(cell)
-            texts.append(f"**{text}**" if isinstance(cell, Bold) else text)
+            if isinstance(cell, Bold):
+                text = f"**{text}**"
+            texts.append(text)
         return "| " + " | ".join(texts) + " |"
 
     rule = "|---|" + "---:|" * (len(table.header) - 1)
@@ -94,7 +96,9 @@ def latex(table):
 
     def cell(text):
         escaped = "".join(TEX.get(character, character) for character in common.printable(text))
-        return rf"\textbf{{{escaped}}}" if isinstance(text, Bold) else escaped
+        if isinstance(text, Bold):
+            return rf"\textbf{{{escaped}}}"
+        return escaped
 
     rows = [" & ".join(map(cell, row)) + r" \\" for row in table.rows]
     body = [
@@ -109,7 +113,9 @@ def latex(table):
     notes = [rf"\par\footnotesize {cell(note)}" for note in table.notes]
     columns = zip(table.header, *table.rows)
     width = sum(max(_shown_length(text) for text in column) + 2 for column in columns)
-    environment = "table*" if width > 48 else "table"
+    environment = "table"
+    if width > 48:
+        environment = "table*"
     if width > 96:
         body = [r"\resizebox{\textwidth}{!}{%", *body, "}"]
     return "\n".join(
@@ -163,7 +169,9 @@ def as_html(table):
 def mean(values):
     """Mean of the values that are not None; None without any."""
     known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
+    if not known:
+        return None
+    return float(np.mean(known))
 
 
 def mean_sd(values, digits=3):
@@ -248,8 +256,9 @@ def legend(data, domains):
             meanings[short] = common.printable(name)
         elif name in known and known[name][2]:
             meanings[short] = known[name][2]
-    text = ", ".join(f"{short}: {meaning}" for short, meaning in sorted(meanings.items()))
-    return f" {text}." if text else ""
+    if not meanings:
+        return ""
+    return f" {', '.join(f'{short}: {text}' for short, text in sorted(meanings.items()))}."
 
 
 def interval_name(cases):
@@ -281,7 +290,10 @@ def full_table(name, title, named, trust, paper):
             row.append(mean_sd(values))
             means[key].append(mean(values))
         bounds = trust.get(label, {}).get("interval")
-        row.append("–" if bounds is None else "{:.3f} – {:.3f}".format(*bounds))
+        if bounds is None:
+            row.append("–")
+        else:
+            row.append("{:.3f} – {:.3f}".format(*bounds))
         if paper:
             first = repeats[0]
             row += [paper.get((first.data, first.label, "all", key), "–") for key in METRICS]
@@ -344,17 +356,20 @@ def scaling_table(name, title, finished):
     """AUROC by the share of the training pool (Figures 2 and 3 as numbers)."""
     fractions = sorted({run.frac for run in finished})
     folds = {run.fold for run in finished}
+    complete = common.counted(len(folds), "repeat")
     rows, means, lacking = [], [], []
     for label, repeats in in_order(finished).items():
         row, row_means = [label], []
         for frac in fractions:
             values = [run.sets["test"]["auroc"] for run in repeats if run.frac == frac]
-            few = f" ({len(values)})" if 0 < len(values) < len(folds) else ""
-            row.append(mean_sd(values) + few)
             row_means.append(mean(values))
-            if len(values) < len(folds):
-                have = f"{len(values)} of {repeats_of(folds)}" if values else "none"
-                lacking.append(f"{label} at {100 * frac:g}%: {have}")
+            cell = mean_sd(values)
+            if not values:
+                lacking.append(f"{label} at {100 * frac:g}%: none")
+            elif len(values) < len(folds):
+                cell += f" ({len(values)})"
+                lacking.append(f"{label} at {100 * frac:g}%: {len(values)} of {complete}")
+            row.append(cell)
         rows.append(row)
         means.append(row_means)
     for i in range(len(fractions)):
@@ -368,8 +383,7 @@ def scaling_table(name, title, finished):
             f"{100 * frac:g}%: {_span(train)} training and {_span(val)} validation annotations"
         )
     notes = [
-        f"AUROC, mean ± standard deviation over {repeats_of(folds)} (in brackets: how many, "
-        "where fewer).",
+        f"AUROC, mean ± standard deviation over {complete} (in brackets: how many, where fewer).",
         "Validation is not reduced with the training set: " + "; ".join(sizes) + ".",
     ]
     if lacking:
@@ -378,14 +392,11 @@ def scaling_table(name, title, finished):
     return Table(name, title, header, rows, notes)
 
 
-def repeats_of(folds):
-    """ "1 repeat", "5 repeats"."""
-    return "1 repeat" if len(folds) == 1 else f"{len(folds)} repeats"
-
-
 def _span(values):
     low, high = min(values), max(values)
-    return f"{low:,}" if low == high else f"{low:,}–{high:,}"
+    if low == high:
+        return f"{low:,}"
+    return f"{low:,}–{high:,}"
 
 
 def cross_table(name, title, finished, paper):
@@ -413,9 +424,9 @@ def cross_table(name, title, finished, paper):
         if paper:
             header.append("paper")
     notes = [
-        f"Trained on one domain ({', '.join(domains)}), {repeats_of(folds)} each; in: withheld "
-        "cases of that domain, out: every other domain whole. Mean ± standard deviation over all "
-        "of these values, best in bold."
+        f"Trained on one domain ({', '.join(domains)}), {common.counted(len(folds), 'repeat')} "
+        "each; in: withheld cases of that domain, out: every other domain whole. Mean ± standard "
+        "deviation over all of these values, best in bold."
     ]
     notes += missing(
         {
@@ -592,4 +603,6 @@ def tests_table(name, title, tests, trust):
 def _p(value):
     if value is None:
         return "–"
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+    if value < 0.001:
+        return "< 0.001"
+    return f"{value:.3f}"

@@ -357,7 +357,7 @@ def test_repeats_with_other_settings_are_not_averaged_with_the_rest(copied, tiss
     make(copied, tissue, "uni", "lora", 1.0, 3, **{flag: value})
     found, problems = collected(copied)
     assert len(found) == 3 and list(problems) == ["tissue/uni-lora/frac1-fold3"]
-    assert f"--{flag.replace('_', '-')} {value}, there" in problems["tissue/uni-lora/frac1-fold3"]
+    assert f"--{flag.replace('_', '-')} {value}, not" in problems["tissue/uni-lora/frac1-fold3"]
 
 
 def test_repeats_of_other_weights_are_not_averaged_but_those_of_another_machine_are(copied, tissue):
