@@ -320,8 +320,12 @@ def facts(annotations, fit="resize", mpp=None, source_mpp=None, size=224):
     patch = None
     if annotations.kind == "patches":
         patch = images.patch_side(annotations, fit, size)
+    # Unlabelled images count too if the annotation file knows all: runs of version 1.0 and earlier
+    # hold this mean.
     names = annotations.codes("image")[0].tolist()
-    scales = [images.source_mpp(annotations, name) for name in names]
+    scales = list((annotations.mpp or {}).values())
+    if not set(names) <= set(annotations.mpp or {}):
+        scales = [images.source_mpp(annotations, name) for name in names]
     known = [scale for scale in scales if scale]
     scale = None
     if known and max(known) <= images.SAME_SCALE * min(known):

@@ -270,6 +270,7 @@ def _outside(annotations, problems):
 
 
 def _scales(annotations, facts, mpp, problems):
+    """Images whose µm/px are unknown, differ, or are others by the annotation file."""
     known, unknown, contrary = {}, [], []
     for name, fact in facts.items():
         said = (annotations.mpp or {}).get(name)

@@ -151,6 +151,7 @@ class Writer:
         self.bytes = self.shape[0] * self.row_bytes
 
     def __enter__(self):
+        """Take the lock, then continue the files on disk or begin new ones."""
         array_file, _, done_file = files(self.path)
         array_file.parent.mkdir(parents=True, exist_ok=True)
         try:

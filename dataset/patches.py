@@ -156,7 +156,7 @@ class Patches:
         crops = self._crops
         layout = None if crops is None else self.layout
 
-        def one(i):
+        def one(i):  # fills patches[i]
             image, x, y, crop = places[i]
             if self.annotations.kind == "patches":
                 patches[i] = self._ready_made(self.path(image), size)
