@@ -134,8 +134,10 @@ def test_the_table_of_encoders_is_the_codes():
             assert f"](https://huggingface.co/{spec.repo})" in " ".join(rows[name])
         gflop = f"{flops(spec) / 1e9:,.0f}"
         patch = f"{spec.patch} px" if spec.patch else "–"
-        expected = [f"{spec.params / 1e6:,.0f} M", str(spec.embed_dim), patch, gflop, spec.licence]
-        assert rows[name][1:6] == expected, name
+        params = f"{spec.params / 1e6:,.0f} M"
+        size = f"{spec.size} px"
+        expected = [params, str(spec.embed_dim), patch, size, gflop, spec.licence]
+        assert rows[name][1:7] == expected, name
         assert ("gated" in rows[name]) == spec.gated, name
 
 
