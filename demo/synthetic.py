@@ -517,7 +517,7 @@ def build(folder, seed=None, images_per_domain=IMAGES_PER_DOMAIN):
 
     seed: None accepts a dataset of any seed, and paints that of 0 if there is none; UserError if
     the folder holds another seed's. The annotations are the same on every machine, the pixels
-    within one grey level. About 12 s on two cores, 90 MB."""
+    within one grey level. About 10 s on two cores, 100 MB."""
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with common.exclusive(folder.parent / f".{folder.name}.lock"):
