@@ -21,10 +21,6 @@ say() {
     printf '\n== %d. %s\n' "$number" "$*"
 }
 done_with() { [ "$number" -eq 0 ] || printf '   %d s\n' "$((SECONDS - begun))"; }
-newer() {  # newer FILE OTHER...: FILE exists and is newer than every OTHER
-    local file=$1 other
-    for other in "${@:2}"; do [ "$file" -nt "$other" ] || return 1; done
-}
 
 say "the demo dataset (synthetic H&E, five domains)"
 python -m demo.synthetic
@@ -40,7 +36,7 @@ python train.py --data demo --runs $runs --resume "${short[@]}" --lr 5e-4
 
 say "the LoRA run as an ONNX model, checked against torch"
 model=$out/model.onnx
-if newer "$model" "$lora/metrics.json"; then
+if [ "$model" -nt "$lora/metrics.json" ]; then
     echo "$model: exists"
 else
     python export.py $lora --out "$model"
@@ -50,7 +46,7 @@ say "the model behind a detector: candidates of an unseen image scored, drawn wi
 scored=$out/scored.json
 first="import json, sys; print(min(json.load(open(sys.argv[1]))['cases']['test']))"
 case=$(python -c "$first" $lora/split.json)
-if newer "$scored" "$model"; then
+if [ "$scored" -nt "$model" ]; then
     echo "$scored: exists"
 else
     python classify.py "$model" --slide "data/demo/$case.tiff" --candidates data/demo/MIDOG.json \
@@ -59,13 +55,8 @@ fi
 python -m demo.picture "$scored" --annotations data/demo/MIDOG.json --out "$out/scored.png"
 
 say "the table: balanced accuracy, F1 and AUROC on cases that no training has seen"
-report=$out/report/index.html
-if newer "$report" $runs/demo/*/frac1-fold0/metrics.json; then
-    echo "$report: exists"
-else
-    python evaluate.py $runs/demo --out "$out/report" --figure "$out/scored.png"
-fi
+python evaluate.py $runs/demo --out "$out/report" --figure "$out/scored.png"
 done_with
 
 printf '\nDone in %d s. Open\n' "$SECONDS"
-printf '    %s\n' "$report" "$out/scored.png" "$model"
+printf '    %s\n' "$out/report/index.html" "$out/scored.png" "$model"

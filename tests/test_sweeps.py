@@ -179,12 +179,11 @@ def test_the_demo_keeps_to_its_own_files_wherever_the_callers_data_are(python, t
 
 
 def test_the_demo_repeats_nothing_that_is_finished(python, tmp_path):
-    """Its files exist, the later ones newer: only the commands that skip by themselves start."""
+    """Its files exist, the later ones newer: what starts skips by itself or takes a second."""
     (tmp_path / "copy/sweeps").mkdir(parents=True)
     shutil.copy(SWEEPS / "demo.sh", tmp_path / "copy/sweeps")
     runs = [f"runs/demo/demo-{method}/frac1-fold0/metrics.json" for method in ("probe", "lora")]
-    outputs = ["demo-out/model.onnx", "demo-out/scored.json", "demo-out/scored.png"]
-    for age, name in enumerate([*runs, *outputs, "demo-out/report/index.html"]):
+    for age, name in enumerate([*runs, "demo-out/model.onnx", "demo-out/scored.json"]):
         path = tmp_path / "copy" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
@@ -195,10 +194,10 @@ def test_the_demo_repeats_nothing_that_is_finished(python, tmp_path):
     path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
     assert subprocess.run(demo, env=clean(PATH=path), timeout=60).returncode == 0
     first = {line.split()[0].removesuffix(".py") for line in started(python)}
-    assert first == {"-m", "-c", "probe", "train"}
+    assert first == {"-m", "-c", "probe", "train", "evaluate"}
     os.utime(tmp_path / "copy" / runs[1], (2e9, 2e9))  # LoRA trained again
     assert subprocess.run(demo, env=clean(PATH=path), timeout=60).returncode == 0
-    assert {"export.py", "evaluate.py"} <= {line.split()[0] for line in started(python)}
+    assert "export.py" in {line.split()[0] for line in started(python)}
 
 
 def test_the_quick_grid_has_five_repeats_and_everything_that_the_report_shows():
