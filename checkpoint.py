@@ -135,6 +135,7 @@ class Progress:
         return True
 
     def _restore(self, model, parameters, optimizer, scaler):
+        """Load parameters, Adam's moments and the numbers; any error if they do not fit."""
         tensors, numbers = load_tensors(self.run.checkpoint)
         prefix = "model."
         state = {

@@ -85,7 +85,7 @@ def total_over_processes(values):
     """Sum of a float64 array over all processes."""
     if world() == 1:
         return values
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    device = {"nccl": "cuda", "gloo": "cpu"}[dist.get_backend()]
     tensor = torch.from_numpy(np.ascontiguousarray(values, np.float64)).to(device)
     dist.all_reduce(tensor)
     return tensor.cpu().numpy()
@@ -371,7 +371,10 @@ class Engine:
         part = places[bad * share : (bad + 1) * share]
         ids, names = self.sampler.annotations.id, []
         for row, x, y in sample[part][["row", "x", "y"]].tolist():
-            names.append(str(ids[row]) if row >= 0 else f"random ({x:.0f}, {y:.0f})")
+            if row >= 0:
+                names.append(str(ids[row]))
+            else:
+                names.append(f"random ({x:.0f}, {y:.0f})")
         step = epoch * self.steps_per_epoch + int(part[0]) // self.settings.batch_size
         raise UserError(
             f"the loss is not a finite number at step {step}, patches {', '.join(names[:16])}: "

@@ -171,6 +171,7 @@ class _Solver:
     """The problems of one group over the rows they use together; columns [.., P] are problems."""
 
     def __init__(self, features, labels, rows, problems, penalty, standardize, dtype, device):
+        """rows: those of all problems; problems: [(rows, C)]; the rest as for fit."""
         self.penalty, self.dtype, self.device = penalty, dtype, torch.device(device)
         n, d, P = len(rows), features.shape[1], len(problems)
         self.X = self._load(features, rows)  # [n, d]

@@ -81,13 +81,16 @@ class LoRAFunction(torch.autograd.Function):
         h = linear(seen, A.to(x.dtype))  # [n, r]
         y = linear(x, weight, bias)  # [n, out]
         y.addmm_(h, (B * ctx.scale).to(x.dtype).T)
-        kept_mask = keep if x.device.type in MASK_KEPT_ON else None
-        ctx.save_for_backward(seen, weight, A, B, key, h, kept_mask)
+        if x.device.type not in MASK_KEPT_ON:
+            keep = None
+        ctx.save_for_backward(seen, weight, A, B, key, h, keep)
         return y.view(*ctx.shape[:-1], -1)
 
     @staticmethod
     def mask(shape, key, p):
-        return None if p == 0 else keep_mask(key, shape[1:].numel(), p).view(-1, shape[-1])
+        if p == 0:
+            return None
+        return keep_mask(key, shape[1:].numel(), p).view(-1, shape[-1])
 
     @staticmethod
     def backward(ctx, grad):
@@ -121,8 +124,8 @@ class LoRALinear(nn.Module):
         self.rslora = rslora
         self.scale = alpha / math.sqrt(rank) if rslora else alpha / rank
         self.folded = False
-        exact = base.weight.dtype == torch.float64
-        kind = {"device": base.weight.device, "dtype": torch.float64 if exact else torch.float32}
+        exact = torch.promote_types(base.weight.dtype, torch.float32)
+        kind = {"device": base.weight.device, "dtype": exact}
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **kind))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **kind))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))

@@ -66,8 +66,11 @@ class Settings:
     dtype: str
 
     def flags(self):
-        """config.json's "flags"."""
-        return dataclasses.asdict(self)
+        """config.json's "flags"; runs of earlier versions have no "size"."""
+        flags = dataclasses.asdict(self)
+        if self.size is None:
+            del flags["size"]
+        return flags
 
     @property
     def run_seed(self):
@@ -161,7 +164,9 @@ def differing(old, new):
             if (part, key) == ("data", "pixels"):
                 differences.append("the images or their µm/px are not those of the run any more")
                 continue
-            name = f"--{key.replace('_', '-')}" if part == "flags" else f"{part} {key}"
+            name = f"{part} {key}"
+            if part == "flags":
+                name = f"--{key.replace('_', '-')}"
             differences.append(f"{name} (was {was}, now {now})")
     return differences
 
@@ -230,7 +235,8 @@ class Run:
         if not path.exists() or path.stat().st_size == 0:
             text = ",".join(row) + "\n" + text
         # One write call: after a kill the line is whole, or missing.
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        binary = getattr(os, "O_BINARY", 0)  # Windows: no \r before \n
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | binary, 0o666)
         try:
             os.write(handle, text.encode())
         finally:
@@ -241,7 +247,8 @@ class Run:
         path = self.path / "log.csv"
         if path.exists():
             lines = path.read_text().splitlines(keepends=True)
-            common.write_text(path, "".join(lines[: rows + 1]) if rows else "")
+            kept = lines[: rows + 1] if rows else []  # the header is written with the first row
+            common.write_text(path, "".join(kept))
 
     def finish(self, metrics):
         """Write metrics.json, which makes the run finished, then drop the checkpoint."""
@@ -257,7 +264,9 @@ class Run:
 
 
 def _cell(value):
-    return repr(float(value)) if isinstance(value, (float, np.floating)) else str(value)
+    if isinstance(value, (float, np.floating)):
+        return repr(float(value))  # all digits
+    return str(value)
 
 
 def open_run(path, config, resume=False, force=False):
@@ -307,8 +316,9 @@ def _reopened(path, config, resume, lock):
     finished = (path / "metrics.json").exists()
     differences = differing(old, config)
     if differences:
+        state = "done" if finished else "begun"
         raise UserError(
-            f"{path}: this run was {'done' if finished else 'begun'} with other settings: "
+            f"{path}: this run was {state} with other settings: "
             f"{'; '.join(differences)}. Repeat it with --force, or choose another --runs folder"
         )
     if not finished and not resume:
@@ -426,7 +436,9 @@ def one_class_line(name, labels):
     positives = int(np.sum(labels))
     if len(labels) and positives not in (0, len(labels)):
         return None
-    held = f"label {min(positives, 1)} only" if len(labels) else "no annotation"
+    held = "no annotation"
+    if len(labels):
+        held = f"label {min(positives, 1)} only"
     title = SETS.get(name, f"test set {name}")
     return f"the {title} holds {held}: balanced accuracy and AUROC are undefined on it"
 
@@ -483,7 +495,7 @@ def read_predictions(path):
         raise UserError(f"{path}: no such file") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: not a readable CSV file ({error})") from None
-    columns = list(zip(*rows)) if rows else [()] * len(PREDICTION_COLUMNS)
+    columns = list(zip(*rows)) or [()] * len(PREDICTION_COLUMNS)
     types = (str, str, str, str, np.int8, np.float64, np.float64)
     return {
         name: np.array(column, dtype=kind)

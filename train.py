@@ -187,6 +187,7 @@ def adapter_settings(args):
                 raise UserError(
                     f"--{name}: the adapter of --adapter has {theirs[name]}; leave the flag out"
                 )
+        given = {name: value for name, value in given.items() if name == "dropout"}
         settings |= theirs | {"adapter": os.path.abspath(args.adapter)}
     settings |= given
     lora.check_settings(settings["rank"], settings["alpha"], settings["dropout"])
@@ -198,12 +199,14 @@ def settings_of(args, split, base, dtype, adapter):
 
     base: the encoder; adapter: adapter_settings(…), {} without LoRA.
     """
-    kind = engine.LoRASettings if args.lora else engine.TrainingSettings
+    kind, method = engine.TrainingSettings, "full"
+    if args.lora:
+        kind, method = engine.LoRASettings, "lora"
     return kind(
         **split.settings,
         data=split.dataset["name"],
         model=args.model,
-        method="lora" if args.lora else "full",
+        method=method,
         weights=checkpoint.absolute(args.weights),
         pool=args.pool,
         layer=args.layer,
@@ -253,9 +256,11 @@ def main():
     # Flags and processes.
     args = arguments()
     check(args)
-    adapter, adapter_hash = adapter_settings(args) if args.lora else {}, None
+    adapter, base_facts = {}, {}
+    if args.lora:
+        adapter = adapter_settings(args)
     if args.adapter:
-        adapter_hash = lora.adapter_hash(args.adapter)
+        base_facts["adapter_hash"] = lora.adapter_hash(args.adapter)
     quiet = engine.launched()[0] > 0
     device = engine.process_device(args.device)
     engine.join_processes(device, args.batch_size, args.epoch_size)
@@ -291,15 +296,14 @@ def main():
     rows = []
     for split in splits:
         settings = settings_of(args, split, base, dtype, adapter)
-        more = {"adapter_hash": adapter_hash} if adapter_hash else {}
         source = flags.source(args) | {"revision": args.revision}
-        config = runs.configuration(settings, annotations, facts, base, source, **more)
-        path = runs.folder(
-            args.runs, settings, choices(settings, adapter_hash), np.unique(annotations.domain)
-        )
+        config = runs.configuration(settings, annotations, facts, base, source, **base_facts)
+        parts = choices(settings, base_facts.get("adapter_hash"))
+        path = runs.folder(args.runs, settings, parts, np.unique(annotations.domain))
         with open_run(path, config, args) as run:
             if not quiet:
-                print(f"{'finished' if run.finished else 'run'}: {path}", flush=True)
+                title = "finished" if run.finished else "run"
+                print(f"{title}: {path}", flush=True)
                 for line in runs.one_class(annotations, split):
                     print(f"problem: {line}", flush=True)
             if not run.finished:
