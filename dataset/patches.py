@@ -7,6 +7,7 @@ that pool also without a store, and the store keeps raw pixels of level 0: so pa
 byte the same with and without it, only the speed differs."""
 
 import csv
+import glob
 import hashlib
 import math
 import multiprocessing
@@ -336,6 +337,8 @@ def build_store(patches, workers=2):
     path.parent.mkdir(parents=True, exist_ok=True)
     # A second process waits, and finds it done.
     with common.exclusive(path.with_name(path.name + ".build")):
+        for rest in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # of a killed build
+            rest.unlink(missing_ok=True)
         try:
             memmap.open_store(path, fingerprint)
             print(f"{path}: already built, fresh and complete", flush=True)

@@ -239,9 +239,9 @@ def _open_file(path):
         head = file.read(8)
     if head.startswith((b"\x89PNG", b"\xff\xd8\xff")):  # OpenSlide would look in vain
         return PlainImage(path)
+    pages = tiff.directories(path)
     try:
         vendor = openslide.OpenSlide.detect_format(path)
-        pages = tiff.directories(path)
         if pages and (problem := tiff.sample_problem(pages[0])):
             raise UserError(f"{path}: {problem}, 8 bits per channel are needed; {ADVICE}")
         if vendor is not None and not (pages and _misread(path, pages)):

@@ -6,6 +6,7 @@ import csv
 import errno
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -379,6 +380,39 @@ def test_a_killed_build_continues(tmp_path, monkeypatch, capsys, workers, writes
         patches_module.Patches(a).read_sample(sample),
         patches_module.Patches(a, cache=False).read_sample(sample),
     )
+
+
+@pytest.mark.slow
+def test_twenty_killed_builds_end_in_the_bytes_of_an_uninterrupted_one(tmp_path):
+    a = made(tmp_path / "d", each=20)
+    rows = "".join(
+        f"{image},{x},{y},{label}\n" for image, x, y, label in zip(a.image, a.x, a.y, a.label)
+    )
+    (tmp_path / "t.csv").write_text("filename,x,y,label\n" + rows)
+
+    def command(cache):
+        arguments = [tmp_path / "t.csv", "--images", a.root, "--cache", cache, "--workers", "2"]
+        return [sys.executable, "data.py", *map(str, arguments)]
+
+    def content(cache):
+        return {file.name: file.read_bytes() for file in sorted(cache.iterdir())}
+
+    start = time.monotonic()
+    subprocess.run(command(tmp_path / "whole"), cwd=ROOT, check=True, capture_output=True)
+    duration = time.monotonic() - start
+    expected = content(tmp_path / "whole")
+    for number in range(20):
+        cache = tmp_path / f"killed{number}"
+        process = subprocess.Popen(
+            command(cache), cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True
+        )
+        time.sleep(duration * (0.3 + 0.035 * number))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        subprocess.run(command(cache), cwd=ROOT, check=True, capture_output=True)
+        found = content(cache)
+        assert {name: found[name] for name in expected} == expected
+        assert not [name for name in found if name.endswith((".done", ".tmp"))]
 
 
 def test_a_stale_store_is_said_and_not_used(tmp_path, capsys):
