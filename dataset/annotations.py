@@ -337,7 +337,7 @@ def load_dataset(
     classes: dict, see formats.parse_classes; profile: a name of formats.PROFILES; columns: dict,
     see formats.parse_columns; name: what to call it in run folders; mpp: µm/px of all images, if
     their files do not say it. Annotations of missing images are dropped, with a note, unless all
-    images are missing: then the table is of use without pixels. UserError: not found, unreadable,
+    images are missing: then the table is useful without pixels. UserError: not found, unreadable,
     ambiguous."""
     source, known = _find(path)
     table = formats.read(source, classes, profile or _profile(source, known, classes), columns)
@@ -346,7 +346,7 @@ def load_dataset(
     notes = table.notes
 
     place = locate(list(table.sizes), root, notes, source)
-    missing = [image for image, found in place.items() if found is None]
+    missing = [image for image, path in place.items() if path is None]
     absent = set(missing) if len(missing) < len(place) else set()
     for image in missing:
         place[image] = _name_below(image)
@@ -381,7 +381,7 @@ def load_dataset(
         licence=(KNOWN[known].licence if known else None) or table.licence,
         mpp=_resolutions(table, place, known, mpp),
         sizes={place[i]: size for i, size in table.sizes.items() if size and i not in absent},
-        all_images=sorted(found for image, found in place.items() if image not in absent),
+        all_images=sorted(path for image, path in place.items() if image not in absent),
         missing=sorted(place[image] for image in missing),
         notes=notes,
     )
@@ -410,10 +410,10 @@ def _image_folder(source, images):
 
 def _check_distinct(source, root, place):
     """UserError if two images of the annotation file are one file on disk."""
-    for found, count in Counter(place.values()).items():
+    for path, count in Counter(place.values()).items():
         if count > 1:
             raise UserError(
-                f"{source}: two of its images are the file {found}; name them by their paths below "
+                f"{source}: two of its images are the file {path}; name them by their paths below "
                 f"{root}"
             )
 
@@ -492,10 +492,10 @@ def _domains(table, known):
 def _resolutions(table, place, known, mpp):
     """{image: µm/px} as the user says (mpp), the annotation file, or the known dataset; or None."""
     if mpp is not None:
-        return {found: float(mpp) for found in place.values()}
+        return {path: float(mpp) for path in place.values()}
     resolutions = {}
     if known and KNOWN[known].mpp:
-        resolutions = {found: KNOWN[known].mpp for found in place.values()}
+        resolutions = {path: KNOWN[known].mpp for path in place.values()}
     for image, value in table.mpp.items():
         resolutions[place[image]] = value
     return resolutions or None
@@ -561,7 +561,7 @@ def _find(path):
             if text in DOWNLOADABLE:
                 how = f"download it with python data.py --download {text}, or "
             raise UserError(
-                f"{folder}: the dataset {text} is not there; {how}set MITOSIS_ROOT to the folder "
+                f"{folder}: the dataset {text} does not exist; {how}set MITOSIS_ROOT to the folder "
                 f"that holds {text}/"
             )
         return _annotation_file(folder, text), text
@@ -635,7 +635,7 @@ def locate(names, root, notes, source=None):
     their end. Subfolders are searched, and file names also match in another Unicode normal form and
     with another image suffix."""
     place = {name: _directly(name, root, source) for name in names}
-    lost = [name for name, found in place.items() if found is None]
+    lost = [name for name, path in place.items() if path is None]
     if not lost:
         return place
     by_name, by_stem, by_short_stem = {}, {}, {}
@@ -669,7 +669,7 @@ def _normal(name):
 
 
 def _directly(name, root, source):
-    """Path below root of an image that lies just where its name says, or None. UserError for an
+    """Path below root of an image that lies exactly where its name says, or None. UserError for an
     absolute path outside of root."""
     if not Path(name).is_absolute():
         return name if not cells.is_windows_path(name) and (root / name).is_file() else None

@@ -142,8 +142,8 @@ class Table:
     sizes: dict = field(
         default_factory=dict
     )  # image → (width, height) or None; unlabelled ones too
-    image_domain: dict = field(default_factory=dict)  # image → tumour type, where the file says it
-    mpp: dict = field(default_factory=dict)  # image → µm/px, where the file says it
+    image_domain: dict = field(default_factory=dict)  # image → tumour type
+    mpp: dict = field(default_factory=dict)  # image → µm/px
     notes: list = field(default_factory=list)  # what a user should know
     licence: str = None
     content: object = None  # what the file held, for writing it back
@@ -287,8 +287,8 @@ def labelled(table, labels):
 
 def unlabelled(table):
     """The table with all its cells, whatever their class. UserError: a record that cannot be read.
-    One of a class that is neither mitotic figure nor hard negative is left out, and so is one
-    without a class among classified ones."""
+    One of a class that by its name is neither mitotic figure nor hard negative is left out, and so
+    is one without a class among classified ones."""
     if table.no_candidates:
         raise UserError(table.no_candidates)
     classified = any(category is not None for category in table.categories)
@@ -297,7 +297,8 @@ def unlabelled(table):
         if category is None:
             needed = not classified
         else:
-            needed = plain(table.category_name(category)) in MITOTIC | OTHER
+            name = table.names.get(category)
+            needed = name is None or plain(name) in MITOTIC | OTHER
         if needed:
             raise UserError(message)
         left_out.append(category)
@@ -427,16 +428,16 @@ def categories_of(table, names):
     """[class of names[0], class of names[1]]: the file's own classes for the two class names of a
     model, for --relabel. UserError if the file does not have them beyond doubt."""
     result = []
-    for wanted in names:
-        synonyms = {plain(wanted)}
+    for model_name in names:
+        synonyms = {plain(model_name)}
         for meaning in (MITOTIC, OTHER):
-            if plain(wanted) in meaning:
+            if plain(model_name) in meaning:
                 synonyms = meaning
         exact, similar = [], []
         for category, name in table.names.items():
             if name is None:
                 continue
-            if plain(name) == plain(wanted):
+            if plain(name) == plain(model_name):
                 exact.append(category)
             elif plain(name) in synonyms:
                 similar.append(category)
@@ -444,7 +445,7 @@ def categories_of(table, names):
         if len(matches) != 1:
             raise UserError(
                 f"{table.path}: --relabel cannot tell which of its classes "
-                f"({listed(table.names)}) is {shown(wanted)}; without it, the class is written "
+                f"({listed(table.names)}) is {shown(model_name)}; without it, the class is written "
                 "beside the probability"
             )
         result.append(matches[0])
@@ -512,7 +513,8 @@ def image_name(where, value):
     """The image's name in an annotation file: a file name, a path below the folder of images, or an
     absolute path (whether that lies in the folder is for `annotations` to check). UserError: it is
     no name, or climbs out of a folder by ".."."""
-    name = text(where, value, "the image's name").replace("\\", "/")
+    value = text(where, value, "the image's name")
+    name = value.replace("\\", "/")
     parts = name.split("/")
     if ".." in parts:
         raise UserError(
@@ -521,8 +523,10 @@ def image_name(where, value):
     if any(len(part.encode()) > 255 for part in parts):
         raise UserError(f"{where}: the image's name {short(value)} is too long for a file")
     root = ""
-    if name.startswith("/"):
-        root = "//" if name.startswith("//") and name != value else "/"
+    if value.startswith("\\\\"):  # a share of Windows: \\server\slides\a.svs
+        root = "//"
+    elif name.startswith("/"):
+        root = "/"
     parts = [part for part in parts if part not in ("", ".")]
     if not parts:
         raise UserError(f"{where}: the image's name is empty")

@@ -43,13 +43,15 @@ def read(source):
         where = f"{path}, feature {i + 1}"
         properties = _properties(feature)
         table.no_candidates = table.no_candidates or _wrong_type(where, feature)
-        category = None
+        name, category = class_name(properties.get("classification")), None
+        if name is not None:
+            category = canonical(text(where, name, "the classification"))
+            table.names[category] = name.strip()
+        row = {"image": image, "category": category, "place": (i, None), "title": i + 1}
+        if feature.get("id") is not None:
+            row["id"] = row["title"] = text(where, feature["id"], "the id")
         try:
-            name = class_name(properties.get("classification"))
-            if name is not None:
-                category = canonical(text(where, name, "the classification"))
-                table.names[category] = name.strip()
-            _read_feature(table, where, i, feature, category, image)
+            _read_feature(table, where, feature, row)
         except UserError as error:
             table.damaged.append((category, str(error)))
     if not table.names:
@@ -131,8 +133,8 @@ def _wrong_type(where, feature):
     return None
 
 
-def _read_feature(table, where, i, feature, category, image):
-    """Add the cells of a feature, or count it among the regions."""
+def _read_feature(table, where, feature, row):
+    """Add the cells of a feature, or count it among the regions. row: its columns but x and y."""
     geometry = feature.get("geometry")
     if not isinstance(geometry, dict):
         raise UserError(f"{where}: has no geometry")
@@ -141,30 +143,24 @@ def _read_feature(table, where, i, feature, category, image):
     if shape not in SHAPES:
         raise UserError(f"{where}: {short(shape)} is no geometry of GeoJSON")
     if shape not in ("Point", "MultiPoint", "Polygon") or object_type in REGION_OBJECTS:
-        table.regions[category] += 1
+        table.regions[row["category"]] += 1
         return
     if not isinstance(coordinates, list):
         raise UserError(f"{where}: the geometry has no coordinates")
-    feature_id, title = feature.get("id"), i + 1
-    if feature_id is not None:
-        title = feature_id
-        feature_id = text(where, feature_id, "the id")
-    row = {"image": image, "category": category}
     if shape == "MultiPoint":  # QuPath's points tool: each point is a cell
         points = [_position(where, position) for position in coordinates]
         for j, (x, y) in enumerate(points):
-            point_id = feature_id
-            if feature_id is not None and j:
-                point_id = f"{feature_id}.{j + 1}"
-            place = i, j
-            table.add(where, x, y, id=point_id, title=f"{title}.{j + 1}", place=place, **row)
+            point = {"place": (row["place"][0], j), "title": f"{row['title']}.{j + 1}"}
+            if "id" in row and j:
+                point["id"] = f"{row['id']}.{j + 1}"
+            table.add(where, x, y, **{**row, **point})
         return
     extent = 0.0
     if shape == "Point":
         x, y = _position(where, coordinates)
     else:
         x, y, extent = _outline(where, coordinates)
-    table.add(where, x, y, id=feature_id, title=title, extent=extent, place=(i, None), **row)
+    table.add(where, x, y, extent=extent, **row)
 
 
 def _outline(where, coordinates):

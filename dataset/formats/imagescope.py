@@ -28,15 +28,14 @@ def read(source):
     table.sizes[image] = None
     for i, (layer, region) in enumerate(_regions(root)):
         where = f"{path}, region {i + 1}"
-        category = None
+        name, category = region.get("Text", "").strip() or _layer_name(layer), None
+        if name:
+            category = canonical(text(where, name, "the region's text"))
+            table.names[category] = name
+        if region.get("Type") in LINES or region.get("NegativeROA") == "1":
+            table.regions[category] += 1
+            continue
         try:
-            name = region.get("Text", "").strip() or _layer_name(layer)
-            if name:
-                category = canonical(text(where, name, "the region's text"))
-                table.names[category] = name
-            if region.get("Type") in LINES or region.get("NegativeROA") == "1":
-                table.regions[category] += 1
-                continue
             x, y, extent = _centre(where, region)
             row = {"image": image, "category": category, "place": i}
             table.add(where, x, y, title=i + 1, extent=extent, **row)

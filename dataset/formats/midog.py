@@ -39,8 +39,12 @@ def read(source):
     for i, record in enumerate(annotations):
         where = f"{path}, annotation {i + 1}"
         category = _category(table, where, record)
+        row = {"category": category, "place": i, "title": i + 1}
+        if record.get("id") is not None:
+            row["id"] = text(where, key(record["id"]), "the id")
+            row["title"] = row["id"]
         try:
-            _read_annotation(table, where, i, record, category, images, coco)
+            _read_annotation(table, where, record, images, coco, row)
         except UserError as error:
             table.damaged.append((category, str(error)))
     _read_facts(table, content)
@@ -134,7 +138,8 @@ def _close(a, b):
     return abs(a - b) <= 0.01 * abs(a)
 
 
-def _read_annotation(table, where, i, record, category, images, coco):
+def _read_annotation(table, where, record, images, coco, row):
+    """Add the cell of a record; row: its columns that are known already."""
     image_id = key(record.get("image_id"))
     if image_id not in images:
         raise UserError(
@@ -151,25 +156,17 @@ def _read_annotation(table, where, i, record, category, images, coco):
             f"{where}: bbox {box} does not run from the upper left to the lower right corner; "
             "MIDOG's boxes are [x1, y1, x2, y2], not COCO's [x, y, width, height]"
         )
-    cell_id = record.get("id")
-    title = f"{i + 1}"
-    if cell_id is not None:
-        title = cell_id
-        cell_id = text(where, key(cell_id), "the id")
     name, case = images[image_id]
     table.add(
         where,
         (x1 + x2) / 2,
         (y1 + y2) / 2,
-        id=cell_id,
-        title=title,
         image=name,
         case=case,
         domain=table.image_domain.get(name),
-        category=category,
         extent=max(x2 - x1, y2 - y1),
-        place=i,
         probability=record.get("probability"),
+        **row,
     )
 
 
