@@ -26,6 +26,7 @@ import math
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -231,24 +232,31 @@ def remove_abandoned(folder):
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def files_of(out):
+    """What an export writes: weights, report and model, in the order in which they appear."""
+    return Path(f"{out}.data"), out.with_suffix(".parity.json"), out
+
+
 def put_in_place(folder, out):
     """Move the finished files to their names. The .onnx comes last: while it exists, what belongs
     to it does.
     """
-    names = [f"{out.name}.data", out.with_suffix(".parity.json").name, out.name]
-    for name in names:
-        path = folder / name
+    for target in files_of(out):
+        path = folder / target.name
         if path.exists():
-            path.chmod(common.default_mode())
+            mode = common.default_mode()
+            if target.exists():  # permissions of a replaced file stay
+                mode = stat.S_IMODE(target.stat().st_mode)
+            path.chmod(mode)
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
     # An old .onnx must not stand beside new weights, not even for a moment.
     out.unlink(missing_ok=True)
-    for name in names:
-        if (folder / name).exists():
-            os.replace(folder / name, out.parent / name)
+    for target in files_of(out):
+        if (folder / target.name).exists():
+            os.replace(folder / target.name, target)
         else:
-            (out.parent / name).unlink(missing_ok=True)  # of an earlier, larger export
+            target.unlink(missing_ok=True)  # of an earlier, larger export
 
 
 def room(folder, needed):
@@ -512,7 +520,8 @@ def write_graph(model, folder, name, args, metadata, peaks):
             metadata["temperature"],
             peaks,
         )
-        metadata["export_id"] = os.urandom(session.TRAILER).hex()
+        file.flush()
+        metadata["export_id"] = identity(weights, metadata)
         file.write(bytes.fromhex(metadata["export_id"]))
         metadata["data_bytes"] = 0
         if external:
@@ -521,6 +530,15 @@ def write_graph(model, folder, name, args, metadata, peaks):
     if args.precision == "fp16":
         say_float32(peaks)
     return proto, weights, external
+
+
+def identity(weights, metadata):
+    """What tells the files of one export from those of another; the same for the same export."""
+    text = json.dumps(metadata, default=common.plain, sort_keys=True)
+    with open(weights, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    digest.update(text.encode())
+    return digest.hexdigest()
 
 
 def say_float32(peaks):
@@ -586,8 +604,6 @@ def export(out, args):
     """Write a finished run (args.run) or an adapter (args.adapter) as the ONNX model `out`,
     verified; UserError if it is not within its tolerance.
     """
-    if out.is_dir():
-        raise UserError(f"--out {out}: is a folder; name the file, e.g. {out}/model.onnx")
     with workshop(out) as folder:
         predictions = config = None
         if args.run:
@@ -828,12 +844,26 @@ def check_adapter(args):
 
 
 def output_path(args):
+    """The model's file; UserError if it could not be written, or would replace an input."""
     name = "model.onnx"
     if args.precision != "fp32":
         name = f"model-{args.precision}.onnx"
     out = Path(args.out or Path(args.run) / name)
     if out.suffix != ".onnx":
         raise UserError(f"--out {out}: must end with .onnx")
+    if not common.is_utf8(str(out.resolve())):
+        raise UserError(f"--out {out}: ONNX Runtime reads paths in UTF-8 alone; choose another")
+    inputs = [args.weights, args.data]
+    if args.run:
+        config = checkpoint.read_config(args.run)
+        inputs += [config["flags"].get("weights"), config["source"].get("data")]
+    for folder in (args.run, args.adapter):
+        if folder:
+            inputs += [path for path in Path(folder).iterdir() if path not in files_of(out)]
+    for path in files_of(out):
+        common.check_output("--out", path, inputs)
+        if path.is_symlink():
+            raise UserError(f"--out {path}: a symbolic link; name the file that it points to")
     return out
 
 

@@ -263,6 +263,8 @@ def open_session(path, device="auto", threads=0):
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
+    if not common.is_utf8(str(path)):
+        raise UserError(f"{path}: ONNX Runtime reads paths in UTF-8 alone; rename it")
     kind, _, index = str(device).partition(":")
     if kind not in ("auto", "cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
         raise UserError(f"device {device}: choose auto, cpu, cuda, or one of several GPUs: cuda:1")

@@ -3,12 +3,15 @@
 import csv
 import json
 import os
+import random
 import shutil
+import signal
 import sqlite3
 import stat
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -474,6 +477,89 @@ def test_outputs_that_are_no_regular_files(case, tmp_path, monkeypatch, capsys):
         given = [tmp_path / text if text[0] != "-" else text for text in outputs]
         assert call(monkeypatch, *arguments, *given) == 0
         assert (tmp_path / "null").is_char_device()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of bytes are Linux's")
+def test_paths_that_are_not_utf8(case, tmp_path, monkeypatch, capsys):
+    """Slides, candidates and outputs may be called anything; a model may not, in one line."""
+    arguments, inputs = case
+    folder = tmp_path / os.fsdecode(b"lat\xfcn")
+    folder.mkdir()
+    shutil.copy(inputs["a.tiff"], folder / "a.tiff")
+    shutil.copy(inputs["in.json"], folder / "in.json")
+    given = ("--slide", folder / "a.tiff", "--candidates", folder / "in.json")
+    outputs = ("--out", folder / "o.json", "--overlay", folder / "o.png")
+    for slide in (folder / "a.tiff", folder):
+        given = ("--slide", slide, "--candidates", folder / "in.json")
+        assert call(monkeypatch, arguments[0], *given, *outputs) == 0, capsys.readouterr().err
+    shutil.copy(inputs["m.onnx"], folder / "m.onnx")
+    assert call(monkeypatch, folder / "m.onnx", *given, *outputs) == 2
+    assert "paths in UTF-8 alone" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["midog", "sqlite"])
+def test_killed_at_any_time(kind, tiny, tmp_path):
+    """Twenty times, on a folder of images: an earlier result stays whole or is replaced by the new
+    one; at the end come the bytes of an uninterrupted run.
+    """
+    folder, _ = tiny
+    (tmp_path / "out").mkdir()
+    shutil.copy(folder / "a.tiff", tmp_path / "a.tiff")
+    given, suffix = MAKERS[kind](tmp_path / f"in{SUFFIX[kind]}"), SUFFIX[kind]
+    out, picture = tmp_path / "out" / f"o{suffix}", tmp_path / "out" / "o.png"
+    usual = (folder / "model.onnx", "--slide", tmp_path, "--candidates", given)
+    whole = (tmp_path / f"whole{suffix}", tmp_path / "whole.png")
+    start = time.monotonic()
+    done = run(*usual, "--out", whole[0], "--overlay", whole[1])
+    seconds = time.monotonic() - start
+    assert done.returncode == 0, done.stderr
+    generator = random.Random(0)
+    command = [sys.executable, HERE / "classify.py", *usual, "--out", out, "--overlay", picture]
+    for _ in range(20):
+        out.write_bytes(b"earlier")
+        process = subprocess.Popen(
+            list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        time.sleep(generator.uniform(0.3, 1) * seconds)
+        process.kill()
+        process.wait()
+        assert out.read_bytes() in (b"earlier", whole[0].read_bytes())
+        assert not picture.exists() or picture.read_bytes() == whole[1].read_bytes()
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert out.read_bytes() == whole[0].read_bytes()
+    assert picture.read_bytes() == whole[1].read_bytes()
+
+
+def test_ctrl_c_ends_with_one_line(tiny, tmp_path):
+    """In the middle of the scoring, with threads that read: no traceback, no output."""
+    folder, _ = tiny
+    points = np.random.default_rng(0).uniform(0, 480, (30_000, 2)).tolist()
+    out = tmp_path / "o.json"
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            str(HERE / "classify.py"),
+            str(folder / "model.onnx"),
+            "--slide",
+            str(folder / "a.tiff"),
+            "--candidates",
+            str(midog(tmp_path / "in.json", points)),
+            "--out",
+            str(out),
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stderr:
+        if "a.tiff" in line:  # said when the scoring is about to begin
+            break
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    error = process.stderr.read()
+    assert process.wait(timeout=60) == 130 and "Traceback" not in error
+    assert error.strip().splitlines()[-1].startswith("stopped") and not out.exists()
 
 
 def test_an_unwritable_folder_is_found_before_the_scoring(case, tmp_path, monkeypatch, capsys):

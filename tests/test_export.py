@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -508,46 +509,93 @@ def test_full_disk(size, check, made, tmp_path, monkeypatch, capsys):
         assert names(disk) == []
 
 
+def test_no_output_replaces_an_input(made, tmp_path, monkeypatch, capsys):
+    """Neither the weights nor a file of the run, by a link of either kind; nor a link itself."""
+    run, weights, _ = made()
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    inputs = (weights, copy / "model.safetensors", copy / "split.json")
+    before = [path.read_bytes() for path in inputs]
+    for path in inputs:
+        for name in ("m.onnx", "m.onnx.data", "m.parity.json"):
+            for link in (os.link, os.symlink):
+                link(path, tmp_path / name)
+                assert command(monkeypatch, copy, "--out", tmp_path / "m.onnx") == 2
+                assert "reads or writes this file" in capsys.readouterr().err
+                (tmp_path / name).unlink()
+    (tmp_path / "target").touch()
+    (tmp_path / "m.onnx").symlink_to("target")
+    assert command(monkeypatch, copy, "--out", tmp_path / "m.onnx") == 2
+    assert "a symbolic link" in capsys.readouterr().err
+    (tmp_path / "m.onnx").unlink()
+    os.mkfifo(tmp_path / "m.onnx")
+    assert command(monkeypatch, copy, "--out", tmp_path / "m.onnx") == 2
+    assert "not a regular file" in capsys.readouterr().err
+    assert [path.read_bytes() for path in inputs] == before
+
+
+def test_permissions_of_a_replaced_model_stay(made, tmp_path, monkeypatch):
+    run, _, _ = made()
+    (tmp_path / "m.onnx").touch(0o600)
+    assert command(monkeypatch, run, "--out", tmp_path / "m.onnx", "--patches", 4) == 0
+    assert stat.S_IMODE((tmp_path / "m.onnx").stat().st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / "m.parity.json").stat().st_mode) != 0o600
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of bytes are Linux's")
+def test_paths_that_are_not_utf8(made, tmp_path, monkeypatch, capsys):
+    run, _, _ = made()
+    folder = tmp_path / os.fsdecode(b"lat\xfcn")
+    shutil.copytree(run, folder / "run")
+    assert command(monkeypatch, folder / "run", "--patches", 4) == 2
+    assert "paths in UTF-8 alone" in capsys.readouterr().err
+    assert command(monkeypatch, folder / "run", "--out", tmp_path / "m.onnx") == 2
+    assert "not valid UTF-8" in capsys.readouterr().err  # safetensors cannot open it
+
+
 def test_read_only_folder(made, tmp_path, monkeypatch, capsys):
     run, _, _ = made()
     with mounted(tmp_path / "ro", "ro") as disk:
         assert command(monkeypatch, run, "--out", disk / "m.onnx") == 2
-        assert "read-only" in capsys.readouterr().err
+        assert "not writable" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_killed_at_any_time(made, tmp_path, monkeypatch):
-    """While a model.onnx stands there it is whole; the next export clears away what a killed one
-    left.
+    """Twenty times: while a model.onnx stands there it is whole; the next export clears away what a
+    killed one left, and gives the bytes of an uninterrupted one.
     """
     run, _, _ = made()
-    arguments = [
-        sys.executable,
-        "-c",
-        HARNESS,
-        str(run),
-        "--out",
-        str(tmp_path / "m.onnx"),
-        "--external",
-    ]
-    assert command(monkeypatch, run, "--out", tmp_path / "m.onnx", "--external") == 0
-    expected = session.Classifier(tmp_path / "m.onnx", "cpu")(patches(2))
+    out, whole = tmp_path / "m.onnx", tmp_path / "whole" / "m.onnx"
+    arguments = (str(run), "--patches", "4", "--external", "--out")
+    assert command(monkeypatch, *arguments, whole) == 0
+    expected = session.Classifier(whole, "cpu")(patches(2))
+    start = time.monotonic()
+    assert command(monkeypatch, *arguments, out) == 0
+    seconds = time.monotonic() - start
     generator = random.Random(0)
-    for kind in (signal.SIGKILL, signal.SIGTERM):
-        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for i in range(20):
+        kind = (signal.SIGKILL, signal.SIGTERM)[i % 2]
+        process = subprocess.Popen(
+            [sys.executable, "-c", HARNESS, *arguments, str(out)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         end = time.monotonic() + 120
-        while (
-            not (own := list(tmp_path.glob(f".m.onnx.{process.pid}.*"))) and process.poll() is None
-        ):
-            assert time.monotonic() < end
+        while not (folders := list(tmp_path.glob(f".m.onnx.{process.pid}.*"))):
+            assert process.poll() is None and time.monotonic() < end
             time.sleep(0.01)
-        time.sleep(generator.uniform(0, 1.5))
+        time.sleep(generator.uniform(0, seconds))
         process.send_signal(kind)
         process.wait()
-        assert not (kind == signal.SIGTERM and any(folder.exists() for folder in own))
-        assert np.array_equal(session.Classifier(tmp_path / "m.onnx", "cpu")(patches(2)), expected)
-    assert command(monkeypatch, run, "--out", tmp_path / "m.onnx", "--external") == 0
-    assert names(tmp_path) == ["m.onnx", "m.onnx.data", "m.parity.json"]
+        if kind == signal.SIGTERM:
+            assert not any(folder.exists() for folder in folders)
+        if out.exists():
+            assert np.array_equal(session.Classifier(out, "cpu")(patches(2)), expected)
+    assert command(monkeypatch, *arguments, out) == 0
+    assert names(tmp_path) == ["m.onnx", "m.onnx.data", "m.parity.json", "whole"]
+    for name in names(tmp_path / "whole"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
 def test_no_moment_with_an_old_graph_and_new_weights(tmp_path, monkeypatch):
