@@ -8,7 +8,6 @@ batch. On a GPU ViT-g is measured at batch 128 in bf16, with the share of the ra
 reaches in a plain matrix product of that precision."""
 
 import argparse
-import contextlib
 import copy
 import re
 import resource
@@ -33,12 +32,15 @@ GPU_MODEL, GPU_BATCH = "h-optimus-0", 128
 
 def pair(name, device):
     """Our encoder and timm's with equal weights, fp32, in evaluation mode; both give the class
-    token's embedding.
+    token's embedding (Swin: the mean).
     """
-    ours = models.load_encoder(name, "random", device, pool="cls")
-    theirs = references.timm_model(name, img_size=224).to_empty(device=device)
-    theirs.load_state_dict(ours.state_dict())
-    return ours, theirs
+    ours = models.load_encoder(name, "random", device, pool=pool_of(name))
+    return ours, references.fill_counterpart(references.counterpart(name), ours, device)
+
+
+def pool_of(name):
+    spec = models.find_encoder(name)
+    return spec.pool if spec.family == "Swin" else "cls"
 
 
 def variants(name, device, compiled):
@@ -50,22 +52,22 @@ def variants(name, device, compiled):
         with torch.autocast(device, torch.bfloat16):
             return theirs(x)
 
-    found = {
+    functions = {
         "timm fp32": theirs,
         "timm bf16 autocast": autocast,
         "ours fp32": ours,
         "ours bf16": lambda x: half(x.bfloat16()),
     }
     if device == "cuda":
-        found.pop("timm fp32"), found.pop("ours fp32")
+        del functions["timm fp32"], functions["ours fp32"]
     if compiled:
         half_compiled = torch.compile(half, fullgraph=True)
-        found["timm bf16 autocast, compiled"] = torch.compile(autocast)
-        found["ours bf16, compiled"] = lambda x: half_compiled(x.bfloat16())
+        functions["timm bf16 autocast, compiled"] = torch.compile(autocast)
+        functions["ours bf16, compiled"] = lambda x: half_compiled(x.bfloat16())
         if device == "cpu":
-            found["timm fp32, compiled"] = torch.compile(theirs)
-            found["ours fp32, compiled"] = torch.compile(ours, fullgraph=True)
-    return found
+            functions["timm fp32, compiled"] = torch.compile(theirs)
+            functions["ours fp32, compiled"] = torch.compile(ours, fullgraph=True)
+    return functions
 
 
 def wait(device):
@@ -142,19 +144,17 @@ def memory_child(name, label, batch):
     ours = label.startswith("ours")
     images = torch.randn(batch, 3, 224, 224)
     before = peak()
-    with torch.device("meta"):
-        network = (
-            models.build(models.ENCODERS[name], pool="cls")
-            if ours
-            else references.timm_model(name, img_size=224)
-        )
-    network = network.eval()
+    if ours:
+        with torch.device("meta"):
+            network = models.build(models.ENCODERS[name], pool=pool_of(name)).eval()
+    else:
+        network = references.counterpart(name)
     if label == "ours bf16":
         network, images = network.bfloat16(), images.bfloat16()
-    network.to_empty(device="cpu")
+    references.make_empty(network)
     for tensor in network.parameters():
         tensor.normal_(0, 0.02)
-    with torch.autocast("cpu", torch.bfloat16) if "autocast" in label else contextlib.nullcontext():
+    with torch.autocast("cpu", torch.bfloat16, enabled="autocast" in label):
         network(images)
     print(peak() - before)
 
@@ -218,8 +218,8 @@ def main():
     )
     print("|---|---|---|---|---|---|---|")
     for label, s in seconds.items():
-        found = functions[label](images).float()
-        off = ((found - expected).norm() / expected.norm()).item()
+        embeddings = functions[label](images).float()
+        off = ((embeddings - expected).norm() / expected.norm()).item()
         share = (
             flops(models.ENCODERS[name])
             * rate[label]

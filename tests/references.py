@@ -227,6 +227,35 @@ def timm_model(name, **changes):
         return timm.create_model(constructor, num_classes=0, **arguments).eval()
 
 
+def counterpart(name):
+    """timm's network of a row, of whole depth, at 224 px, on the meta device: one embedding."""
+    if name in SWIN:
+        return swin_model(name)
+    if name in DINOV3:
+        return dinov3_timm(name, depth=None, bias=False)
+    return timm_model(name, img_size=224)
+
+
+def fill_counterpart(theirs, ours, device="cpu"):
+    """Give timm's network (of `counterpart`) the weights of our encoder."""
+    make_empty(theirs, device)
+    names = theirs.state_dict()
+    state = {}
+    for name, tensor in ours.state_dict().items():
+        name = (
+            re.sub(r"ls([12])\.gamma", r"gamma_\1", name) if "blocks.0.gamma_1" in names else name
+        )
+        gate = name.replace("mlp.fc1.", "mlp.fc1_g.")
+        if gate != name and gate in names:
+            state[gate], state[name.replace("mlp.fc1.", "mlp.fc1_x.")] = tensor.chunk(2)
+        elif name in names:
+            state[name] = tensor
+        else:
+            assert name.endswith("qkv.bias") and not tensor.any(), name  # DINOv3's are zero
+    theirs.load_state_dict(state, strict=not any("batches_tracked" in name for name in names))
+    return theirs
+
+
 class ConvStem(torch.nn.Module):
     """CTransPath's patch embedding, for timm's Swin transformer: images [B, 3, S, S] → [B, S/4,
     S/4, 96].
@@ -449,15 +478,20 @@ def noise(count, start):
     return _NOISE.repeat(repeats)[start : start + count]
 
 
+def make_empty(model, device="cpu"):
+    """Memory for a meta model's parameters; timm's constants are computed."""
+    model.to_empty(device=device)
+    for module in model.modules():
+        if hasattr(module, "init_non_persistent_buffers"):
+            module.init_non_persistent_buffers()
+
+
 def fill(model, seed=0, empty=True):
     """Non-trivial seeded weights for a meta model: position embeddings, registers and LayerScale
     that matter.
     """
     if empty:
-        model.to_empty(device="cpu")
-        for module in model.modules():  # timm's constants
-            if hasattr(module, "init_non_persistent_buffers"):
-                module.init_non_persistent_buffers()
+        make_empty(model)
     with torch.no_grad():
         for number, (name, tensor) in enumerate(model.state_dict().items()):
             if not tensor.is_floating_point():
