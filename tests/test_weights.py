@@ -180,7 +180,7 @@ def publish(name, state, folder):
     """
     spec = models.ENCODERS[name]
     if name == "openmidnight":
-        state = references.dinov2_native_names(state, torch.full((1, 1, spec.dim), 0.5))
+        state = references.dinov2_native_names(state, state["cls_token"] / 2)
     if name == "keep":
         state = {re.sub(r"(ls\d)\.gamma", r"\1.weight", k): v for k, v in state.items()}
         state = {f"visual.{k}": v for k, v in state.items()}
