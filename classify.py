@@ -30,7 +30,7 @@ import numpy as np
 
 import common
 from common import UserError
-from dataset import annotations, draws, formats, look
+from dataset import annotations, draws, formats, look, slides
 from onnx_model import doctor, session
 from onnx_model.session import Classifier, SlideReader
 from reporting import metrics
@@ -363,6 +363,8 @@ def say_readers(readers):
     doubtful = {}
     for reader in readers:
         say(f"{Path(reader.name).name}: {reader.note}")
+        for note in slides.facts(reader.slide).notes:  # pages, orientation
+            say(f"warning: {Path(reader.name).name} {note}")
         if reader.warning:
             doubtful.setdefault(reader.warning, []).append(Path(reader.name).name)
     for warning, names in doubtful.items():

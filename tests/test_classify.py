@@ -933,6 +933,51 @@ def test_score_is_what_the_command_writes_and_what_training_reads(tiny, tmp_path
     assert classifier.score(pixels, [], [], 0.25).shape == (0,)
 
 
+def test_one_image_in_many_kinds_of_file_is_scored_alike(tiny, tmp_path):
+    """Colour in grey planes, µm/px in OME-XML and ImageJ's words, turned files, several pages."""
+    folder, _ = tiny
+    pixels = np.asarray(Image.open(folder / "a.tiff"))
+    scale = {"PhysicalSizeX": 0.25, "PhysicalSizeY": 0.25}
+    turned = {"extratags": [(274, "H", 1, 6, True)], "photometric": "rgb"}
+    centimetre = {"resolution": (40000, 40000), "resolutionunit": "CENTIMETER"}
+    tifffile.imwrite(
+        tmp_path / "planes.ome.tif",
+        np.moveaxis(pixels, 2, 0),
+        tile=(256, 256),
+        photometric="minisblack",
+        metadata={"axes": "CYX", **scale},
+    )
+    tifffile.imwrite(
+        tmp_path / "ome.ome.tif",
+        pixels,
+        tile=(256, 256),
+        photometric="rgb",
+        metadata={"axes": "YXS", **scale},
+    )
+    tifffile.imwrite(
+        tmp_path / "ij.tif", pixels, imagej=True, resolution=(4, 4), metadata={"unit": "um"}
+    )
+    tifffile.imwrite(tmp_path / "turned.tif", pixels, tile=(256, 256), **turned, **centimetre)
+    pages = np.stack([pixels, 255 - pixels])
+    tifffile.imwrite(tmp_path / "pages.tif", pages, photometric="rgb", **centimetre)
+    warnings = {"turned.tif": "the orientation tag 6", "pages.tif": "2 images; only the first"}
+    given = tmp_path / "in.csv"
+    given.write_text("x,y\n" + "".join(f"{x},{y}\n" for x, y in POINTS))
+    expected = None
+    for slide in (folder / "a.tiff", *sorted(tmp_path.glob("*.tif"))):
+        out = tmp_path / f"{slide.name}.csv"
+        done = run(folder / "model.onnx", "--slide", slide, "--candidates", given, "--out", out)
+        assert done.returncode == 0 and "unknown" not in done.stderr, done.stderr
+        with open(out, newline="") as file:
+            scores = [float(row["probability"]) for row in csv.DictReader(file)]
+        if expected is None:
+            expected = scores
+        assert near(scores, expected), slide.name
+        assert warnings.get(slide.name, "") in done.stderr
+        said = f"warning: {slide.name} h" in done.stderr
+        assert said == (slide.name in warnings)
+
+
 def test_score_of_a_coarser_slide_is_what_training_at_another_resolution_reads(tiny, tmp_path):
     folder, _ = tiny
     classifier = Classifier(folder / "model.onnx", "cpu")
