@@ -254,7 +254,7 @@ def test_the_command_on_a_real_slide(tissue, tmp_path):
     assert np.isfinite(probability).all()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_second_stage_raises_f1(tmp_path):
     """From the demo dataset to detections: on held-out images both stages are better than the first
     at its best.

@@ -625,7 +625,7 @@ def test_no_moment_with_an_old_graph_and_new_weights(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- large
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_giant_with_little_memory(tmp_path):
     """1.1 billion parameters in fp16: the peak of the export and of its check stays under 1.6 times
     the fp32 size.

@@ -740,7 +740,7 @@ print("same", np.array_equal(stored.read([0, 20, -1]), direct.read([0, 20, -1]))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_memory_of_the_builder_354_images_2_processes(tmp_path):
     shape = 5000, 7000
     for i in range(3):
@@ -772,7 +772,7 @@ print("grown", (max(peak[50:]) - max(peak[:50])) / 1e6)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_memory_and_handles_of_100_000_random_reads_over_32_slides(tmp_path):
     paths = [tmp_path / f"{i}.tif" for i in range(32)]
     for i, path in enumerate(paths):

@@ -22,8 +22,8 @@ import models
 import probe
 import runs
 from dataset import patches as patches_module
-from reporting import results
 from encoders.table import HALF
+from reporting import results
 
 
 @pytest.fixture(scope="module")

@@ -97,7 +97,7 @@ def test_real_midog2022_20_seeds(midog2022):
 
 
 @real
-@pytest.mark.slow
+@pytest.mark.long
 def test_real_ccmct_1000_seeds(ccmct):
     check_seeds(ccmct, range(1000), 0.03, 4)
 

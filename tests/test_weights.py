@@ -256,7 +256,11 @@ def test_equals_the_reference_in_double_for_a_batch(name, folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["dinov2-s", "lunit-s8", "h0-mini", "kaiko-l14", "hibou-b", "virchow2"]
+    "name",
+    [
+        *("dinov2-s", "lunit-s8", "h0-mini", "kaiko-l14", "hibou-b"),
+        pytest.param("virchow2", marks=pytest.mark.long),  # 5 GB
+    ],
 )
 def test_equals_the_reference_at_full_depth(name, folder, monkeypatch):
     monkeypatch.undo()
