@@ -495,11 +495,11 @@ def text(where, value, what):
 
 def number(where, value, what):
     """A finite coordinate in pixels, or UserError."""
-    allowed = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if isinstance(value, str):
-        allowed = "_" not in value and len(value) <= 64
     try:
-        if not allowed:
+        if isinstance(value, str):
+            if "_" in value or len(value) > 64:
+                raise ValueError
+        elif isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError
         value = float(value)
     except (ValueError, OverflowError):

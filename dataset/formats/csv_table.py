@@ -62,6 +62,7 @@ COLUMNS = {
 IMAGE_INSTEAD = ("slide", "slide_id", "image_id", "wsi_id")
 SIZES = (("width", "height"), ("w", "h"))  # beside x, y: the box's upper left corner
 CORNERS = (("xmin", "ymin", "xmax", "ymax"), ("x1", "y1", "x2", "y2"))
+CELL_NAMES = {"label": "category", "path": "image", "filename": "image"}  # key → Table's column
 IMAGE_WORDS = {"image", "img", "file", "filename", "slide", "wsi", "scan", "picture", "bild"}
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 MICRONS = re.compile(r"µm|μm|microns?\b|micromet|\bum\b|_um\b|\bmm\b|_mm\b|millimet", re.IGNORECASE)
@@ -320,41 +321,41 @@ def _check_no_image_column(table, header, column, rows):
 
 
 def _read_rows(table, header, column):
+    """Add the rows below the header to the table."""
     rows, lines, delimiter = table.content.rows, table.content.lines, table.content.delimiter
     start = table.content.first + 1
     numeric = [key for key in ("x", "y", "width", "height", "right", "bottom") if key in column]
+    lower = [name.lower() for name in header]
+    probability = lower.index("probability") if "probability" in lower else None
     if delimiter != ",":
         _check_thousands(table, column, rows[start:])
-    names = {}  # text of an image's name → checked name, which many rows share
+    checked = {}  # (what, text) → its value: many rows share their case, label and image
     blank = []
     for i in range(start, len(rows)):
         row, where = rows[i], f"{table.path}, line {lines[i]}"
-        if not any(cell.strip() for cell in row):
+        if not "".join(row).strip():
             continue
         if len(row) != len(header):
             raise UserError(f"{where}: {len(row)} fields, but the header has {len(header)}")
-        value = {key: row[index].strip() for key, index in column.items()}
         cell = {"title": f"line {lines[i]}", "place": i}
-        for key in ("case", "domain", "id"):
-            if key in value:
-                cell[key] = _optional(table, where, value[key], key)
-        image = value.get("path", value.get("filename"))
-        if image:
-            if image not in names:
-                names[image] = image_name(where, image)
-            cell["image"] = names[image]
-            table.sizes.setdefault(names[image], None)
-        else:
+        for key in ("case", "domain", "id", "label", "path", "filename"):
+            if key in column:
+                written = key, row[column[key]]
+                if written not in checked:
+                    checked[written] = _checked(table, where, *written)
+                cell[CELL_NAMES.get(key, key)] = checked[written]
+        if cell.get("image") is None:
             blank.append(where)
-        label = _optional(table, where, value["label"], "label") if "label" in value else None
-        if label is not None:
-            cell["category"] = canonical(label)
+        else:
+            table.sizes.setdefault(cell["image"], None)
         if table.kind == "patches":
             table.add_patch(**cell)
             continue
-        numbers = {key: _number(where, value[key], key, delimiter) for key in numeric}
-        cell["extent"] = _centre(where, numbers)
-        cell["probability"] = _given_probability(header, row)
+        numbers = {key: _decimal_point(row[column[key]], delimiter) for key in numeric}
+        if len(numbers) > 2:
+            cell["extent"] = _centre(where, numbers)
+        if probability is not None:
+            cell["probability"] = row[probability]
         table.add(where, numbers["x"], numbers["y"], **cell)
     if blank and ("path" in column or len(blank) < len(table)):
         raise UserError(f"{blank[0]}: the image's name is empty")
@@ -362,37 +363,34 @@ def _read_rows(table, header, column):
         table.no_training = f"{blank[0]}: the image's name is empty"
 
 
-def _optional(table, where, value, key):
-    """A case, domain or id. Candidates need none: a wrong one stops training only."""
+def _checked(table, where, key, value):
+    """A text of a row as the table holds it. What candidates do not need stops training only."""
+    if key in ("path", "filename"):
+        return image_name(where, value) if value.strip() else None
     try:
-        return text(where, value, f"the {key}")
+        value = text(where, value, f"the {key}")
     except UserError as error:
         table.no_training = table.no_training or str(error)
         return None
+    return canonical(value) if key == "label" else value
 
 
-def _given_probability(header, row):
-    for name, value in zip(header, row):
-        if name.lower() == "probability":
-            return value
-    return None
-
-
-def _number(where, value, what, delimiter):
-    """A coordinate; with another delimiter than the comma, "369,5" is 369.5."""
+def _decimal_point(value, delimiter):
+    """With another delimiter than the comma, "369,5" is 369.5."""
+    value = value.strip()
     if delimiter != "," and re.fullmatch(r"[+-]?\d+,\d+", value):
-        value = value.replace(",", ".")
-    return number(where, value, what)
+        return value.replace(",", ".")
+    return value
 
 
 def _centre(where, numbers):
-    """Turn the corner of a box in `numbers` into its centre → the longer side, 0 of a point."""
+    """Turn the corner of a box in `numbers` into its centre → its longer side."""
+    for key, value in numbers.items():
+        numbers[key] = number(where, value, key)
     if "width" in numbers:
         width, height = numbers["width"], numbers["height"]
-    elif "right" in numbers:
-        width, height = numbers["right"] - numbers["x"], numbers["bottom"] - numbers["y"]
     else:
-        return 0.0
+        width, height = numbers["right"] - numbers["x"], numbers["bottom"] - numbers["y"]
     if width < 0 or height < 0:
         raise UserError(f"{where}: the box has a negative size")
     numbers["x"] += width / 2
