@@ -100,6 +100,7 @@ def _read_file(path, columns=None):
 
 
 def _read_folder(path):
+    """One table of a folder of files per image, or of a folder per class."""
     paths = per_image_files(path)
     if not paths:
         if class_folders.recognises(path):

@@ -18,6 +18,7 @@ def recognises(source):
 
 
 def read(source):
+    """The points, in millimetres."""
     path, content = source.path, source.json
     table = Table("challenge", path, unit="mm", content=content)
     table.no_training = (

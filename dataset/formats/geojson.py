@@ -34,6 +34,7 @@ def recognises(source):
 
 
 def read(source):
+    """The features and their children, classified or not."""
     path = source.path
     image = image_name(path, source.stem)
     table = Table("geojson", path, relative_to_bounds=True, content=source.json)

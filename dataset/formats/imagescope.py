@@ -20,6 +20,7 @@ def recognises(source):
 
 
 def read(source):
+    """The regions of all layers, in the order of the file."""
     path, root = source.path, source.xml
     if root.tag != "Annotations":
         raise UserError(f"{path}: not an ImageScope file: its root is {root.tag[:40]!r}")

@@ -28,6 +28,7 @@ def recognises(source):
 
 
 def read(source):
+    """The annotations of all categories."""
     path, content = source.path, source.json
     table = Table("midog", path, content=content)
     images = _read_images(table, _records(path, content, "images"))

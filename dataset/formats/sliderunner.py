@@ -4,7 +4,6 @@ polygons and circles are not. The class is agreedClass.
 Scores go into a table of their own, Predictions, in a copy of the database."""
 
 import sqlite3
-from collections import Counter
 
 import common
 from common import UserError
@@ -79,6 +78,19 @@ def _read(path, connection):
     alive = ""
     if "deleted" in columns["annotations"]:
         alive = "AND coalesce(a.deleted, 0) = 0"
+    _count_regions(table, connection, alive)
+    _read_spots(table, connection, slides, alive)
+    used = {*table.categories, *(category for category, _ in table.damaged)}
+    if not used - {None, "0"}:
+        listed = ", ".join(short(name) for name in list(table.names.values())[:8]) or "none"
+        table.no_training = (
+            f"{path}: holds no cell labels (points with an agreed class), only areas; its classes "
+            f"are {listed}"
+        )
+    return table
+
+
+def _count_regions(table, connection, alive):
     for shape, agreed, count in connection.execute(
         "SELECT a.type, a.agreedClass, count(*) FROM Annotations a "
         f"WHERE a.type NOT IN (1, 4) {alive} GROUP BY a.type, a.agreedClass"
@@ -87,16 +99,21 @@ def _read(path, connection):
         if category is None or category == "0" and table.names.get("0") is None:
             category = SHAPES.get(shape, "other shape")
         table.regions[category] += count
+
+
+def _read_spots(table, connection, slides, alive):
+    """Add the spots that are not deleted, with or without an agreed class."""
     for uid, slide, agreed, x, y, positions in connection.execute(
         "SELECT a.uid, a.slide, a.agreedClass, min(c.coordinateX), min(c.coordinateY), count(*) "
         "FROM Annotations a LEFT JOIN Annotations_coordinates c ON c.annoId = a.uid "
         f"WHERE a.type IN (1, 4) {alive} GROUP BY a.uid ORDER BY a.uid"
     ):
-        where = f"{path}, annotation {short(uid)}"
+        where = f"{table.path}, annotation {short(uid)}"
         category = key(agreed)
         if category is not None:
             # Ids that only the annotations use have no name: a profile or the user may mean them.
             table.names.setdefault(category, None)
+        row = {"id": text(where, uid, "the id"), "title": uid, "place": uid, "category": category}
         try:
             if positions > 1:
                 raise UserError(
@@ -106,27 +123,9 @@ def _read(path, connection):
                 raise UserError(
                     f"{where}: is on slide {short(slide)}, which the database does not list"
                 )
-            table.add(
-                where,
-                x,
-                y,
-                id=text(where, uid, "the id"),
-                title=uid,
-                image=slides[slide],
-                category=category,
-                place=uid,
-            )
+            table.add(where, x, y, image=slides[slide], **row)
         except UserError as error:
             table.damaged.append((category, str(error)))
-    used = Counter(table.categories)
-    used.update(category for category, _ in table.damaged)
-    if not set(used) - {None, "0"}:
-        listed = ", ".join(short(name) for name in list(table.names.values())[:8]) or "none"
-        table.no_training = (
-            f"{path}: holds no cell labels (points with an agreed class), only areas; its classes "
-            f"are {listed}"
-        )
-    return table
 
 
 def _read_slides(table, connection, sized):
