@@ -6,12 +6,16 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torchvision
 from onnx_models import classifier, patches, register, write_model
 from PIL import Image
 
@@ -304,6 +308,93 @@ def blocks(language):
     return re.findall(
         rf"```{language}\n(.*?)```", (HERE / "examples" / "README.md").read_text(), re.DOTALL
     )
+
+
+@pytest.fixture
+def field(tissue, tmp_path, monkeypatch):
+    """The files that the lines name, in the current folder, and places on the image."""
+    folder, table, _ = tissue
+    shutil.copy(folder / "run" / "model.onnx", tmp_path / "model.onnx")
+    image = Image.open(table.image_path(table.image[0])).crop((0, 0, 300, 260))
+    image.save(tmp_path / "field.tiff", resolution=40000, resolution_unit=3)
+    monkeypatch.chdir(tmp_path)
+    return np.array([[50.0, 60.0], [120.0, 200.0], [297.0, 3.0]])
+
+
+def lines(about):
+    (code,) = (block for block in blocks("python") if about in block and "score(" in block)
+    return code
+
+
+def module(monkeypatch, name, **content):
+    """A package that is not installed here, as far as the lines use it."""
+    for part in (name.split(".")[0], name):
+        monkeypatch.setitem(sys.modules, part, types.SimpleNamespace(**content))
+
+
+def expected_at(places):
+    return session.Classifier("model.onnx", "cpu").score("field.tiff", *np.transpose(places))
+
+
+def test_the_torchvision_lines(field):
+    """A detection model of torchvision's own, with random weights."""
+    torch.manual_seed(0)
+    detector = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn(
+        weights=None, weights_backbone=None, box_score_thresh=0.0, box_detections_per_img=9
+    ).eval()
+    boxes = []
+
+    def detect(images):
+        result = detector(images)
+        boxes.append(result[0]["boxes"].numpy())
+        return result
+
+    names = {"detector": detect}
+    exec(lines("torchvision"), names)
+    assert len(boxes[0]) > 2
+    centres = (boxes[0][:, :2] + boxes[0][:, 2:]) / 2
+    assert np.allclose(names["probability"], expected_at(centres), atol=1e-6)
+    names["detector"] = lambda images: [{"boxes": torch.zeros(0, 4)}]  # nothing detected
+    exec(lines("torchvision"), names)
+    assert names["probability"].shape == (0,)
+
+
+def test_the_ultralytics_lines(field, monkeypatch):
+    score = np.array([0.9, 0.5, 0.2])
+    data = torch.from_numpy(np.column_stack([field - 25, field + 25, score, [0, 0, 1]]))
+    boxes = types.SimpleNamespace(data=data)
+    detect = lambda weights: lambda image: [types.SimpleNamespace(boxes=boxes)]  # noqa: E731
+    module(monkeypatch, "ultralytics", YOLO=detect)
+    names = {}
+    exec(lines("ultralytics"), names)
+    assert np.allclose(names["combined"], score * expected_at(field), atol=1e-6)
+
+
+def test_the_stardist_lines(field, monkeypatch):
+    module(monkeypatch, "csbdeep.utils", normalize=lambda pixels: pixels / 255)
+    model = types.SimpleNamespace(
+        predict_instances=lambda pixels: (None, {"points": field[:, ::-1]}),
+    )
+    stardist = types.SimpleNamespace(from_pretrained=lambda name: model)
+    module(monkeypatch, "stardist.models", StarDist2D=stardist)
+    names = {}
+    exec(lines("stardist"), names)
+    assert np.allclose(names["probability"], expected_at(field), atol=1e-6)
+
+
+def test_the_cellpose_lines(field, monkeypatch):
+    """Masks of squares around the places, with numbers that leave some out."""
+    masks = np.zeros((260, 300), np.int32)
+    centres = field.astype(int)
+    for number, (x, y) in zip((1, 4, 9), centres):
+        masks[y - 3 : y + 4, x - 2 : x + 3] = number
+    cellpose = types.SimpleNamespace(eval=lambda pixels: (masks, None, None))
+    models = types.SimpleNamespace(CellposeModel=lambda gpu: cellpose)
+    module(monkeypatch, "cellpose", models=models)
+    names = {}
+    exec(lines("cellpose"), names)
+    assert np.allclose(names["x"], centres[:, 0]) and np.allclose(names["y"], centres[:, 1])
+    assert np.allclose(names["probability"], expected_at(centres), atol=1e-6)
 
 
 def test_the_openvino_lines(tissue, tmp_path, monkeypatch):
