@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
+import small
 import torch
+from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
 import augment
@@ -157,3 +159,17 @@ def test_random_numbers_are_those_of_splitmix64():
         words = [mix(key + (i + 1) * 0x9E3779B97F4A7C15) for i in range(6)]
         expected = [(word >> 11) / 2**53 for word in words]
         assert augment.uniform(seed, step, [sample], 6)[0].tolist() == expected
+
+
+def test_the_gallery_replaces_no_input(tmp_path, capsys):
+    table = small.dataset(tmp_path, cases=3, per_case=2)
+    image = tmp_path / "patches" / "00-0.png"
+    before = image.read_bytes(), table.read_bytes()
+    for name in (image, table, tmp_path):
+        assert small.call(augment, "--data", table, "--gallery", name) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: --gallery {name}: ") and error.count("\n") == 1
+    assert (image.read_bytes(), table.read_bytes()) == before
+    assert small.call(augment, "--data", table, "--gallery", tmp_path / "out.png") == 0
+    with Image.open(tmp_path / "out.png") as picture:
+        assert picture.format == "PNG"

@@ -334,6 +334,7 @@ models.PatchClassifier.embed = embed
 """
 
 
+@pytest.mark.slow
 def test_kill_9_in_the_extraction(tmp_path, table, capsys):
     args = flags(table, tmp_path / "cut", "--batch-size", 16)
     process = subprocess.Popen(
@@ -524,6 +525,7 @@ def test_mistakes_are_one_line(tmp_path, table, more, words, capsys):
     assert len(error.splitlines()) == 1 and words in error
 
 
+@pytest.mark.slow
 def test_torchrun_shares_the_pass(tmp_path, table):
     other = small.dataset(tmp_path / "other", cases=4, seed=9, name="elsewhere")
     launcher = (
