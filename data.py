@@ -15,6 +15,7 @@ import numpy as np
 
 import common
 import flags
+import runs
 from common import UserError
 from dataset import download, images, look
 from dataset.annotations import (  # noqa: F401
@@ -269,6 +270,7 @@ def planned_splits(annotations, args):
 def _planned(annotations, args, domain):
     """Lines on the splits of all folds and fractions, of one domain or of the whole."""
     rows, leaks, errors, others = [], [], set(), {}
+    one_class = {}  # lines, each once
     for fold in args.fold:
         for frac in args.frac:
             try:
@@ -279,6 +281,7 @@ def _planned(annotations, args, domain):
                 errors.add(f"fold {fold}: {error}")
                 continue
             others = split.others
+            one_class |= dict.fromkeys(runs.one_class(annotations, split))
             if frac == max(args.frac):
                 leaks.append(overlap(annotations, split))
             rows.append([fold, f"{frac:g}", *_split_cells(annotations, split)])
@@ -293,6 +296,7 @@ def _planned(annotations, args, domain):
         header = ["fold", "frac", "train", "val", "test", "% of all"]
         lines.append(common.table(rows, header, right=range(6)))
         lines.append(_leaks(annotations, leaks))
+    lines += [f"problem: {line}" for line in one_class]
     return lines + [f"  {error}" for error in sorted(errors)]
 
 

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import small
 
+import data
 import flags
 from common import UserError
 
@@ -99,3 +100,15 @@ def test_names_that_are_not_utf8_are_one_line(table, tmp_path):
     args = parsed("--data", os.fsdecode(name), "--images", table.parent)
     with pytest.raises(UserError, match="not UTF-8"):
         flags.from_arguments(args)
+
+
+def test_data_says_which_planned_sets_hold_one_class(tmp_path, capsys):
+    table = small.dataset(tmp_path)
+    rows = [line.split(",") for line in table.read_text().splitlines()]
+    for row in rows[1:]:
+        if row[2] not in ("case04", "case05"):  # one case of each domain holds all figures
+            row[1] = "0"
+    table.write_text("\n".join(",".join(row) for row in rows) + "\n")
+    assert small.call(data, table, "--fold", 0, "--frac", 1, 0.5) == 0
+    out = capsys.readouterr().out
+    assert out.count("problem: small, fold 0: the test set holds label 0 only") == 1
