@@ -472,6 +472,21 @@ def test_a_large_dataset_has_a_pool_of_64000():
     assert data.pool_size(a) == 181
 
 
+def test_a_domain_is_its_exact_name_before_any_other_spelling():
+    a = made([30] * 12)
+    a.domain = np.where(np.arange(len(a)) % 2, "A", "a").astype(str)
+    a.case = np.char.add(a.case, a.domain)
+    for name, other in (("a", "A"), ("A", "a")):
+        split = data.make_split(a, domain=name)
+        assert split.settings["domain"] == name and list(split.others) == [other]
+        assert set(a.domain[a.rows(split.train)]) == {name}
+    a.domain = np.where(a.domain == "A", "Breast", "breast").astype(str)
+    with pytest.raises(UserError, match="--domain BREAST: matches Breast and breast"):
+        data.make_split(a, domain="BREAST")
+    a.domain = np.where(a.domain == "Breast", "Breast", "lung").astype(str)
+    assert data.make_split(a, domain="breast").settings["domain"] == "Breast"
+
+
 def test_jitter_and_accept():
     a = made([40] * 10)
     train = data.make_split(a).train
