@@ -204,7 +204,10 @@ def _same_content(annotations):
     case_of = dict(zip(image_of.tolist(), annotations.case.tolist()))
     first, twins = {}, []
     for number, name in enumerate(names.tolist()):
-        content = images.file_content(annotations.image_path(name), times=False)
+        try:
+            content = images.file_content(annotations.image_path(name), times=False)
+        except UserError:  # it is among the unreadable images
+            continue
         twin = first.setdefault(content, number)
         if case_of[twin] != case_of[number]:
             twins.append(f"{names[twin]} and {name}")

@@ -83,16 +83,15 @@ def content(annotations, times=True):
 
 def file_content(path, times=True):
     """Digest of one image file; for a format of several files (MRXS) also of its folder."""
-    digest = hashlib.sha256()
-    try:
-        status = path.stat()
-        with open(path, "rb") as file:
-            last = max(0, status.st_size - BLOCK)
-            for start in sorted({last * i // (BLOCKS - 1) for i in range(BLOCKS)}):
-                file.seek(start)
-                digest.update(file.read(BLOCK))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such image; name the images' folder with --images") from None
+    if not path.exists():
+        raise UserError(f"{path}: no such image; name the images' folder with --images")
+    slides.regular_file(path)
+    digest, status = hashlib.sha256(), path.stat()
+    with open(path, "rb") as file:
+        last = max(0, status.st_size - BLOCK)
+        for start in sorted({last * i // (BLOCKS - 1) for i in range(BLOCKS)}):
+            file.seek(start)
+            digest.update(file.read(BLOCK))
     files = [status]
     companion = path.with_suffix("")
     if path.suffix.lower() == ".mrxs" and companion.is_dir():

@@ -149,7 +149,7 @@ def facts(image):
     if isinstance(image, ArrayImage):
         return Facts(image.width, image.height, None, True, ())
     key, mine = str(image), opened()
-    state = _regular_file(key)
+    state = regular_file(key)
     with mine.lock:
         known = mine.facts.get(key)
         if known is None or known[0] != state:
@@ -217,7 +217,7 @@ def close_all():
     _opened[os.getpid()] = Opened()
 
 
-def _regular_file(path):
+def regular_file(path):
     """(size, time) of a file; UserError if there is none. A pipe or device would wait forever."""
     try:
         status = os.stat(path)
@@ -234,7 +234,7 @@ def _regular_file(path):
 
 def _open_file(path):
     """The opened file, by the library that reads it rightly; UserError if none does."""
-    _regular_file(path)
+    regular_file(path)
     with open(path, "rb") as file:
         head = file.read(8)
     if head.startswith((b"\x89PNG", b"\xff\xd8\xff")):  # OpenSlide would look in vain

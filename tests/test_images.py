@@ -78,7 +78,7 @@ def edited(path, edit):
 
 def report(path, *arguments):
     command = [sys.executable, str(ROOT / "data.py"), str(path), *arguments]
-    run = subprocess.run(command, capture_output=True, text=True)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     return " ".join(run.stdout.split())
 
@@ -167,6 +167,16 @@ def test_broken_images_are_named_before_training(tmp_path):
     with pytest.raises(UserError, match="1 images cannot be read: .*001.tif: not an image"):
         images.check(a)
     assert "001.tif: not an image" in report(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_an_image_that_is_a_pipe_is_named_and_not_waited_for(tmp_path):
+    path = made(tmp_path / "d")
+    (tmp_path / "d/001.tif").unlink()
+    os.mkfifo(tmp_path / "d/001.tif")
+    assert "001.tif: not a regular file" in report(path)
+    with pytest.raises(UserError, match="not a regular file"):
+        images.content(data.load_dataset(path))
 
 
 def test_what_files_say_of_themselves_is_passed_on(tmp_path):
