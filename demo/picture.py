@@ -86,7 +86,9 @@ def main():
     parser.add_argument("--out", required=True, metavar="PNG", help="picture to write")
     args = parser.parse_args()
     name, x, y, probability, called, true = scored_cells(args.scored, args.annotations)
-    picture = draw(Path(args.annotations).parent / name, x, y, probability, called, true)
+    image = Path(args.annotations).parent / name
+    common.check_output("--out", args.out, [args.scored, args.annotations, image])
+    picture = draw(image, x, y, probability, called, true)
     with common.atomic(args.out) as temporary:
         picture.save(temporary, format="PNG")
     print(f"{args.out}: {int((called == true).sum())} of {len(true)} cells of {name} called right")

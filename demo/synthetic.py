@@ -519,6 +519,8 @@ def build(folder, seed=None, images_per_domain=IMAGES_PER_DOMAIN):
     the folder holds another seed's. The annotations are the same on every machine, the pixels
     within one grey level. About 10 s on two cores, 100 MB."""
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: this is a file; name a folder for the dataset")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with common.exclusive(folder.parent / f".{folder.name}.lock"):
         if (folder / "MIDOG.json").exists():
