@@ -6,9 +6,10 @@ put in its place.
     python export.py --adapter DIR --model NAME --out model.onnx      an adapter trained by peft
     python export.py --doctor                             does ONNX Runtime use the GPU? one screen
 
-The model takes patches uint8 [N, 224, 224, 3] (normalisation inside) and gives probability float32
-[N]; classify.py and any other program with ONNX Runtime runs it, without torch. Beside it lies
-MODEL.parity.json, and over 2 GiB (or with --external) MODEL.onnx.data with the weights.
+The model takes patches uint8 [N, size, size, 3] (224 px for most encoders; normalisation inside)
+and gives probability float32 [N]; classify.py and any other program with ONNX Runtime runs it,
+without torch. Beside it lies MODEL.parity.json, and over 2 GiB (or with --external) MODEL.onnx.data
+with the weights.
 
 The folder of an adapter holds adapter_config.json and adapter_model.safetensors, as peft writes
 them, and for a classifier its head: head.safetensors with head.weight [1, D] and head.bias [1] (or
@@ -745,8 +746,8 @@ def parse_arguments():
         "--input",
         choices=("uint8", "float"),
         default="uint8",
-        help="uint8: RGB [N, 224, 224, 3], normalisation inside; float: normalised "
-        "[N, 3, 224, 224], for hosts that normalise (default: uint8)",
+        help="uint8: RGB [N, size, size, 3], normalisation inside; float: normalised "
+        "[N, 3, size, size], for hosts that normalise (default: uint8)",
     )
     parser.add_argument(
         "--embedding", action="store_true", help="add the output embedding [N, D] (default: no)"
