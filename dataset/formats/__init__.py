@@ -2,8 +2,9 @@
 candidates (`read_candidates`), and writes scores back (`write`).
 
 A new format is a file with `recognises(source)`, `read(source)` and `write(...)`, and a line in
-FORMATS. `cells.py` holds the table that all of them fill and the rule what a cell is; `files.py`
-holds the guarded loaders."""
+FORMATS (and in SUFFIXES if it has one file per image). It may also say what its labels mean
+(`labels_of`) and which of them --relabel writes (`own_categories`). `cells.py` holds the table that
+all formats fill and the rule what a cell is; `files.py` holds the guarded loaders."""
 
 import math
 from pathlib import Path
@@ -74,8 +75,9 @@ def read(
     for category, name in table.names.items():
         if category in used or category not in table.regions:
             names[category] = name
-    if table.format == "csv":
-        labels = csv_table.labels_of(table, classes, profile)
+    module = FORMATS.get(table.format)
+    if hasattr(module, "labels_of"):
+        labels = module.labels_of(table, classes, profile)
     else:
         labels = cells.class_labels(path, names, classes, profile)
     cells.labelled(table, labels)
@@ -147,7 +149,7 @@ def read_candidates(path: str | Path) -> Table:
     cells.drop_regions(table)
     cells.check_scale(table)
     table.ids = table.titles
-    if table.format in ("geojson", "imagescope"):  # they do not name the image
+    if table.image_by_file:  # --slide says which image it is
         table.images = [None] * len(table)
         table.sizes = {}
     table.x = np.array(table.x, np.float64)
@@ -158,10 +160,9 @@ def read_candidates(path: str | Path) -> Table:
 def own_classes(candidates, names):
     """[class of names[0], class of names[1]] that `write` puts where the format keeps its own;
     UserError if the file's classes do not say which they are."""
-    if candidates.format in ("challenge", "geojson"):
-        return None  # they have the new class in any case
-    if candidates.format == "csv":
-        return csv_table.own_categories(candidates, names)
+    module = FORMATS[candidates.format]
+    if hasattr(module, "own_categories"):
+        return module.own_categories(candidates, names)
     return cells.categories_of(candidates, names)
 
 

@@ -124,6 +124,7 @@ class Table:
     path: Path
     kind: str = "points"  # or "patches": the image is the patch, x and y are NaN
     unit: str = "px"  # or "mm"
+    image_by_file: bool = False  # the file names no image: it is called after it
     relative_to_bounds: bool = False  # QuPath: relative to openslide.bounds-x, -y
     ids: list = field(default_factory=list)  # the file's; None if it has none
     images: list = field(default_factory=list)  # file name, relative or absolute path, or None

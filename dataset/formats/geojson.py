@@ -37,7 +37,8 @@ def read(source):
     """The features and their children, classified or not."""
     path = source.path
     image = image_name(path, source.stem)
-    table = Table("geojson", path, relative_to_bounds=True, content=source.json)
+    table = Table("geojson", path, content=source.json)
+    table.image_by_file = table.relative_to_bounds = True
     table.sizes[image] = None
     features = list(_walk(path, _features(path, source.json)))
     for i, feature in enumerate(features):
@@ -182,6 +183,11 @@ def _position(where, position):
 
 
 # ---------------------------------------------------------------- writing
+
+
+def own_categories(table, names):
+    """None: a feature always gets the new class; the old one goes into its metadata."""
+    return None
 
 
 def write(table, path, scores, names, categories):

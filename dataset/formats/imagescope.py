@@ -25,7 +25,7 @@ def read(source):
     if root.tag != "Annotations":
         raise UserError(f"{path}: not an ImageScope file: its root is {root.tag[:40]!r}")
     image = image_name(path, source.stem)
-    table = Table("imagescope", path, content=root)
+    table = Table("imagescope", path, image_by_file=True, content=root)
     table.sizes[image] = None
     for i, (layer, region) in enumerate(_regions(root)):
         where = f"{path}, region {i + 1}"
