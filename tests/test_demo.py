@@ -132,6 +132,7 @@ def test_a_probe_learns_the_demo_and_lora_is_ahead(tmp_path, monkeypatch):
     assert lora >= max(0.93, probes[0] + 0.05)
 
 
+@pytest.mark.slow
 def test_colour_does_not_solve_it(folder):
     """Logistic regression on the colour moments of 224 px and 64 px around each cell, on held-out
     images.

@@ -88,6 +88,7 @@ def test_the_first_stage_finds_the_figures(tissue):
         assert apart[~np.eye(len(x), dtype=bool)].min() >= detector.APART / 0.25
 
 
+@pytest.mark.slow
 def test_tiles_leave_no_trace(tmp_path):
     """A blob is found where it is, once, between two tiles too, and at any resolution; on glass
     there is none.
@@ -243,6 +244,7 @@ def test_the_command_on_a_slide_and_its_mistakes(tissue, tmp_path):
     assert not (tmp_path / "not").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("MITOSIS_REALDATA" not in os.environ, reason="MITOSIS_REALDATA is not set")
 def test_the_command_on_a_real_slide(tissue, tmp_path):
     folder, _, _ = tissue

@@ -659,6 +659,7 @@ def adapter(monkeypatch, folder, weights, out, *arguments):
     )
 
 
+@pytest.mark.slow
 def test_a_runs_adapter_goes_out_and_comes_back(made, tmp_path, monkeypatch, capsys):
     """--peft, then --adapter: the run's probabilities; without the head its embedding."""
     run, weights, unmerged = made()
