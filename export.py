@@ -401,6 +401,7 @@ def mixed_mpp(config):
 
 
 def announce(source, metadata, calibrated):
+    """Say what is exported, under which licence, and what to mind."""
     threshold = metadata["threshold"]
     line = f"{source}: {metadata['method']} on {metadata['encoder']}"
     if metadata["dataset"]:
@@ -825,6 +826,7 @@ def check_run(args):
 
 
 def check_adapter(args):
+    """The flags of --adapter; what a run would know must be given, or cannot be had."""
     if args.peft:
         raise UserError("--peft writes the adapter of a RUN; --adapter has one already")
     if not args.model or not args.out:

@@ -17,9 +17,12 @@ import onnx
 import pytest
 import torch
 from onnx_models import FAMILIES, dataset, make_run, mounted, patches, register
+from PIL import Image
 
 import common
+import data
 import export
+import flags
 import models
 import runs
 from onnx_model import graph, nodes, parity, session, vit
@@ -363,6 +366,30 @@ def test_temperature_recovers_the_scale():
         export.best_temperature(z > 0, z)  # separable: the temperature would go to 0
     with pytest.raises(common.UserError, match="--calibrate"):
         export.best_temperature(z < 0, z)
+
+
+def test_a_run_on_mixed_scales_says_so_in_its_model(made, tmp_path, monkeypatch, capsys):
+    """The images as scanned at 0.25 and 0.5 µm/px: told to config.json, to the terminal, and to
+    whoever reads a slide with the model.
+    """
+    folder = tmp_path / "data"
+    source = dataset(folder, images=5, each=2)
+    for name in ("0.tiff", "3.tiff"):
+        image = Image.open(folder / name)
+        image.load()
+        image.save(folder / name, resolution=20000, resolution_unit=3)
+    facts = flags.facts(data.load_dataset(source, images=folder))
+    assert facts["mpp"] is None and facts["mixed_mpp"] == {"0.25": 3, "0.5": 2}
+    run, _, _ = made()
+    shutil.copytree(run, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    config["data"] |= facts
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    out = tmp_path / "m.onnx"
+    assert command(monkeypatch, tmp_path / "run", "--out", out, "--patches", 4) == 0
+    assert "different µm/px (0.25 µm/px: 3 images, 0.5 µm/px: 2 images)" in capsys.readouterr().out
+    model = session.Classifier(out, "cpu")
+    assert model.mpp is None and "µm/px mixed (0.25: 3 images, 0.5: 2 images)" in model.describe()
 
 
 @pytest.mark.slow
