@@ -200,6 +200,26 @@ def test_the_demo_repeats_nothing_that_is_finished(python, tmp_path):
     assert "export.py" in {line.split()[0] for line in started(python)}
 
 
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_make_demo_says_what_it_downloads_and_can_do_without_cuda(tmp_path):
+    def lines(*choices):
+        command = ["make", "-n", "-C", HERE.parent, "demo", f"VENV={tmp_path}", *choices]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        text = done.stdout.splitlines()
+        return [line for line in text if line.startswith(("echo", "sed")) or " install " in line]
+
+    said, *others = lines()
+    assert "gigabytes" in said and "CPU=1" in others[0] and "-r requirements.txt" in others[-1]
+    said, *others = lines("CPU=1")
+    assert "without CUDA" in said and "download.pytorch.org/whl/cpu" in others[0]
+    edit = next(line for line in others if line.startswith("sed"))
+    subprocess.run(edit, shell=True, cwd=HERE.parent, check=True)
+    (written,) = tmp_path.glob("*.txt")
+    packages = [line for line in written.read_text().splitlines() if not line.startswith("#")]
+    assert not [line for line in packages if "gpu" in line or "cuda" in line]
+    assert [line for line in packages if line.startswith("onnxruntime>=")]
+
+
 def test_the_quick_grid_has_five_repeats_and_everything_that_the_report_shows():
     commands = listed("quick.sh")
     leaking = [words for words in commands if "annotation" in words]
