@@ -146,15 +146,6 @@ def plain(name, tensor):
     return dense and tensor.device.type == "cpu"
 
 
-def read_own(file):
-    """A safetensors file that this project wrote, whole."""
-    try:
-        with safe_open(file, framework="pt") as handle:
-            return {name: handle.get_tensor(name).clone() for name in handle.keys()}
-    except SafetensorError as error:
-        raise UserError(f"{file}: truncated or not a safetensors file ({error})") from None
-
-
 def local_files(path, spec):
     """The weights files under `path` (a file, or a folder as it is published)."""
     path = Path(path).expanduser()
@@ -439,8 +430,11 @@ def reachable():
 
     if any(os.environ.get(name) for name in PROXIES):
         return True  # the first request shows whether the proxy works
-    url = urllib.parse.urlsplit(constants.ENDPOINT)
-    port = url.port or {"http": 80}.get(url.scheme, 443)
+    try:
+        url = urllib.parse.urlsplit(constants.ENDPOINT)
+        port = url.port or {"http": 80}.get(url.scheme, 443)
+    except ValueError as error:
+        raise UserError(f"HF_ENDPOINT={constants.ENDPOINT}: not an address ({error})") from None
     try:
         socket.create_connection((url.hostname, port), timeout=3).close()
     except OSError:

@@ -1113,3 +1113,15 @@ def test_torchvision_download_is_checked(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
     fails("vit-b-tv", "invalid hash")
     assert asked == [("https://download.pytorch.org/models/vit_b_16-c867db91.pth", "c867db91")]
+
+
+@pytest.mark.parametrize("address", ("http://127.0.0.1:99999", "http://[::1"))
+def test_an_address_of_the_hub_that_is_none(address, monkeypatch):
+    from huggingface_hub import constants
+
+    for name in weights.PROXIES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    weights.reachable.cache_clear()
+    with pytest.raises(UserError, match="HF_ENDPOINT=.*: not an address"):
+        weights.reachable()
