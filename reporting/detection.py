@@ -14,6 +14,7 @@ import common
 from common import UserError
 from dataset import formats, slides
 from dataset.annotations import by_image
+from dataset.formats import cells
 from reporting import folder
 
 RADIUS = 7.5  # µm
@@ -179,8 +180,8 @@ def probabilities(candidates):
             p = float("nan")
         if not 0 <= p <= 1 or isinstance(value, bool):
             raise UserError(
-                f"{candidates.path}: the probability of candidate {candidates.ids[i]} is {value}, "
-                "not a number from 0 to 1"
+                f"{candidates.path}: the probability of candidate {candidates.ids[i]} is "
+                f"{cells.shown(value)}, not a number from 0 to 1"
             )
         values[i] = p
     if len(values) and np.isnan(values).all():

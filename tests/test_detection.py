@@ -472,7 +472,7 @@ def test_probabilities_that_are_none_are_refused(dataset, tmp_path, value, capsy
 @pytest.mark.parametrize("value", [True, "0.5x", [0.5], {"p": 1}, 10**400])
 def test_json_probabilities_that_are_none_are_refused(dataset, tmp_path, value):
     path = midog(tmp_path / "scored.json", [("one.tiff", 5, 5, 0.5), ("one.tiff", 9, 9, value)])
-    with pytest.raises(UserError, match="the probability of candidate 1 is .* not a number"):
+    with pytest.raises(UserError, match="the probability of candidate 1 is .{1,60}, not a number"):
         detection.report(path, data.load_dataset(dataset))
 
 
