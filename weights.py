@@ -433,6 +433,8 @@ def reachable():
     try:
         url = urllib.parse.urlsplit(constants.ENDPOINT)
         port = url.port or {"http": 80}.get(url.scheme, 443)
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise ValueError("write it as https://HOST")
     except ValueError as error:
         raise UserError(f"HF_ENDPOINT={constants.ENDPOINT}: not an address ({error})") from None
     try:

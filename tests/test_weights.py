@@ -1115,7 +1115,9 @@ def test_torchvision_download_is_checked(monkeypatch, tmp_path):
     assert asked == [("https://download.pytorch.org/models/vit_b_16-c867db91.pth", "c867db91")]
 
 
-@pytest.mark.parametrize("address", ("http://127.0.0.1:99999", "http://[::1"))
+@pytest.mark.parametrize(
+    "address", ("http://127.0.0.1:99999", "http://[::1", "mirror.example", "ftp://mirror.example")
+)
 def test_an_address_of_the_hub_that_is_none(address, monkeypatch):
     from huggingface_hub import constants
 
