@@ -737,6 +737,9 @@ def test_the_table_is_printed(monkeypatch, capsys):
     for name in ("tiny", "wide"):  # of other tests
         monkeypatch.delitem(models.ENCODERS, name, raising=False)
     monkeypatch.setattr(weights, "reachable", lambda: False)
+    for name in list(models.ENCODERS):
+        if not models.ENCODERS[name].repo and name != "demo":  # of other tests
+            monkeypatch.delitem(models.ENCODERS, name)
     out = command(monkeypatch, capsys)
     for name, spec in models.ENCODERS.items():
         line = next(line for line in out.splitlines() if line.split()[:1] == [name])
