@@ -7,21 +7,24 @@
 # Environment: RUNS (folder of runs), FRACS, FOLDS, DOMAINS, METHODS, PYTHON, FLAGS (more flags for
 # train.py), MODEL_FLAGS (for train.py and probe.py, "--weights /models/uni --device cuda:1").
 
-list= child= failed=()
+list= failed=()
 if [ "${1:-}" = --list ]; then list=1; shift; fi
 python=${PYTHON:-python} runs=${RUNS:-runs} folds=${FOLDS:-0 1 2 3 4}
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
-stop() { [ -n "$child" ] && kill "$child" 2>/dev/null && wait "$child"; exit 143; }
+# Of the jobs, not of a variable: the signal may come before the variable is set.
+stop() {
+    local running
+    running=$(jobs -pr)
+    [ -n "$running" ] && kill $running 2>/dev/null
+    wait
+    exit 143
+}
 trap stop INT TERM HUP
 
 start() {
     "$python" "$@" &
-    child=$!
-    wait "$child"
-    local status=$?
-    child=
-    return $status
+    wait $!
 }
 
 run() {
