@@ -75,7 +75,9 @@ def names(folder):
 @pytest.mark.parametrize(
     "family,method",
     [
-        *((name, "lora") for name in FAMILIES if name != "resnet50"),
+        *((name, "lora") for name in FAMILIES if name not in ("resnet50", "swin", "conch")),
+        pytest.param("swin", "lora", marks=pytest.mark.slow),
+        pytest.param("conch", "lora", marks=pytest.mark.slow),
         pytest.param("resnet50", "probe", marks=pytest.mark.slow),
         ("gelu", "full"),
     ],

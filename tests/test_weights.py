@@ -678,6 +678,7 @@ def test_layers_left_out_are_checked_all_the_same(small, tmp_path):
 @pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="reads Linux's account of the process"
 )
+@pytest.mark.slow
 def test_memory_peaks_near_the_size_of_the_network(tmp_path):
     """A fp32 file read as bf16: the process grows by little more than the network."""
     code = """
