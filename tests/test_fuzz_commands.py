@@ -388,6 +388,7 @@ def test_a_thousand_tries(half, arena, capsys):
 
 @posix
 @pytest.mark.slow
+@pytest.mark.long
 def test_ten_thousand_tries(arena, capsys):
     try_all(range(1000, 11_000), arena, capsys)
 
