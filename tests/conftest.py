@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import signal
 import sys
 import tempfile
 
@@ -45,7 +46,19 @@ def clear_environment(environment):
     return cache
 
 
+def default_signals():
+    """Undo what a background job or nohup leaves to its children: signals that are ignored.
+
+    The commands keep an ignored signal ignored, as they should; the tests stop them by signals.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
+
+
 cache = clear_environment(os.environ)
+default_signals()
 
 
 class SignalStack(ctypes.Structure):

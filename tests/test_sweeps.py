@@ -348,11 +348,9 @@ def test_what_fails_stops_nothing_is_tried_again_and_named(python):
 
 @pytest.mark.parametrize("name", ["TERM", "INT", "HUP"])
 def test_a_stopped_sweep_takes_its_run_along_and_starts_no_other(python, name):
-    # A shell can trap what it was not started to ignore, which a job in the background is for INT.
     sweep = subprocess.Popen(
         ["bash", SWEEPS / "scaling.sh", "d", "uni"],
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         env=clean(PYTHON=str(python), METHODS="lora", FRACS="0.1 0.2 0.3", FOLDS="0", HANG="0.2"),
     )
     hanging = python.parent / "hanging"
