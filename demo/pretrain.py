@@ -1,6 +1,6 @@
 """Pretraining of the demo's small encoder (demo/encoder.safetensors, part of the repository).
 
-    python -m demo.pretrain     writes demo/encoder.safetensors again; about 5 minutes on 2 cores
+    python -m demo.pretrain     writes demo/encoder.safetensors again; about 3 minutes on 2 cores
 
 A ViT of the same code as the real encoders learns on synthetic tissue of other seeds than the
 demo's. Its embedding learns what the nucleus in the middle of a patch looks like (area, axes,
