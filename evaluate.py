@@ -39,7 +39,13 @@ from reporting.metrics import (  # noqa: F401  other programs use them as evalua
     weighted_f1,
 )
 
-DETECTION_FILES = ("detection.csv", "detection_curve.csv", "detection.png", "detection.svg")
+DETECTION_FILES = (
+    "detection.csv",
+    "detection_curve.csv",
+    "detection_combined.csv",
+    "detection.png",
+    "detection.svg",
+)
 
 
 def overview(finished):
@@ -155,12 +161,18 @@ def arguments():
     )
     group.add_argument(
         "--threshold",
-        default="0.5",
         metavar="P",
-        help="decision threshold of the second stage, between 0 and 1 (default: 0.5)",
+        help="decision threshold of the second stage, between 0 and 1 (default: 0.5; with "
+        "--combine: the best of the validation images)",
     )
     group.add_argument(
         "--only", metavar="RUN", help="compare only on the test images of this run's split"
+    )
+    group.add_argument(
+        "--combine",
+        choices=detection.COMBINATIONS,
+        help="combine the detector's own score with the probability: their product, or a logistic "
+        "regression fitted on the validation images of --only RUN (default: the probability alone)",
     )
     group.add_argument(
         "--data",
@@ -179,16 +191,34 @@ def detect(args):
     """F1 of detection before and after the second stage: table, CSV files and a figure."""
     if not args.data:
         raise UserError("--detection needs --data: the dataset with the annotated mitotic figures")
-    threshold = metrics.parse_threshold(args.threshold)
+    if args.combine and not args.only:
+        raise UserError(
+            "--combine needs --only RUN: thresholds and weights come from its validation images"
+        )
+    threshold = metrics.parse_threshold(args.threshold or "0.5")
     mpp = args.source_mpp
     if mpp is not None and not (math.isfinite(mpp) and 0.01 <= mpp <= 100):
         raise UserError(f"--source-mpp {mpp:g}: µm/px between 0.01 and 100 are needed")
     folder.check(args.out, DETECTION_FILES, [args.detection, args.data])
     annotations, _ = flags.from_source(vars(args))
-    ids = None
+    ids, split, files = None, None, {}
     if args.only:
-        ids = splits.load_split(Path(args.only) / "split.json", annotations).test
-    rows = detection.report(args.detection, annotations, ids, mpp)
+        split = splits.load_split(Path(args.only) / "split.json", annotations)
+        ids = split.test
+    if args.combine:
+        rows, compared = detection.combined_report(
+            args.detection, annotations, split, args.combine, mpp
+        )
+        print(
+            f"on the test images of {args.only}, each score from its best threshold on the "
+            "validation images on"
+        )
+        print(detection.comparison(compared) + "\n")
+        files["detection_combined.csv"] = detection.comparison_file(compared)
+        if args.threshold is None:
+            threshold = compared[-1][1]["threshold"]
+    else:
+        rows = detection.report(args.detection, annotations, ids, mpp)
 
     print(
         f"detection within {detection.RADIUS} µm, one to one; after: candidates with p >= "
@@ -201,7 +231,7 @@ def detect(args):
     if legend:
         print(textwrap.fill(legend, 100))
     pictures = figures.images(figures.detection(rows, threshold))
-    files = {f"detection.{kind}": content for kind, content in pictures.items()}
+    files |= {f"detection.{kind}": content for kind, content in pictures.items()}
     folder.write(args.out, "detection", detection.files(rows, threshold) | files)
     print(f"{args.out}/detection.csv, detection_curve.csv, detection.png")
 

@@ -315,10 +315,12 @@ class WholeSlide:
             number = tiff.different_pages(pages)
         self.notes = _notes(1, number)
 
-    def window(self, left, top, size):
-        """The square at (left, top) of level 0 as uint8 [size, size, 3]; white outside."""
+    def level_window(self, level, left, top, width, height):
+        """The pixels of a level from (left, top) on, which are level-0 px: uint8 [height, width,
+        3]; white where nothing was scanned.
+        """
         try:
-            rgba = np.asarray(self.handle.read_region((left, top), 0, (size, size)))
+            rgba = np.asarray(self.handle.read_region((left, top), level, (width, height)))
         except openslide.OpenSlideError as error:
             mine = opened()
             with mine.lock:  # OpenSlide answers nothing more on a handle that failed once
@@ -331,6 +333,11 @@ class WholeSlide:
         # Pixels that do not exist, or that a tile covers in part, lie on white.
         if alpha.min() < 255:
             window = ((window * alpha + WHITE * (255 - alpha) + 127) // 255).astype(np.uint8)
+        return window
+
+    def window(self, left, top, size):
+        """The square at (left, top) of level 0 as uint8 [size, size, 3]; white outside."""
+        window = self.level_window(0, left, top, size, size)
         # Some formats pad their last tiles with other colours.
         x0, y0, x1, y1 = -left, -top, self.width - left, self.height - top
         if x0 > 0 or y0 > 0 or x1 < size or y1 < size:

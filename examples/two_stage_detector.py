@@ -3,13 +3,15 @@
     python examples/two_stage_detector.py MODEL.onnx --data data/demo     detect, and measure
     python examples/two_stage_detector.py MODEL.onnx --slide S.svs        detect on a slide
 
-First stage: dark blobs in the haematoxylin channel, as bright against their surroundings as a
-mitotic figure is. It finds nearly all of them, and ten times as many other nuclei. Second stage:
-`Classifier.score` scores every one. Written to --out: mitotic-figures.json of each image in the
-MIDOG challenge's format (millimetres), and with --data detection.json (F1 of both stages) and
-detection.png.
+First stage: `scoring.blobs`, dark blobs of haematoxylin; it finds nearly all mitotic figures, and
+ten times as many other nuclei. Second stage: `Classifier.score` scores every one. With --data the
+scores of both stages are also combined, by their product and by logistic regression; thresholds and
+weights come from validation images, the figures from held-out ones. Written to --out:
+mitotic-figures.json of each image in the MIDOG challenge's format (millimetres), and with --data
+detection.json (F1, and mitotic counts per mm² against the truth) and detection.png.
 
-Replace `blobs` by a detector of your own, and the rest stays as it is."""
+Replace `blobs.find` by a detector of your own, and the rest stays as it is. For a slide without
+annotations, `python classify.py MODEL.onnx --slide S --candidates blobs --out O` does the same."""
 
 import argparse
 import sys
@@ -23,171 +25,42 @@ import common
 from common import UserError
 from dataset import formats, slides
 from onnx_model import session
+from reporting import detection
+from scoring import blobs, count
 
-WORKING = 0.5  # µm/px of the first stage: enough to see that something is a dark blob
-TILE, MARGIN = 1024, 48  # px at that resolution
-INNER, OUTER = 2.0, 6.0  # µm, standard deviations of the two blurs: a figure, and its surroundings
-APART = 6.0  # µm: of two blobs that are nearer, the weaker is dropped
-LEAST = 0.02  # optical density above the surroundings, below which nothing is a candidate
-MATCH = 7.5  # µm: a detection this near to an annotation has found it (as in the MIDOG challenge)
-
-# Optical densities of haematoxylin, eosin and the remainder, in red, green and blue (Ruifrok &
-# Johnston 2001)
-STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
-
-
-# ---------------------------------------------------------------- first stage
-
-
-def haematoxylin(pixels):
-    """Amount of haematoxylin float32 [h, w] in uint8 RGB."""
-    density = -np.log((pixels.astype(np.float32) + 1) / 256)
-    return np.maximum(density @ np.linalg.inv(STAINS)[:, 0].astype(np.float32), 0)
-
-
-def blur(image, sigma, known=None):
-    """Gaussian blur by three box filters, each a difference of cumulative sums; of the pixels that
-    are `known`.
-    """
-    if known is not None and not known.all():
-        return blur(image * known, sigma) / np.maximum(blur(known.astype(np.float32), sigma), 1e-3)
-    radius = max(1, round((12 * sigma**2 / 3 + 1) ** 0.5 / 2 - 0.5))
-    for axis in (0, 1) * 3:
-        border = [(0, 0), (0, 0)]
-        border[axis] = (radius + 1, radius)
-        sums = np.cumsum(np.pad(image, border, mode="edge"), axis=axis, dtype=np.float64)
-        starts = np.arange(image.shape[axis])
-        width = 2 * radius + 1
-        box = np.take(sums, starts + width, axis=axis) - np.take(sums, starts, axis=axis)
-        image = (box / width).astype(np.float32)
-    return image
-
-
-def blobs(image, mpp):
-    """Candidates of an image → x, y (level-0 px), score; `mpp`: its µm/px."""
-    width, height = slides.dimensions(image)
-    scale = WORKING / mpp  # level-0 px per px here
-    step = TILE - 2 * MARGIN
-    candidates, levels = [], []
-    for top in np.arange(0, height / scale, step):
-        for left in np.arange(0, width / scale, step):
-            center = (np.array([left, top]) - MARGIN + TILE / 2) * scale
-            tile = slides.read(image, *center, TILE, mpp=WORKING, source_mpp=mpp)
-            if (tile.min(axis=2) > 225).mean() > 0.995:
-                continue  # glass
-            amount = haematoxylin(tile)
-            levels.append(np.percentile(amount, 99))
-
-            # Only what lies on the image counts as surroundings.
-            offsets = (np.arange(TILE) + 0.5 - TILE / 2) * scale
-            columns, rows = center[0] + offsets, center[1] + offsets
-            known = np.outer(
-                (0 <= rows) & (rows < height),
-                (0 <= columns) & (columns < width),
-            )
-            score = blur(amount, INNER / WORKING, known) - blur(amount, OUTER / WORKING, known)
-            for x, y in peaks(score):
-                cx, cy = columns[x], rows[y]
-                if 0 <= cx < width and 0 <= cy < height:
-                    candidates.append((cx, cy, score[y, x]))
-    if not candidates:
-        return np.zeros(0), np.zeros(0), np.zeros(0)
-    x, y, score = np.array(candidates).T
-    score /= np.median(levels)  # slides are stained to different strengths
-    keep = strongest(x, y, score, APART / mpp)
-    return x[keep], y[keep], score[keep]
-
-
-def peaks(score):
-    """(x, y) of the local maxima of a tile's score, its margin left out."""
-    shifts = [(a, b) for a in (-1, 0, 1) for b in (-1, 0, 1) if (a, b) != (0, 0)]
-    around = np.max([np.roll(score, shift, (0, 1)) for shift in shifts], axis=0)
-    y, x = np.nonzero((score > around) & (score > LEAST))
-    inside = (np.minimum(x, y) >= MARGIN) & (np.maximum(x, y) < TILE - MARGIN)
-    return zip(x[inside], y[inside])
-
-
-def strongest(x, y, score, distance):
-    """Rows that remain if, of two nearer than `distance`, the weaker goes."""
-    cells, keep = {}, []  # cells of a grid as wide as `distance`: only neighbours can be too near
-    for i in np.argsort(-score, kind="stable"):
-        column, row = int(x[i] // distance), int(y[i] // distance)
-        near = []
-        for a in (-1, 0, 1):
-            for b in (-1, 0, 1):
-                near += cells.get((column + a, row + b), [])
-        if all((x[i] - x[j]) ** 2 + (y[i] - y[j]) ** 2 >= distance**2 for j in near):
-            cells.setdefault((column, row), []).append(i)
-            keep.append(i)
-    return np.array(keep, dtype=np.int64)
+SCORES = {  # name → what it is of an image's dict
+    "first stage": "score",
+    "classifier": "probability",
+    "product": "product",
+    "logistic": "logistic",
+}
 
 
 # ---------------------------------------------------------------- both stages
 
 
 def detect(image, classifier, given_mpp=None):
-    """Both stages on one image → dict of arrays x, y, blob, probability, and its mpp."""
+    """Both stages on one image → dict of arrays x, y (px), score (first stage), probability, and
+    mpp (µm/px) and tissue (mm²).
+    """
     mpp = given_mpp or slides.microns_per_pixel(image) or classifier.mpp
     if mpp is None:
         raise UserError(f"{image}: its µm/px is unknown, and the model's too; give --mpp")
-    x, y, blob = blobs(image, mpp)
-    probability = classifier.score(image, x, y, mpp=mpp)
-    return {"x": x, "y": y, "blob": blob, "probability": probability, "mpp": mpp}
-
-
-def match(x, y, score, truth, distance):
-    """Greedy matching, best score first, each annotation once → bool [n]: which detections are
-    hits.
-    """
-    free, hit = np.ones(len(truth), bool), np.zeros(len(x), bool)
-    for i in np.argsort(-score, kind="stable"):
-        if free.any():
-            squared = np.where(free, ((truth - (x[i], y[i])) ** 2).sum(axis=1), np.inf)
-            j = int(np.argmin(squared))
-            if squared[j] <= distance**2:
-                free[j], hit[i] = False, True
-    return hit
-
-
-def curve(images, key):
-    """Scores from the highest, and precision, recall and F1 of the detections down to each, over
-    several images together.
-    """
-    scores, hits, total = [], [], 0
-    for one in images:
-        scores.append(one[key])
-        hits.append(match(one["x"], one["y"], one[key], one["truth"], MATCH / one["mpp"]))
-        total += len(one["truth"])
-    scores, hits = np.concatenate(scores), np.concatenate(hits)
-    order = np.argsort(-scores, kind="stable")
-    correct, detections = np.cumsum(hits[order]), np.arange(1, len(order) + 1)
-    precision, recall = correct / detections, correct / max(total, 1)
-    return scores[order], precision, recall, 2 * correct / (detections + total)
-
-
-def at(images, key, threshold):
-    """(F1, precision, recall) of the detections with a score of at least `threshold`."""
-    scores, precision, recall, f1 = curve(images, key)
-    n = int((scores >= threshold).sum())
-    if n == 0:
-        return 0.0, 0.0, 0.0
-    return float(f1[n - 1]), float(precision[n - 1]), float(recall[n - 1])
-
-
-def best(images, key):
-    """The threshold of the highest F1; 0.5 without detections."""
-    scores, _, _, f1 = curve(images, key)
-    if not len(f1):
-        return 0.5
-    return float(scores[int(np.argmax(f1))])
-
-
-# ---------------------------------------------------------------- the command
+    first = blobs.find(image, mpp)
+    probability = classifier.score(image, first.x, first.y, mpp=mpp)
+    return {
+        "x": first.x,
+        "y": first.y,
+        "score": first.score,
+        "probability": probability,
+        "mpp": mpp,
+        "tissue": first.tissue.area(mpp),
+    }
 
 
 def annotated_images(args):
     """Annotated images with their mitotic figures, in two parts: (to choose thresholds on, held
-    out); each [(path, truth float [n, 2])].
+    out); each [(path, x [n], y [n])], px.
     """
     import data
 
@@ -208,55 +81,79 @@ def annotated_images(args):
 
     def with_truth(name):
         rows = (table.image == name) & (table.label == 1)
-        return table.image_path(name), np.stack([table.x[rows], table.y[rows]], axis=1)
+        return table.image_path(name), table.x[rows], table.y[rows]
 
     return [[with_truth(name) for name in names] for names in parts]
 
 
 def measure(images, classifier, mpp):
-    """`detect` on annotated images → its dicts, with image and truth."""
+    """`detect` on annotated images → its dicts, with image and the truth (figures_x, figures_y)."""
     results = []
     with common.progress(images, desc="images", unit="images") as bar:
-        for path, truth in bar:
-            results.append({**detect(path, classifier, mpp), "image": path, "truth": truth})
+        for path, x, y in bar:
+            truth = {"image": path, "figures_x": x, "figures_y": y}
+            results.append(detect(path, classifier, mpp) | truth)
     return results
 
 
+# ---------------------------------------------------------------- how good it is
+
+
 def report(tuning, held_out, classifier, out):
-    """Print and write how good both stages are → the threshold, chosen on `tuning`."""
-    threshold = best(tuning, "probability")
-    # The best that the first stage can do, chosen on the very images that it is judged on.
-    flattering = best(held_out, "blob")
-    first = at(held_out, "blob", flattering)
-    both = at(held_out, "probability", threshold)
-    stored = at(held_out, "probability", classifier.threshold)
+    """Print and write how good each score is → the classifier's threshold, chosen on `tuning`."""
+    for how in detection.COMBINATIONS:
+        detection.add_combined(tuning, held_out, how)
+        for image in (*tuning, *held_out):
+            image[how] = image.pop("combined")
+    results = {}
+    for name, key in SCORES.items():
+        threshold = detection.best(detection.score_images(tuning, key=key))["threshold"]
+        results[name] = judged(held_out, key, threshold)
+    results["classifier, its own threshold"] = judged(held_out, "probability", classifier.threshold)
     rows = []
-    for name, values in (
-        ("first stage, its best threshold on these images", first),
-        ("both stages, threshold from validation images", both),
-        ("both stages, the model's own threshold", stored),
-    ):
-        rows.append([name, *(f"{value:.3f}" for value in values)])
-    header = ("on held-out images", "F1", "precision", "recall")
-    print(common.table(rows, header, right=(1, 2, 3)))
-    names = ("f1", "precision", "recall")
-    common.write_json(
-        out / "detection.json",
-        {
-            "first": dict(zip(names, first), threshold=flattering),
-            "both": dict(zip(names, both), threshold=threshold),
-            "images": len(held_out),
-            "mitotic_figures": sum(len(one["truth"]) for one in held_out),
-            "candidates": sum(len(one["x"]) for one in held_out),
-        },
+    for name, values in results.items():
+        numbers = [values[key] for key in ("f1", "precision", "recall")]
+        rows.append([name, *(f"{number:.3f}" for number in numbers), f"{values['error']:.1f}"])
+    header = ("on held-out images", "F1", "precision", "recall", "error of the count per mm²")
+    print(common.table(rows, header, right=(1, 2, 3, 4)))
+    figures = sum(len(one["figures_x"]) for one in held_out)
+    area = sum(one["tissue"] for one in held_out)
+    print(
+        f"{figures} mitotic figures on {len(held_out)} images, {area:.2f} mm² of tissue; "
+        "thresholds and weights from validation images; error: mean over the images"
     )
-    thresholds = {"blob": flattering, "probability": threshold}
-    draw(out / "detection.png", held_out, thresholds, first, both)
+    content = {
+        "scores": results,
+        "images": len(held_out),
+        "mitotic_figures": figures,
+        "candidates": sum(len(one["x"]) for one in held_out),
+        "tissue_mm2": area,
+    }
+    common.write_json(out / "detection.json", content)
+    draw(out / "detection.png", held_out, results)
     print(f"figure: {out / 'detection.png'}")
-    return threshold
+    return results["classifier"]["threshold"]
 
 
-def draw(path, images, threshold, first, both):
+def judged(images, key, threshold):
+    """detection.at() of a score from a threshold on, with the counts per mm² of tissue: counts
+    [(detected, true)] of each image, and the mean of their differences.
+    """
+    counts = []
+    for one in images:
+        size = slides.dimensions(one["image"])
+        found = one[key] >= threshold
+        pair = []
+        for x, y in ((one["x"][found], one["y"][found]), (one["figures_x"], one["figures_y"])):
+            counted = count.count(x, y, one["mpp"], size, tissue=one["tissue"])
+            pair.append(counted.per_mm2 or 0.0)
+        counts.append(pair)
+    error = float(np.mean([abs(found - true) for found, true in counts]))
+    values = detection.at(detection.score_images(images, key=key), threshold)
+    return {**values, "counts": counts, "error": error}
+
+
+def draw(path, images, results):
     """Left: first stage; middle: both; right: precision and recall of all thresholds, on the
     held-out images.
     """
@@ -266,19 +163,19 @@ def draw(path, images, threshold, first, both):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(16, 5.6), constrained_layout=True)
-    example = max(images, key=lambda one: len(one["truth"]))
-    draw_image(axes[0], example, "blob", threshold["blob"])
-    axes[0].set_title(f"first stage alone: F1 {first[0]:.3f} on all images")
-    draw_image(axes[1], example, "probability", threshold["probability"])
-    axes[1].set_title(f"both stages: F1 {both[0]:.3f} on all images")
-    for key, colour, label, chosen in (
-        ("blob", "#7f7f7f", "first stage", first),
-        ("probability", "#1f77b4", "both stages", both),
-    ):
-        _, precision, recall, _ = curve(images, key)
-        axes[2].plot(recall, precision, color=colour, label=label)
-        axes[2].plot(chosen[2], chosen[1], "o", color=colour)
-    figures = sum(len(one["truth"]) for one in images)
+    example = max(images, key=lambda one: len(one["figures_x"]))
+    for axis, name in zip(axes, ("first stage", "classifier")):
+        draw_image(axis, example, SCORES[name], results[name]["threshold"])
+        axis.set_title(f"{name}: F1 {results[name]['f1']:.3f} on all images")
+    for name, key in SCORES.items():
+        curve = detection.score_images(images, key=key)
+        (line,) = axes[2].plot(
+            curve["tp"] / max(curve["figures"], 1),
+            curve["tp"] / (curve["tp"] + curve["fp"]),
+            label=name,
+        )
+        axes[2].plot(results[name]["recall"], results[name]["precision"], "o", c=line.get_color())
+    figures = sum(len(one["figures_x"]) for one in images)
     axes[2].set(
         xlabel="recall",
         ylabel="precision",
@@ -296,20 +193,21 @@ def draw_image(axis, one, key, threshold):
     """A part of an image with its annotations, and its detections from `threshold` on."""
     width, height = slides.dimensions(one["image"])
     side = min(width, height, 1200)
+    truth = np.stack([one["figures_x"], one["figures_y"]], axis=1)
     center = np.array([width / 2, height / 2])
-    if len(one["truth"]):
-        center = np.median(one["truth"], axis=0)
+    if len(truth):
+        center = np.median(truth, axis=0)
     left = int(np.clip(center[0] - side / 2, 0, width - side))
     top = int(np.clip(center[1] - side / 2, 0, height - side))
     axis.imshow(slides.read(one["image"], left + side / 2, top + side / 2, side))
 
     rows = one[key] >= threshold
-    x, y = one["x"][rows], one["y"][rows]
-    hit = match(x, y, one[key][rows], one["truth"], MATCH / one["mpp"])
+    shown = {**one, **{name: one[name][rows] for name in ("x", "y", "probability")}}
+    hit = detection.found_by(shown)
     for which, colour, label in ((hit, "#1a9850", "found"), (~hit, "#d73027", "false")):
         axis.scatter(
-            x[which] - left,
-            y[which] - top,
+            shown["x"][which] - left,
+            shown["y"][which] - top,
             s=160,
             facecolors="none",
             edgecolors=colour,
@@ -317,15 +215,18 @@ def draw_image(axis, one, key, threshold):
             label=f"{label} ({which.sum()})",
         )
     axis.scatter(
-        *(one["truth"] - (left, top)).T,
+        *(truth - (left, top)).T,
         marker="+",
         s=60,
         c="black",
         linewidths=1,
-        label=f"annotated ({len(one['truth'])})",
+        label=f"annotated ({len(truth)})",
     )
     axis.set(xlim=(0, side), ylim=(side, 0), xticks=[], yticks=[])
     axis.legend(loc="lower right", fontsize=8)
+
+
+# ---------------------------------------------------------------- the command
 
 
 def refuse_twice(images):
@@ -391,7 +292,7 @@ def main():
     threshold = classifier.threshold
     if args.data:
         tuning, held_out = annotated_images(args)
-        refuse_twice([path for path, _ in held_out] + args.slide)
+        refuse_twice([path for path, *_ in held_out] + args.slide)
         tuning, held_out = (measure(images, classifier, args.mpp) for images in (tuning, held_out))
         threshold = report(tuning, held_out, classifier, out)
         for one in held_out:
@@ -399,8 +300,15 @@ def main():
     for slide in map(Path, args.slide):
         one = {**detect(slide, classifier, args.mpp), "image": slide}
         save(out, one, threshold)
-        figures = int((one["probability"] >= threshold).sum())
-        print(f"{slide}: {len(one['x'])} candidates, {figures} mitotic figures")
+        found = one["probability"] >= threshold
+        counted = count.count(
+            one["x"][found],
+            one["y"][found],
+            one["mpp"],
+            slides.dimensions(slide),
+            tissue=one["tissue"],
+        )
+        print(f"{slide}: {len(found)} candidates, {count.text(counted)}")
     print(f"written: {out}/*/mitotic-figures.json")
 
 

@@ -15,10 +15,11 @@ from common import UserError
 from dataset import formats, slides
 from dataset.annotations import by_image
 from dataset.formats import cells
-from reporting import folder
+from reporting import combine, folder
 
 RADIUS = 7.5  # µm
 CURVE_COLUMNS = ("domain", "threshold", "tp", "fp", "fn")
+COMBINATIONS = ("product", "logistic")  # see reporting/combine.py
 
 
 def matched(x, y, score, figures_x, figures_y, radius):
@@ -94,15 +95,15 @@ class Matching:
             figure, i = previous, int(self.reached_from[previous])
 
 
-def score_images(images, radius=RADIUS):
+def score_images(images, radius=RADIUS, key="probability"):
     """The curve of detection over images, as a dict: thresholds [T] from the highest probability,
     tp, fp, fn [T] of the candidates with p >= threshold, and the numbers of figures and candidates.
 
     images: list of dicts with x, y, probability (candidates, px), figures_x, figures_y (px), mpp
-    (µm/px), domain; radius: µm."""
+    (µm/px), domain; radius: µm; key: another score of the candidates, of any scale."""
     probability, adds, figures = [np.zeros(0)], [np.zeros(0, bool)], 0
     for image in images:
-        p = np.asarray(image["probability"], np.float64)
+        p = np.asarray(image[key], np.float64)
         order, adds_one = matched(
             image["x"],
             image["y"],
@@ -115,8 +116,10 @@ def score_images(images, radius=RADIUS):
         adds.append(adds_one)
         figures += len(image["figures_x"])
     p, adds = np.concatenate(probability), np.concatenate(adds)
-    if not ((p >= 0) & (p <= 1)).all():
+    if key == "probability" and not ((p >= 0) & (p <= 1)).all():
         raise UserError("the candidates' probabilities hold NaN or numbers outside 0 … 1")
+    if not np.isfinite(p).all():
+        raise UserError(f"the candidates' values of {key} hold NaN or infinity")
     # A stable sort keeps the order within each image, so that its prefixes stay prefixes.
     order = np.argsort(-p, kind="stable")
     p, tp = p[order], np.cumsum(adds[order])
@@ -189,6 +192,17 @@ def probabilities(candidates):
     return values
 
 
+def detector_scores(candidates):
+    """The detector's own score of each candidate [n], NaN where the file has none; UserError: one
+    is no number."""
+    values = np.full(len(candidates), np.nan)
+    for i, value in enumerate(candidates.scores):
+        if value not in (None, ""):
+            where = f"{candidates.path}, candidate {candidates.ids[i]}"
+            values[i] = cells.number(where, value, "the detector's score")
+    return values
+
+
 def stem(name):
     """How candidates name an image: file name without folder, ending and case."""
     return Path(str(name)).name.rsplit(".", 1)[0].lower()
@@ -205,10 +219,11 @@ def annotated_images(annotations):
 
 
 def images_of(candidates, probability, annotations, ids=None, mpp=None):
-    """Candidates and figures by image, as score_images() wants them.
+    """Candidates and figures by image, as score_images() wants them, with the detector's own score.
 
     probability: [n], NaN: not scored; ids: of the annotations of a test set, whose images alone are
     compared; mpp: µm/px of all images, else as they say."""
+    scores = detector_scores(candidates)
     images, ambiguous = annotated_images(annotations)
     names = np.array([stem(name) if name else "" for name in candidates.images], dtype=object)
     # MIDOG JSON also lists the images without a candidate.
@@ -253,6 +268,7 @@ def images_of(candidates, probability, annotations, ids=None, mpp=None):
                 "x": candidates.x[on_image] * unit,
                 "y": candidates.y[on_image] * unit,
                 "probability": probability[on_image],
+                "score": scores[on_image],
                 "figures_x": annotations.x[figures],
                 "figures_y": annotations.y[figures],
                 "mpp": scale,
@@ -291,7 +307,11 @@ def report(path, annotations, ids=None, mpp=None):
 
     ids, mpp: see images_of()."""
     candidates = formats.read_candidates(path)
-    images = images_of(candidates, probabilities(candidates), annotations, ids, mpp)
+    return by_domain(images_of(candidates, probabilities(candidates), annotations, ids, mpp))
+
+
+def by_domain(images):
+    """The rows of report() of images as of images_of()."""
     rows = [("all", len(images), score_images(images))]
     domains = sorted({image["domain"] for image in images})
     if len(domains) > 1:
@@ -299,6 +319,95 @@ def report(path, annotations, ids=None, mpp=None):
             of_domain = [image for image in images if image["domain"] == domain]
             rows.append((domain, len(of_domain), score_images(of_domain)))
     return rows
+
+
+# ---------------------------------------------------------------- two scores as one
+
+
+def combined_report(path, annotations, split, how, mpp=None):
+    """Detection by a file of scored candidates that also have the detector's own score → (rows as
+    of report(), by the combined score of the split's test images; rows of compare()).
+
+    how: one of COMBINATIONS. Weights and thresholds come from the split's validation images, never
+    from those of the test. UserError: an image is in both, a candidate has no score."""
+    candidates = formats.read_candidates(path)
+    probability = probabilities(candidates)
+    shared = set(annotations.image[annotations.rows(split.val)].tolist())
+    shared &= set(annotations.image[annotations.rows(split.test)].tolist())
+    if shared:
+        raise UserError(
+            f"--combine: {min(shared)} has both validation and test annotations; a run that was "
+            "split by case is needed"
+        )
+    validation, test = (
+        images_of(candidates, probability, annotations, ids, mpp) for ids in (split.val, split.test)
+    )
+    if any(np.isnan(image["score"]).any() for image in (*validation, *test)):
+        raise UserError(
+            f"{path}: a candidate has no score of the detector's (CSV: a column score; MIDOG JSON: "
+            "score; the challenge's JSON: detector_probability, which classify.py keeps)"
+        )
+    add_combined(validation, test, how)
+    by_combined = [{**image, "probability": image["combined"]} for image in test]
+    return by_domain(by_combined), compare(validation, test, how)
+
+
+def add_combined(validation, test, how):
+    """Give each image, as of images_of(), its candidates' "combined" score: of the product, or of
+    the logistic regression that was fitted on the validation images."""
+    combination = combine.product
+    if how == "logistic":
+        found = [found_by(image) for image in validation]
+        combination = combine.fit(
+            *(np.concatenate([i[key] for i in validation]) for key in ("score", "probability")),
+            np.concatenate(found),
+        )
+    for image in (*validation, *test):
+        image["combined"] = combination(image["score"], image["probability"])
+
+
+def found_by(image):
+    """Which candidates of an image find a figure, one to one: bool [n]."""
+    order, adds = matched(
+        image["x"],
+        image["y"],
+        image["probability"],
+        image["figures_x"],
+        image["figures_y"],
+        RADIUS / image["mpp"],
+    )
+    found = np.zeros(len(order), bool)
+    found[order] = adds
+    return found
+
+
+def compare(validation, test, how):
+    """Either score alone and both combined on the test images, each from its threshold of the best
+    F1 on the validation images on: rows of (name, at()).
+    """
+    rows = []
+    for name, key in (("detector", "score"), ("classifier", "probability"), (how, "combined")):
+        threshold = best(score_images(validation, key=key))["threshold"]
+        rows.append((name, at(score_images(test, key=key), threshold)))
+    return rows
+
+
+def comparison(rows):
+    """The rows of compare() as the text of a table."""
+    lines = []
+    for name, values in rows:
+        numbers = [values[key] for key in ("threshold", "precision", "recall", "f1")]
+        lines.append([name, *(f"{number:.3f}" for number in numbers)])
+    header = ["score", "threshold", "precision", "recall", "F1"]
+    return common.table(lines, header, right=range(1, 5))
+
+
+def comparison_file(rows):
+    """The rows of compare() as the text of a CSV file."""
+    return folder.csv_text([{"score": name, **values} for name, values in rows])
+
+
+# ---------------------------------------------------------------- tables
 
 
 def table(rows, threshold):

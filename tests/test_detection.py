@@ -5,6 +5,7 @@ errors.
 import csv
 import itertools
 import json
+import re
 import tracemalloc
 
 import numpy as np
@@ -696,3 +697,110 @@ def test_every_prefix_of_a_small_case_by_hand():
             x, np.zeros(3), [0.9, 0.8, 0.7], np.array([5.0, 15.0]), np.zeros(2), 6
         )
         assert order.tolist() == [0, 1, 2] and found.tolist() == [True, True, False]
+
+
+# ---------------------------------------------------------------- two scores as one
+
+
+def scored_world(folder, images=40, seed=0):
+    """A dataset of 40 images, one case each, with candidates whose detector and classifier see
+    different things → (annotation file, scored CSV, run folder with a split by image).
+    """
+    rng = np.random.default_rng(seed)
+    folder.mkdir()
+    (folder / "run").mkdir()
+    listed, cells, rows = [], [], ["filename,x,y,score,probability"]
+    for k in range(images):
+        name = f"{k:02d}.tiff"
+        Image.new("RGB", (800, 800), "white").save(
+            folder / name, resolution=40000, resolution_unit=3
+        )
+        listed.append({"id": k, "file_name": name, "width": 800, "height": 800})
+        places = rng.permutation(64)[:30] * 100.0
+        for j, place in enumerate(places):
+            x, y, figure = place % 800 + 50, place // 800 * 100 + 50, j < 10
+            score, probability = 1 / (1 + np.exp(-rng.normal(2 * figure - 1, 1.0, 2)))
+            rows.append(f"{name},{x},{y},{score},{probability}")
+            box = [x - 25, y - 25, x + 25, y + 25]
+            cell = {"id": len(cells), "image_id": k, "bbox": box, "category_id": 2 - figure}
+            cells.append(cell)
+    content = {
+        "images": listed,
+        "annotations": cells,
+        "categories": [{"id": 1, "name": "mitotic figure"}, {"id": 2, "name": "hard negative"}],
+    }
+    (folder / "annotations.json").write_text(json.dumps(content))
+    (folder / "scored.csv").write_text("\n".join(rows) + "\n")
+    data.make_split(data.load_dataset(folder / "annotations.json")).save(
+        folder / "run" / "split.json"
+    )
+    return folder / "annotations.json", folder / "scored.csv", folder / "run"
+
+
+@pytest.mark.parametrize("how", detection.COMBINATIONS)
+def test_combined_scores_beat_either_alone(tmp_path, capsys, how):
+    truth, scored, run = scored_world(tmp_path / "world")
+    flags = ("--detection", scored, "--data", truth, "--only", run, "--combine", how)
+    assert call(evaluate, *flags, "--out", tmp_path / "report") == 0
+    with open(tmp_path / "report" / "detection_combined.csv", newline="") as file:
+        f1 = {row["score"]: float(row["f1"]) for row in csv.DictReader(file)}
+    assert list(f1) == ["detector", "classifier", how]
+    assert f1[how] > max(f1["detector"], f1["classifier"]) + 0.03
+    said = capsys.readouterr().out
+    assert all(f"{value:.3f}" in said for value in f1.values())
+    with open(tmp_path / "report" / "detection.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["after_f1"]) == f1[how]  # from the validation images' threshold on
+
+
+def test_nothing_is_fitted_or_chosen_on_test_images(tmp_path):
+    """Whatever the test images' truth is: weights and thresholds stay."""
+    truth, scored, run = scored_world(tmp_path / "world")
+    table = data.load_dataset(truth)
+    split = data.load_split(run / "split.json", table)
+    _, before = detection.combined_report(scored, table, split, "logistic")
+    table.label[table.rows(split.test)] = 1 - table.label[table.rows(split.test)]
+    _, after = detection.combined_report(scored, table, split, "logistic")
+    assert [v["threshold"] for _, v in before] == [v["threshold"] for _, v in after]
+    assert [v["f1"] for _, v in before] != [v["f1"] for _, v in after]
+
+
+def test_scores_of_a_detector_that_cannot_be_combined(tmp_path, capsys):
+    truth, scored, run = scored_world(tmp_path / "world")
+    said = ("--detection", scored, "--data", truth, "--out", tmp_path / "report")
+    assert "--combine needs --only RUN" in failure(capsys, *said, "--combine", "product")
+    text = scored.read_text()
+    for change, says in (
+        (lambda row: row.replace("score", "remark"), "has no score of the detector's"),
+        (lambda row: re.sub(r"^(\d\d.tiff,[^,]*,[^,]*),[^,]*", r"\1,", row), "has no score"),
+        (
+            lambda row: re.sub(r"^(\d\d.tiff,[^,]*,[^,]*),[^,]*", r"\1,high", row),
+            "a number is needed",
+        ),
+        (lambda row: re.sub(r"^(\d\d.tiff,[^,]*,[^,]*),[^,]*", r"\1,7", row), "from 0 to 1"),
+    ):
+        scored.write_text("\n".join(map(change, text.splitlines())) + "\n")
+        flags = (*said, "--only", run, "--combine", "product")
+        assert says in failure(capsys, *flags)
+    scored.write_text(text)
+    content = json.loads(truth.read_text())
+    for cell in content["annotations"]:
+        cell["image_id"] %= 2
+    truth.write_text(json.dumps(content))
+    data.make_split(data.load_dataset(truth), by="annotation").save(run / "split.json")
+    assert "both validation and test" in failure(
+        capsys, *said, "--only", run, "--combine", "logistic"
+    )
+    assert not (tmp_path / "report").exists()
+
+
+def test_the_challenges_file_keeps_the_detectors_probability(tmp_path):
+    content = formats.challenge.content_of([10], [20], [0.3], 0.5, 0.25)
+    (tmp_path / "points.json").write_text(json.dumps(content))
+    for probability in (0.9, 0.8):  # scored, and scored again
+        candidates = formats.read_candidates(tmp_path / "points.json")
+        formats.write(candidates, tmp_path / "out.json", np.array([probability]), 0.5, ["a", "b"])
+        (tmp_path / "points.json").write_text((tmp_path / "out.json").read_text())
+    candidates = formats.read_candidates(tmp_path / "out.json")
+    assert detection.detector_scores(candidates).tolist() == [0.3]
+    assert detection.probabilities(candidates).tolist() == [0.8]

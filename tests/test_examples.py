@@ -22,12 +22,11 @@ from PIL import Image
 import data
 from dataset import slides
 from demo import synthetic
+from onnx_model import session
+from reporting import detection
+from scoring import blobs
 
 HERE = Path(__file__).resolve().parent.parent
-sys.path.append(str(HERE / "examples"))
-import two_stage_detector as detector
-
-from onnx_model import session
 
 
 @pytest.fixture(scope="module")
@@ -78,83 +77,14 @@ def test_the_first_stage_finds_the_figures(tissue):
     """
     _, table, _ = tissue
     for name in np.unique(table.image):
-        x, y, score = detector.blobs(table.image_path(name), 0.25)
+        found = blobs.find(table.image_path(name))
         figures = (table.image == name) & (table.label == 1)
         truth = np.stack([table.x[figures], table.y[figures]], axis=1)
-        away = np.hypot(x[:, None] - truth[:, 0], y[:, None] - truth[:, 1])
-        assert (away.min(axis=0) <= detector.MATCH / 0.25).mean() >= 0.9, name
-        assert (np.diff(score) <= 0).all() and len(x) < 600
-        apart = np.hypot(x[:, None] - x, y[:, None] - y)
-        assert apart[~np.eye(len(x), dtype=bool)].min() >= detector.APART / 0.25
-
-
-@pytest.mark.slow
-def test_tiles_leave_no_trace(tmp_path):
-    """A blob is found where it is, once, between two tiles too, and at any resolution; on glass
-    there is none.
-    """
-    side, places = 2600, [(700, 700), (1856.5, 400.5), (1856, 1856), (30, 2570), (2560, 1300)]
-    y, x = np.mgrid[0:side, 0:side].astype(np.float32)
-    amount = sum(np.exp(-((x - a) ** 2 + (y - b) ** 2) / (2 * 12**2)) for a, b in places) + 0.4
-    colours = np.exp(-amount[..., None] * np.array([0.65, 0.70, 0.29])) * 255
-    Image.fromarray(colours.astype(np.uint8)).save(tmp_path / "a.png")
-    for mpp in (0.25, 0.2):
-        found = np.stack(detector.blobs(tmp_path / "a.png", mpp)[:2], axis=1)
-        assert len(found) == len(places)
-        away = np.hypot(*(found[:, None] - np.array(places)).transpose(2, 0, 1))
-        assert away.min(axis=0).max() < 5, "px"
-    Image.new("RGB", (600, 600), "white").save(tmp_path / "glass.png")
-    assert len(detector.blobs(tmp_path / "glass.png", 0.25)[0]) == 0
-
-
-def test_blur_is_nearly_a_gaussian():
-    """Of a point: its sum and its width. Beside pixels that are not known (outside of the slide) as
-    if these were as those that are."""
-    image = np.zeros((201, 201), np.float32)
-    image[100, 100] = 1
-    distance = np.arange(201) - 100
-    for sigma in (4, 12):
-        spread = detector.blur(image, sigma)
-        assert spread.sum() == pytest.approx(1, abs=1e-3)
-        for axis in (0, 1):
-            assert (spread.sum(axis=axis) @ distance**2) ** 0.5 == pytest.approx(sigma, rel=0.15)
-    known = np.ones((201, 201), bool)
-    known[:, 150:] = False
-    flat = np.where(known, np.float32(0.7), np.float32(0))
-    assert np.allclose(detector.blur(flat, 12, known)[:, :150], 0.7, atol=1e-4)
-    assert detector.blur(flat, 12)[100, 149] < 0.5
-
-
-# ---------------------------------------------------------------- how it is measured
-
-
-def test_measures_against_brute_force():
-    """Every threshold by itself: matched greedily, each figure once, and F1 by its definition."""
-    generator = np.random.default_rng(0)
-    images = []
-    for _ in range(3):
-        truth = generator.uniform(0, 300, (6, 2))
-        near = truth[generator.integers(0, 6, 12)] + generator.normal(0, 15, (12, 2))
-        x, y = np.concatenate([near, generator.uniform(0, 300, (10, 2))]).T
-        images.append({"x": x, "y": y, "p": generator.random(len(x)), "truth": truth, "mpp": 0.25})
-    scores, precision, recall, f1 = detector.curve(images, "p")
-    for k, threshold in enumerate(scores):
-        found = called = 0
-        for one in images:
-            left = one["truth"].tolist()
-            for i in sorted(np.flatnonzero(one["p"] >= threshold), key=lambda i: -one["p"][i]):
-                called += 1
-                distances = [np.hypot(one["x"][i] - a, one["y"][i] - b) for a, b in left]
-                if distances and min(distances) <= 30:
-                    left.pop(int(np.argmin(distances)))
-                    found += 1
-        expected = found / called, found / 18, 2 * found / (called + 18)
-        assert (precision[k], recall[k], f1[k]) == pytest.approx(expected)
-        assert detector.at(images, "p", threshold) == pytest.approx(
-            (f1[k], precision[k], recall[k])
-        )
-    assert detector.at(images, "p", detector.best(images, "p"))[0] == f1.max()
-    assert detector.at(images, "p", 2.0) == (0, 0, 0)
+        away = np.hypot(found.x[:, None] - truth[:, 0], found.y[:, None] - truth[:, 1])
+        assert (away.min(axis=0) <= detection.RADIUS / 0.25).mean() >= 0.9, name
+        assert len(found.x) < 600
+        apart = np.hypot(found.x[:, None] - found.x, found.y[:, None] - found.y)
+        assert apart[~np.eye(len(found.x), dtype=bool)].min() >= blobs.APART / 0.25
 
 
 # ---------------------------------------------------------------- the command
@@ -179,41 +109,53 @@ def test_the_command_measures_on_held_out_images(tissue, tmp_path):
         Path(n).stem for n in held_out
     ]
     result = json.loads((tmp_path / "detection.json").read_text())
-    model, images = session.Classifier(folder / "run" / "model.onnx", "cpu"), []
-    for name in held_out:
+    scores = result["scores"]
+    model = session.Classifier(folder / "run" / "model.onnx", "cpu")
+    by_part = []
+    for ids in (split.val, split.test):
+        images = []
+        for name in np.unique(table.image[table.rows(ids)]):
+            first = blobs.find(table.image_path(name))
+            figures = (table.image == name) & (table.label == 1)
+            images.append(
+                {
+                    "x": first.x,
+                    "y": first.y,
+                    "score": first.score,
+                    "probability": model.score(table.image_path(name), first.x, first.y),
+                    "figures_x": table.x[figures],
+                    "figures_y": table.y[figures],
+                    "mpp": 0.25,
+                    "tissue": first.tissue.area(0.25),
+                }
+            )
+        by_part.append(images)
+    validation, test = by_part
+    for name, one in zip(held_out, test):
         x, y, probability, names = zip(*points(tmp_path / Path(name).stem / "mitotic-figures.json"))
-        chosen = np.array(probability) >= result["both"]["threshold"]
-        assert [n == "mitotic figure" for n in names] == chosen.tolist()
-        crops = np.stack(
-            [slides.read(table.image_path(name), a, b, 224) for a, b in zip(x[:20], y[:20])]
-        )
-        assert np.abs(model(crops) - probability[:20]).max() <= 1e-5
-        figures = (table.image == name) & (table.label == 1)
-        images.append(
-            {
-                "x": np.array(x),
-                "y": np.array(y),
-                "p": np.array(probability),
-                "mpp": 0.25,
-                "truth": np.stack([table.x[figures], table.y[figures]], axis=1),
-            }
-        )
-    f1, precision, recall = detector.at(images, "p", result["both"]["threshold"])
-    assert (result["both"]["f1"], result["both"]["recall"]) == pytest.approx((f1, recall))
-    for name, one in zip(
-        held_out, images
-    ):  # the first stage's score is not in the file; its best threshold, again
-        x, y, one["blob"] = detector.blobs(table.image_path(name), 0.25)
         assert np.allclose(x, one["x"]) and np.allclose(y, one["y"])
-    best = max(
-        detector.at(images, "blob", t)[0] for t in np.concatenate([one["blob"] for one in images])
-    )
-    assert result["first"]["f1"] == pytest.approx(best)
-    assert result["candidates"] == sum(len(one["x"]) for one in images) and result["images"] == len(
-        held_out
-    )
+        assert np.allclose(probability, one["probability"], atol=1e-5)
+        chosen = np.array(probability) >= scores["classifier"]["threshold"]
+        assert [n == "mitotic figure" for n in names] == chosen.tolist()
+    for how in ("product", "logistic"):
+        compared = dict(add_and_compare(validation, test, how))
+        for name, ours in ((how, how), ("detector", "first stage"), ("classifier", "classifier")):
+            for key in ("threshold", "f1", "precision", "recall"):
+                assert scores[ours][key] == pytest.approx(compared[name][key], abs=1e-6)
+    threshold = scores["classifier"]["threshold"]
+    for one, (found, true) in zip(test, scores["classifier"]["counts"]):
+        called = (one["probability"] >= threshold).sum()
+        assert found == pytest.approx(called / one["tissue"], rel=1e-6)
+        assert true == pytest.approx(len(one["figures_x"]) / one["tissue"])
+    assert result["candidates"] == sum(len(one["x"]) for one in test)
+    assert result["images"] == len(held_out)
     assert Image.open(tmp_path / "detection.png").width > 1000
-    assert f"{result['first']['f1']:.3f}" in done.stdout and f"{f1:.3f}" in done.stdout
+    assert all(f"{values['f1']:.3f}" in done.stdout for values in scores.values())
+
+
+def add_and_compare(validation, test, how):
+    detection.add_combined(validation, test, how)
+    return detection.compare(validation, test, how)
 
 
 def test_the_command_on_a_slide_and_its_mistakes(tissue, tmp_path):
@@ -300,7 +242,9 @@ def test_the_second_stage_raises_f1(tmp_path):
         tmp_path / "out",
     )
     result = json.loads((tmp_path / "out" / "detection.json").read_text())
-    assert result["both"]["f1"] > result["first"]["f1"] + 0.1, result
+    f1 = {name: values["f1"] for name, values in result["scores"].items()}
+    assert f1["classifier"] > f1["first stage"] + 0.1, result
+    assert f1["logistic"] > max(f1["first stage"], f1["classifier"]) - 0.02, result
 
 
 # ---------------------------------------------------------------- the README
@@ -312,20 +256,43 @@ def blocks(language):
     )
 
 
-@pytest.fixture
-def field(tissue, tmp_path, monkeypatch):
-    """The files that the lines name, in the current folder, and places on the image."""
+REAL = pytest.mark.skipif("MITOSIS_REALDATA" not in os.environ, reason="no MITOSIS_REALDATA")
+
+
+@pytest.fixture(params=["demo", pytest.param("real", marks=REAL)])
+def field(tissue, tmp_path, monkeypatch, request):
+    """The files that the lines name, in the current folder, and places on the image: of the demo,
+    or of a real slide, whose µm/px the lines then give.
+    """
     folder, table, _ = tissue
     shutil.copy(folder / "run" / "model.onnx", tmp_path / "model.onnx")
-    image = Image.open(table.image_path(table.image[0])).crop((0, 0, 300, 260))
-    image.save(tmp_path / "field.tiff", resolution=40000, resolution_unit=3)
+    mpp = 0.25
+    if request.param == "demo":
+        image = Image.open(table.image_path(table.image[0])).crop((0, 0, 300, 260))
+    else:
+        slide = Path(os.environ["MITOSIS_REALDATA"]) / "slides" / "CMU-1-Small-Region.svs"
+        mpp = slides.microns_per_pixel(slide)
+        image = Image.fromarray(slides.read(slide, 900, 1200, 300)[:260])
+    image.save(tmp_path / "field.tiff", resolution=10_000 / mpp, resolution_unit=3)
     monkeypatch.chdir(tmp_path)
+    said = f"mpp={slides.microns_per_pixel('field.tiff')}"
+    monkeypatch.setattr(sys.modules[__name__], "scale", said)
     return np.array([[50.0, 60.0], [120.0, 200.0], [297.0, 3.0]])
+
+
+scale = "mpp=0.25"  # what the lines must say of the field
 
 
 def lines(about):
     (code,) = (block for block in blocks("python") if about in block and "score(" in block)
-    return code
+    return code.replace("mpp=0.25", scale)
+
+
+def test_the_lines_of_each_detector_are_few():
+    looped = [block for block in blocks("python") if "score(" in block]
+    assert len(looped) == 4
+    for block in looped:
+        assert sum(bool(line.strip()) for line in block.splitlines()) <= 10
 
 
 def module(monkeypatch, name, **content):

@@ -27,6 +27,7 @@ FLOORS = [
     ["reporting"],
     ["demo.picture"],
     ["onnx_model"],
+    ["scoring"],
     [  # the floor of torch
         "weights",
         "encoders",
@@ -178,6 +179,7 @@ def test_the_root_is_small():
         "data, evaluate, classify",
         "dataset.patches, dataset.download, demo.synthetic, demo.picture, flags, reporting.tables",
         "onnx_model.session, onnx_model.doctor",
+        "scoring.blobs, scoring.count",
     ],
 )
 def test_no_torch_is_loaded(modules):

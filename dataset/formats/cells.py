@@ -107,6 +107,7 @@ COLUMNS_OF_A_CELL = (
     "places",
     "titles",
     "probabilities",
+    "scores",
 )
 
 
@@ -137,6 +138,7 @@ class Table:
     places: list = field(default_factory=list)
     titles: list = field(default_factory=list)  # how messages call each cell
     probabilities: list = field(default_factory=list)  # as classify.py wrote them; not checked
+    scores: list = field(default_factory=list)  # the detector's own, of any scale; not checked
     extents: list = field(default_factory=list)  # longer side of the cell's shape, px
 
     names: dict = field(default_factory=dict)  # class as in `categories` → its name, or None
@@ -177,6 +179,7 @@ class Table:
         self.categories.append(columns.get("category"))
         self.places.append(columns.get("place"))
         self.probabilities.append(columns.get("probability"))
+        self.scores.append(columns.get("score"))
         self.titles.append(shown(title))
         self.extents.append(extent)
 

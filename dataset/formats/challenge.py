@@ -1,6 +1,7 @@
 """The MIDOG challenge's JSON, which its detectors write: "Multiple points" in millimetres.
 
-Each point has a name and a probability, which scoring replaces; the file names no image."""
+Each point has a name and a probability, which scoring replaces; the detector's own is kept as
+detector_probability. The file names no image."""
 
 from common import UserError
 from dataset.formats import files
@@ -44,6 +45,7 @@ def read(source):
             category=category,
             place=i,
             probability=record.get("probability"),
+            score=record.get("detector_probability"),
         )
     return table
 
@@ -60,6 +62,8 @@ def write(table, path, scores, names, categories):
     for place, score in zip(table.places, scores):
         if score is not None:
             probability, label = score
+            if "probability" in points[place]:  # the detector's, unless it was scored before
+                points[place].setdefault("detector_probability", points[place]["probability"])
             points[place].update(probability=probability, name=NAMES[label])
     files.write_json(path, content)
 

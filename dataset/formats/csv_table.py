@@ -62,6 +62,8 @@ COLUMNS = {
 IMAGE_INSTEAD = ("slide", "slide_id", "image_id", "wsi_id")
 SIZES = (("width", "height"), ("w", "h"))  # beside x, y: the box's upper left corner
 CORNERS = (("xmin", "ymin", "xmax", "ymax"), ("x1", "y1", "x2", "y2"))
+# Headers of a detector's own score.
+SCORES = ("score", "detector_score", "detector_probability", "confidence")
 CELL_NAMES = {"label": "category", "path": "image", "filename": "image"}  # key → Table's column
 IMAGE_WORDS = {"image", "img", "file", "filename", "slide", "wsi", "scan", "picture", "bild"}
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -327,6 +329,8 @@ def _read_rows(table, header, column):
     numeric = [key for key in ("x", "y", "width", "height", "right", "bottom") if key in column]
     lower = [name.lower() for name in header]
     probability = lower.index("probability") if "probability" in lower else None
+    named = [_header(name) for name in header]
+    scores = [named.index(name) for name in SCORES if name in named][:1]
     if delimiter != ",":
         _check_thousands(table, column, rows[start:])
     checked = {}  # (what, text) → its value: many rows share their case, label and image
@@ -356,6 +360,8 @@ def _read_rows(table, header, column):
             cell["extent"] = _centre(where, numbers)
         if probability is not None:
             cell["probability"] = row[probability]
+        for index in scores:
+            cell["score"] = row[index]
         table.add(where, numbers["x"], numbers["y"], **cell)
     if blank and ("path" in column or len(blank) < len(table)):
         raise UserError(f"{blank[0]}: the image's name is empty")

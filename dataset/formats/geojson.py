@@ -5,9 +5,20 @@ children of other objects at any depth (properties.childObjects). Coordinates ar
 openslide.bounds-x, -y on slides that have such bounds. A score becomes a measurement, and the class
 a coloured classification."""
 
+import numpy as np
+
 from common import UserError
 from dataset.formats import files
-from dataset.formats.cells import Table, canonical, image_name, number, short, shown, text
+from dataset.formats.cells import (
+    MAX_CELL,
+    Table,
+    canonical,
+    image_name,
+    number,
+    short,
+    shown,
+    text,
+)
 
 COLOURS = {1: (220, 30, 40), 0: (40, 110, 220)}  # RGB of a mitotic figure, of a look-alike
 # Objects of QuPath that are no cells, whatever their size.
@@ -21,6 +32,7 @@ SHAPES = (
     "MultiPolygon",
     "GeometryCollection",
 )
+AREAS = ("Polygon", "MultiPolygon")
 END = object()
 
 
@@ -180,6 +192,46 @@ def _position(where, position):
     if not isinstance(position, list) or len(position) < 2:
         raise UserError(f"{where}: the coordinates are no [x, y]")
     return number(where, position[0], "x"), number(where, position[1], "y")
+
+
+# ---------------------------------------------------------------- regions
+
+
+def regions(source):
+    """The outlines in a file that are no cells: list of (class name or None, rings), one per
+    polygon; rings: [float [n, 2], …], the outline and its holes, in px as the file writes them.
+    UserError: no GeoJSON, or a damaged outline."""
+    if not recognises(source):
+        raise UserError(f"{source.path}: no GeoJSON, as QuPath exports the outlines of regions")
+    found = []
+    for i, feature in enumerate(_walk(source.path, _features(source.path, source.json))):
+        where = f"{source.path}, feature {i + 1}"
+        geometry = feature.get("geometry")
+        if not isinstance(geometry, dict) or geometry.get("type") not in AREAS:
+            continue
+        polygons = geometry.get("coordinates")
+        if geometry["type"] == "Polygon":
+            polygons = [polygons]
+        if not isinstance(polygons, list) or not polygons:
+            raise UserError(f"{where}: the geometry has no coordinates")
+        polygons = [_rings(where, polygon) for polygon in polygons]
+        if max(np.ptp(rings[0], axis=0).max() for rings in polygons) <= MAX_CELL:
+            continue
+        name = class_name(_properties(feature).get("classification"))
+        found += [(name, rings) for rings in polygons]
+    return found
+
+
+def _rings(where, polygon):
+    """The rings of a polygon as arrays."""
+    if not isinstance(polygon, list) or not polygon:
+        raise UserError(f"{where}: the geometry has no coordinates")
+    rings = []
+    for ring in polygon:
+        if not isinstance(ring, list) or len(ring) < 3:
+            raise UserError(f"{where}: an outline of fewer than three points")
+        rings.append(np.array([_position(where, position) for position in ring], np.float64))
+    return rings
 
 
 # ---------------------------------------------------------------- writing

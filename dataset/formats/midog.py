@@ -167,6 +167,7 @@ def _read_annotation(table, where, record, images, coco, row):
         domain=table.image_domain.get(name),
         extent=max(x2 - x1, y2 - y1),
         probability=record.get("probability"),
+        score=record.get("score"),
         **row,
     )
 
