@@ -308,6 +308,7 @@ def test_challenge_is_in_millimetres(tmp_path):
         "name": "non-mitotic figure",
         "point": [1.0, 2.0, 0],
         "probability": 0.25,
+        "detector_probability": 0.75,
     }
 
 

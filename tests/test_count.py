@@ -56,7 +56,6 @@ def test_the_window_lies_on_the_slide_and_holds_its_figures():
     assert cut > 10
 
 
-@pytest.mark.slow
 def test_a_hundred_thousand_figures_take_seconds():
     rng = np.random.default_rng(2)
     x, y = rng.uniform(0, 100_000, 100_000), rng.uniform(0, 80_000, 100_000)
