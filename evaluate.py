@@ -2,6 +2,7 @@
 
     python evaluate.py runs/                             a table here, everything else in report/
     python evaluate.py runs/midog2022 --paper            the paper's values beside ours
+    python evaluate.py runs/midog2022 --ensemble         also the mean of the folds of each model
     python evaluate.py runs/ --grid "sweeps/scaling.sh midog2022 uni virchow2"
                                                          done, failed, missing, time left
     python evaluate.py --detection scored.json --data midog2022 --threshold 0.4
@@ -22,7 +23,7 @@ import common
 import flags
 from common import UserError
 from dataset import splits
-from reporting import detection, figures, folder, grid, metrics, page, results, tables
+from reporting import detection, ensemble, figures, folder, grid, metrics, page, results, tables
 from reporting.metrics import (  # noqa: F401  other programs use them as evaluate.…
     auroc,
     average_precision,
@@ -109,6 +110,35 @@ def _mean_sd(summaries, key):
     return text
 
 
+def means_overview(means):
+    """The means of probabilities as text for the terminal. means: of ensemble.report()."""
+    header = ("mean of", "runs", "test", "bal. acc.", "at t", "95% interval", "t", "AUROC", "gain")
+    texts = []
+    for data, (rows, notes) in means.items():
+        lines = []
+        for row in rows:
+            lines.append(
+                (
+                    common.printable(tables.ensemble_label(row))[:32],
+                    row["members"],
+                    row["set"][:10],
+                    tables.number(row["balanced_accuracy"]),
+                    tables.number(row["balanced_accuracy_at_threshold"]),
+                    tables.bounds_of(row, "balanced_accuracy_at_threshold").replace(" ", ""),
+                    tables.number(row["threshold"]),
+                    tables.number(row["auroc"]),
+                    tables.number(row["auroc_gain"], "+.3f"),
+                )
+            )
+        if lines:
+            title = f"{data}: the mean of several runs' probabilities, at 0.5 and at t"
+            texts.append(
+                f"{common.printable(title)}\n{common.table(lines, header, [1, *range(3, 9)])}"
+            )
+        texts += [common.printable(note) for note in notes]
+    return "\n".join(texts)
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -127,6 +157,12 @@ def arguments():
     )
     parser.add_argument(
         "--paper", action="store_true", help="add the paper's published values to the tables"
+    )
+    parser.add_argument(
+        "--ensemble",
+        action="store_true",
+        help="add rows for the mean of the probabilities of each model's folds, and of all models "
+        "that were tested alike",
     )
     parser.add_argument(
         "--grid",
@@ -261,7 +297,11 @@ def main():
     print(overview(finished))
     for note in results.notes(finished):
         print(common.printable(note))
-    print(f"report: {page.write(finished, problems, args)}")
+    means = None
+    if args.ensemble:
+        means = ensemble.report(finished, args.replicates)
+        print(f"\n{means_overview(means)}")
+    print(f"report: {page.write(finished, problems, args, means)}")
 
 
 if __name__ == "__main__":

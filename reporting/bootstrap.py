@@ -152,23 +152,24 @@ def decisions_of_draws(counts, y, pred, case):
     return {"balanced_accuracy": balanced, "weighted_f1": weighted}
 
 
-def replicate(repeats, replicates=REPLICATES, seed=0):
+def replicate(repeats, replicates=REPLICATES, seed=0, thresholds=None):
     """Replicates of the mean over repeats → ({metric: (observed, values [R], left [cases])}, number
     of cases).
 
     repeats: list of (labels, probabilities, cases), one per repeat, with the same patches in the
-    same order. values: of the draws; left: with each case left out in turn. The repeats share their
-    draws: this resamples the cases of the test set, not the training."""
+    same order. thresholds: one per repeat, None: 0.5. values: of the draws; left: with each case
+    left out in turn. The repeats share their draws: this resamples the cases of the test set, not
+    the training."""
     names, case = codes(repeats[0][2])
     counts = np.concatenate([draws(len(names), replicates, seed), leave_one_out(len(names))])
     sums, observed = dict.fromkeys(METRICS, 0.0), dict.fromkeys(METRICS, 0.0)
     first_cases = np.asarray(repeats[0][2], dtype=str)
-    for y, p, cases in repeats:
+    for (y, p, cases), threshold in zip(repeats, thresholds or [0.5] * len(repeats), strict=True):
         if not np.array_equal(np.asarray(cases, dtype=str), first_cases):
             raise UserError(
                 "the repeats have different test sets; they cannot be resampled together"
             )
-        pred = np.asarray(p) >= 0.5
+        pred = np.asarray(p) >= threshold
         of_draws = decisions_of_draws(counts, y, pred, case)
         of_draws["auroc"] = auroc_of_draws(counts, y, p, case)
         whole = {

@@ -38,21 +38,26 @@ class Picture:
 # ---------------------------------------------------------------- the report
 
 
-def write(finished, problems, args):
+def write(finished, problems, args, means=None):
     """Write the report on the runs into args.out; returns the path of its index.html.
 
     finished, problems: of results.collect(); args: out, paper, replicates, no_gallery, figure and
-    the flags that say where the dataset is."""
+    the flags that say where the dataset is; means: of ensemble.report(), or None."""
     paper = tables.published() if args.paper else {}
     parts = [embedded(path) for path in args.figure]
     tests = []
     for data in sorted({run.data for run in finished}):
         runs = [run for run in finished if run.data == data]
         parts += dataset_parts(data, runs, paper, args, tests)
+        if means is not None:
+            parts += means_parts(data, *means[data])
 
     files = {"results.csv": folder.csv_text(results.results(finished))}
     if tests:
         files["tests.csv"] = folder.csv_text(tests)
+    rows = [row for of_data, _ in (means or {}).values() for row in of_data]
+    if rows:
+        files["ensembles.csv"] = folder.csv_text(rows)
     for part in parts:
         if isinstance(part, tables.Table):
             files[f"{part.name}.md"] = tables.markdown(part)
@@ -130,6 +135,14 @@ def dataset_parts(data, finished, paper, args, tests):
             )
         )
     return parts
+
+
+def means_parts(data, rows, notes):
+    """Parts on the means of probabilities. rows, notes: of ensemble.report()."""
+    if not rows:
+        return [Text("p", f"No mean of probabilities: {note}") for note in notes]
+    title = f"{data}: the mean of several runs' probabilities"
+    return [tables.ensemble_table(f"ensembles_{common.file_name(data)}", title, rows, notes)]
 
 
 def section(name, where, finished, paper, args, tests):
