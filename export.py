@@ -2,6 +2,7 @@
 put in its place.
 
     python export.py RUN [--out model.onnx] [--precision fp32|fp16|int8] [--weights PATH]
+    python export.py RUN RUN … --out model.onnx           the mean of their probabilities, one model
     python export.py RUN --peft DIR                       the run's LoRA adapter in peft's format
     python export.py --adapter DIR --model NAME --out model.onnx      an adapter trained by peft
     python export.py --doctor                             does ONNX Runtime use the GPU? one screen
@@ -11,6 +12,10 @@ and gives probability float32 [N]; classify.py and any other program with ONNX R
 without torch. Beside it lies MODEL.parity.json, and over 2 GiB (or with --external) MODEL.onnx.data
 with the weights.
 
+Several runs, such as the folds of one model, become one model with the same input and output. What
+they have in common is stored and computed once: probes on one encoder cost what one of them costs;
+of adapted or fully trained encoders each costs its own.
+
 The folder of an adapter holds adapter_config.json and adapter_model.safetensors, as peft writes
 them, and for a classifier its head: head.safetensors with head.weight [1, D] and head.bias [1] (or
 two rows: label 0, label 1), as --peft writes it, or a classifier among peft's modules_to_save.
@@ -19,6 +24,7 @@ Without a head the model gives the embedding float32 [N, D] alone."""
 import argparse
 import contextlib
 import ctypes
+import dataclasses
 import gc
 import hashlib
 import io
@@ -48,7 +54,7 @@ from dataset import splits
 from dataset.patches import Patches
 from encoders.table import SIZE
 from onnx_model import doctor, graph, parity, session
-from reporting import metrics
+from reporting import ensemble, metrics, results
 
 LIMIT = 2**31 - 2**24  # bytes of one protobuf, less room for the graph
 FEWEST = 64  # patches to compare on, if the dataset has as many
@@ -129,15 +135,18 @@ def best_temperature(labels, logits):
 # ---------------------------------------------------------------- patches to compare on
 
 
-def validation_patches(run, config, args, count, size=SIZE):
+def validation_patches(run, config, args, count, size=SIZE, others=()):
     """Validation patches of the run, about half of each class → (patches, labels, ids, where they
     are from); the demo's if the run's data is not available.
+
+    others  further runs of the same data, whose validation patches count too
     """
     source = dict(config["source"])
     source |= {name: getattr(args, name) for name in ("data", "images") if getattr(args, name)}
     try:
         annotations, choices = flags.from_source(source, quiet=False)
-        rows = annotations.rows(splits.load_split(run / "split.json", annotations).val)
+        ids = [splits.load_split(path / "split.json", annotations).val for path in (run, *others)]
+        rows = annotations.rows(list(dict.fromkeys(np.concatenate(ids).tolist())))
         if len(rows):
             # Read inside the try: the annotations may be available without their images.
             name = f"validation patches of {annotations.name}"
@@ -194,9 +203,9 @@ def pick(rows, labels, count):
     return generator.permutation(np.concatenate([positive[:half], negative[: count - half]]))
 
 
-def default_count(encoder):
+def default_count(parameters):
     """Patches to compare on: 256; for large encoders (minutes on a CPU) one batch of 64."""
-    if sum(p.numel() for p in encoder.parameters()) < 1e8:
+    if parameters < 1e8:
         return 256
     return 64
 
@@ -299,8 +308,8 @@ def describe(run, config, model, args, decision):
     """
     choices, data = config["flags"], config["data"]
     threshold, rule, temperature = decision
-    results = common.read_json(run / "metrics.json")
-    if not isinstance(results, dict) or not session.are_metrics(results.get("sets", results)):
+    stored = common.read_json(run / "metrics.json")
+    if not isinstance(stored, dict) or not session.are_metrics(stored.get("sets", stored)):
         raise UserError(f"{run / 'metrics.json'}: damaged; restore it or repeat the run")
     with open(run / "model.safetensors", "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -310,16 +319,26 @@ def describe(run, config, model, args, decision):
         "frac": choices.get("frac"),
         "fold": choices.get("fold"),
         "domain": choices.get("domain"),
-        "mpp": training_mpp(config),
-        "mixed_mpp": mixed_mpp(config),
-        "resampled": bool(choices.get("mpp")),
-        "patch": data.get("patch") or model.encoder.size,
-        "fit": choices.get("fit") or "resize",
+        **reading(config),
         "labels": LABELS,
         "threshold": {"value": threshold, "rule": rule},
         "temperature": temperature,
-        "metrics": results.get("sets", results),
+        "metrics": stored.get("sets", stored),
         "weights_hash": digest,
+    }
+
+
+def reading(config):
+    """The metadata that say which pixels a run's model is given."""
+    choices = config["flags"]
+    size = choices.get("size") or models.find_encoder(choices["model"]).size
+    return {
+        "size": size,
+        "mpp": training_mpp(config),
+        "mixed_mpp": mixed_mpp(config),
+        "resampled": bool(choices.get("mpp")),
+        "patch": config["data"].get("patch") or size,
+        "fit": choices.get("fit") or "resize",
     }
 
 
@@ -504,7 +523,7 @@ def write_graph(model, folder, name, args, metadata, peaks):
     """Emit the model into `folder` → (ModelProto, file of the weights, whether it stays a file of
     its own); completes the metadata.
     """
-    size = sum(p.numel() for p in model.parameters()) * BYTES[args.precision]
+    size = size_of(model, args)
     external = args.external or size > LIMIT
     copies = 2  # the weights, and the model with them inside
     if external:
@@ -522,16 +541,26 @@ def write_graph(model, folder, name, args, metadata, peaks):
             metadata["temperature"],
             peaks,
         )
-        file.flush()
-        metadata["export_id"] = identity(weights, metadata)
-        file.write(bytes.fromhex(metadata["export_id"]))
-        metadata["data_bytes"] = 0
-        if external:
-            metadata["data_bytes"] = file.tell()
-    metadata["data_name"] = weights.name
+        close_weights(file, metadata, external)
     if args.precision == "fp16":
         say_float32(peaks)
     return proto, weights, external
+
+
+def size_of(model, args):
+    """Bytes of the parameters as they are written."""
+    return sum(p.numel() for p in model.parameters()) * BYTES[args.precision]
+
+
+def close_weights(file, metadata, external):
+    """Complete the file of weights, and the metadata by what they say of it."""
+    file.flush()
+    metadata["export_id"] = identity(file.name, metadata)
+    file.write(bytes.fromhex(metadata["export_id"]))
+    metadata["data_bytes"] = 0
+    if external:
+        metadata["data_bytes"] = file.tell()
+    metadata["data_name"] = Path(file.name).name
 
 
 def identity(weights, metadata):
@@ -588,7 +617,8 @@ def load_adapter(args):
 
 def comparison(args, model, config):
     """Patches to compare on → (patches, labels, ids, where they are from)."""
-    count = args.patches or default_count(model.encoder)
+    parameters = sum(p.numel() for p in model.encoder.parameters())
+    count = args.patches or default_count(parameters)
     size = model.encoder.size
     if args.run:
         return validation_patches(Path(args.run), config, args, count, size)
@@ -603,38 +633,19 @@ def comparison(args, model, config):
 
 
 def export(out, args):
-    """Write a finished run (args.run) or an adapter (args.adapter) as the ONNX model `out`,
-    verified; UserError if it is not within its tolerance.
+    """Write a finished run, the mean of several (args.runs) or an adapter (args.adapter) as the
+    ONNX model `out`, verified; UserError if it is not within its tolerance.
     """
     with workshop(out) as folder:
-        predictions = config = None
-        if args.run:
-            model, metadata, predictions, config = load_run(args)
-        else:
-            model, metadata = load_adapter(args)
-        announce(args.run or args.adapter, metadata, args.calibrate)
-
-        patches, labels, ids, source = comparison(args, model, config)
-        values, peaks = torch_output(model, patches, args)
-        output, expected = "embedding", values
-        if model.head is not None:
-            output, expected = "probability", sigmoid(values / metadata["temperature"])
-        for name, array in (("patches", patches), ("labels", labels), (output, expected)):
-            save_array(folder / f"{name}.npy", array)
-
-        lora.merge_lora(model.encoder)
-        proto, weights, external = write_graph(model, folder, out.name, args, metadata, peaks)
-        del model
+        write = write_one
+        if len(args.runs) > 1:
+            write = write_mean
+        proto, weights, external, metadata, report = write(folder, out.name, args)
         free_memory()
 
         # Written twice: to be measured, and with the report of that inside.
-        report = {
-            "source": source,
-            "output": output,
-            "wanted": parity.WANTED[output][args.precision],
-            "measured": [],
-            "predictions.csv": against_predictions(predictions, ids, values),
-        }
+        output = report["output"]
+        report |= {"wanted": parity.WANTED[output][args.precision], "measured": []}
         model_file = folder / out.name
         write_model(proto, weights, model_file, external, metadata, report)
         report["measured"] = check_process(model_file, folder)
@@ -655,10 +666,224 @@ def export(out, args):
     say_written(out, external)
 
 
+def write_one(folder, name, args):
+    """Write the graph of one run or adapter, its weights, and the arrays to compare with, into
+    `folder` → (ModelProto, file of the weights, whether it stays a file of its own, metadata, what
+    the parity report says already).
+    """
+    predictions = config = None
+    if args.run:
+        model, metadata, predictions, config = load_run(args)
+    else:
+        model, metadata = load_adapter(args)
+    announce(args.run or args.adapter, metadata, args.calibrate)
+
+    patches, labels, ids, source = comparison(args, model, config)
+    values, peaks = torch_output(model, patches, args)
+    output, expected = "embedding", values
+    if model.head is not None:
+        output, expected = "probability", sigmoid(values / metadata["temperature"])
+    save_comparison(folder, patches, labels, output, expected)
+    lora.merge_lora(model.encoder)
+    proto, weights, external = write_graph(model, folder, name, args, metadata, peaks)
+    report = {
+        "source": source,
+        "output": output,
+        "predictions.csv": against_predictions(predictions, ids, values),
+    }
+    return proto, weights, external, metadata, report
+
+
+def save_comparison(folder, patches, labels, output, expected):
+    """What onnx_model/parity.py compares the model with."""
+    for name, array in (("patches", patches), ("labels", labels), (output, expected)):
+        save_array(folder / f"{name}.npy", array)
+
+
 def write_model(proto, weights, path, external, metadata, report):
     set_metadata(proto, {**metadata, "parity": report})
     graph.save(proto, weights, path, inline=not external)
     onnx.checker.check_model(str(path))
+
+
+# ---------------------------------------------------------------- several runs as one model
+
+
+def read_members(args):
+    """The runs of args.runs → [results.Finished], [config]; UserError if they have no mean: other
+    classes, or other pixels to read.
+    """
+    members, configs = [], []
+    for path in args.runs:
+        run = results.read_run(path)
+        if run is None:
+            raise UserError(f"{path}: not a finished run (no metrics.json)")
+        members.append(run)
+        configs.append(checkpoint.read_config(path))
+    first = reading(configs[0])
+    for run, config in zip(members, configs):
+        if run.classes != members[0].classes:
+            names = " and ".join("/".join(names) for names in (run.classes, members[0].classes))
+            raise UserError(
+                f"{run.path}: its classes are not those of {members[0].path} ({names}); runs have "
+                "a mean only of the same classes in the same order"
+            )
+        for key, value in reading(config).items():
+            if value != first[key]:
+                raise UserError(
+                    f"{run.path}: reads other patches than {members[0].path} ({key} {value} and "
+                    f"{first[key]}); one model reads all its patches in one way"
+                )
+    return members, configs
+
+
+def calibrated(run, rule):
+    """(run with the probabilities of its calibrated logits, its temperature)"""
+    _, _, temperature = decide(run.columns, rule, calibrate=True)
+    probability = sigmoid(run.columns["logit"] / temperature)
+    columns = {**run.columns, "probability": probability}
+    return dataclasses.replace(run, columns=columns), temperature
+
+
+def trained_on_tests(members):
+    """Lines on members that were trained on test patches of others, or chosen by them."""
+    lines = []
+    for run in members:
+        for other in members:
+            if run.fingerprint != other.fingerprint:
+                continue
+            seen = np.union1d(other.split["ids"]["train"], other.split["ids"]["val"])
+            count = np.isin(run.split["ids"]["test"], seen).sum()
+            if count:
+                lines.append(
+                    f"{other.path} was trained or chosen on {count} of the test patches of "
+                    f"{run.path}: no test of the mean on these"
+                )
+    return lines
+
+
+def comparison_of(members, configs, args):
+    """Patches to compare the mean on, as `comparison`: validation patches of all members on the
+    first one's dataset.
+    """
+    specs = [models.find_encoder(run.model) for run in members]
+    count = args.patches or default_count(max(spec.params for spec in specs))
+    first, *others = (run.path for run in members if run.fingerprint == members[0].fingerprint)
+    size = reading(configs[0])["size"]
+    return validation_patches(first, configs[0], args, count, size, others)
+
+
+def write_mean(folder, name, args):
+    """As `write_one`, the mean of the probabilities of args.runs; one network is in memory at a
+    time.
+    """
+    members, configs = read_members(args)
+    temperatures = [1.0] * len(members)
+    if args.calibrate:
+        members, temperatures = zip(*(calibrated(run, args.threshold) for run in members))
+    columns, reasons = ensemble.average(members)
+    threshold, rule, _ = decide(columns, args.threshold)
+    patches, labels, ids, source = comparison_of(members, configs, args)
+
+    parts, expected, differences = [], [], []
+
+    def networks():
+        for run, config, temperature in zip(members, configs, temperatures):
+            model, _ = checkpoint.load_run(run.path, weights=args.weights)
+            decision = (threshold, rule, temperature)
+            parts.append(describe(run.path, config, model, args, decision))
+            logits, peaks = torch_output(model, patches, args)
+            expected.append(sigmoid(logits / temperature))
+            differences.append(against_predictions(run.columns, ids, logits / temperature))
+            lora.merge_lora(model.encoder)
+            if args.precision == "fp16":
+                say_float32(peaks)
+            room(folder, size_of(model, args) + (1 << 20))
+            yield model, temperature, peaks
+            del model
+            free_memory()
+
+    weights = folder / f"{name}.data"
+    with open(weights, "wb") as file:
+        proto = graph.emit_mean(networks(), file, args.precision, args.opset, args.input)
+        metadata = describe_mean(members, parts, columns, (threshold, rule))
+        announce(f"{len(members)} runs", metadata, args.calibrate)
+        external = args.external or file.tell() > LIMIT
+        if not external:
+            room(folder, int(file.tell() * 1.05) + (1 << 20))  # the model with the weights inside
+        close_weights(file, metadata, external)
+    for set_name, reason in reasons.items():
+        print(f"note: no metrics of the mean on {set_name}: {reason}")
+    for line in trained_on_tests(members):
+        print(f"note: {line}")
+
+    save_comparison(folder, patches, labels, "probability", np.mean(expected, axis=0))
+    report = {
+        "source": source,
+        "output": "probability",
+        "predictions.csv": together(differences),
+    }
+    return proto, weights, external, metadata, report
+
+
+def together(differences):
+    """One entry of the parity report for those of all members; None without any."""
+    known = [difference for difference in differences if difference]
+    if not known:
+        return None
+    counts = [difference["patches"] for difference in known]
+    means = [difference["mean"] for difference in known]
+    return {
+        "patches": sum(counts),
+        "largest": max(difference["largest"] for difference in known),
+        "mean": float(np.average(means, weights=counts)),
+    }
+
+
+def describe_mean(members, parts, columns, decision):
+    """The metadata of the mean of several runs.
+
+    parts: `describe` of each member; columns: of ensemble.average(); decision: (threshold, rule).
+    """
+    threshold, rule = decision
+    digests = [part["weights_hash"] for part in parts]
+    for i, digest in enumerate(digests):
+        if digest in digests[:i]:
+            twin = members[digests.index(digest)].path
+            print(f"note: {members[i].path} is the same model as {twin} and counts twice")
+
+    own = ("method", "encoder", "pool", "layer", "tta", "licence", "dataset", "frac", "fold")
+    own += ("domain", "normalisation", "temperature", "weights_hash", "base_weights_hash")
+    listing = []
+    for run, part in zip(members, parts):
+        place = "/".join(run.path.resolve().parts[-3:])
+        listing.append({"run": place} | {key: part[key] for key in own})
+    # Of what the members do not share, texts stand side by side and the rest is in the list alone.
+    shared = {}
+    for key in parts[0]:
+        values = [part[key] for part in parts]
+        values = [value for i, value in enumerate(values) if value not in values[:i]]
+        shared[key] = values[0]
+        if len(values) > 1:
+            shared[key] = None
+        if len(values) > 1 and all(isinstance(value, str) for value in values):
+            shared[key] = " + ".join(values)
+    return shared | {
+        "method": f"mean of {len(parts)}: {shared['method']}",
+        "redistribution": strictest(part["redistribution"] for part in parts),
+        # Of the first: pixels are normalised inside the model, for each member by its own.
+        "normalisation": parts[0]["normalisation"],
+        "threshold": {"value": threshold, "rule": rule},
+        "temperature": 1.0,
+        "metrics": metrics.of_predictions(columns)["sets"],
+        "weights_hash": hashlib.sha256("".join(digests).encode()).hexdigest(),
+        "members": listing,
+    }
+
+
+def strictest(terms):
+    """What may be done with a model that holds several."""
+    return min(terms, key=["no", "not for commercial use", "yes"].index)
 
 
 def write_adapter(args):
@@ -692,7 +917,12 @@ def parse_arguments():
     parser = argparse.ArgumentParser(
         description="Write a finished run as an ONNX model, verified against torch."
     )
-    parser.add_argument("run", nargs="?", metavar="RUN", help="folder of a finished run")
+    parser.add_argument(
+        "runs",
+        nargs="*",
+        metavar="RUN",
+        help="folder of a finished run; several: the mean of their probabilities",
+    )
     parser.add_argument(
         "--out",
         metavar="FILE",
@@ -794,7 +1024,9 @@ def parse_arguments():
         help="check the installation instead, as python classify.py --doctor does; exit status 1 "
         "if a GPU is not used",
     )
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.run = next(iter(args.runs), None)
+    return args
 
 
 def check(args):
@@ -816,13 +1048,32 @@ def check(args):
 
 
 def check_run(args):
-    if not Path(args.run).is_dir():
-        raise UserError(f"{args.run}: no such run folder")
+    for run in args.runs:
+        if not Path(run).is_dir():
+            raise UserError(f"{run}: no such run folder")
     for name in ("model", "pool", "layer", "size", "mpp"):
         if getattr(args, name) is not None:
             raise UserError(f"--{name} goes with --adapter; a run knows its own")
     if args.peft and args.out:
         raise UserError("--peft writes an adapter and --out a model: give one of them")
+    if len(args.runs) > 1:
+        check_several(args)
+
+
+def check_several(args):
+    """The flags with several runs."""
+    if args.peft:
+        raise UserError("--peft writes the adapter of one RUN")
+    if args.embedding:
+        raise UserError(
+            "--embedding goes with one RUN: the mean of several is one of probabilities"
+        )
+    if not args.out:
+        raise UserError(
+            "the mean of several runs belongs to none of their folders: give --out FILE"
+        )
+    if len({os.path.realpath(run) for run in args.runs}) < len(args.runs):
+        raise UserError("one of the runs is named twice; name each member once")
 
 
 def check_adapter(args):
@@ -857,10 +1108,10 @@ def output_path(args):
     if not common.is_utf8(str(out.resolve())):
         raise UserError(f"--out {out}: ONNX Runtime reads paths in UTF-8 alone; choose another")
     inputs = [args.weights, args.data]
-    if args.run:
-        config = checkpoint.read_config(args.run)
+    for run in args.runs:
+        config = checkpoint.read_config(run)
         inputs += [config["flags"].get("weights"), config["source"].get("data")]
-    for folder in (args.run, args.adapter):
+    for folder in (*args.runs, args.adapter):
         if folder:
             inputs += [path for path in Path(folder).iterdir() if path not in files_of(out)]
     for path in files_of(out):

@@ -55,11 +55,55 @@ def emit(
     assert precision in ("fp32", "fp16", "int8") and OLDEST <= opset <= NEWEST
     encoder = model.encoder
     g = Graph(weights, opset, precision)
-    x = "patches"
-    if (
-        input_type == "uint8"
-    ):  # first of all: TensorRT knows bytes as inputs only, not between nodes
-        x = g.to_float(x, "input")
+    out = embed(g, model, pixels(g, input_type), input_type, peaks)
+    outputs = {"probability": ["N"], "embedding": ["N", encoder.embed_dim]}
+    if embedding or model.head is None:
+        g.nodes.append(helper.make_node("Identity", [out], ["embedding"], name="embedding"))
+    else:
+        del outputs["embedding"]
+    if model.head is None:
+        del outputs["probability"]
+    else:
+        logit = head(g, model.head, out, temperature)
+        g.nodes.append(helper.make_node("Sigmoid", [logit], ["probability"], name="probability"))
+    return proto(g, encoder.size, input_type, outputs)
+
+
+def emit_mean(members, weights, precision="fp32", opset=FUSED, input_type="uint8"):
+    """Write the mean of several classifiers' probabilities as one ONNX graph → ModelProto, with the
+    input and the output of a single one.
+
+    members  of (model, temperature, peaks), as for `emit`; taken one after the other, so that an
+             iterator needs the memory of one. All read patches of the same size.
+
+    What members have in common is in the graph once: the same constants, and all that is computed
+    from them in the same way, such as the whole encoder under several probes."""
+    assert precision in ("fp32", "fp16", "int8") and OLDEST <= opset <= NEWEST
+    g = Graph(weights, opset, precision, share=True)
+    x, sizes, probabilities = pixels(g, input_type), set(), []
+    for model, temperature, peaks in members:
+        out = embed(g, model, x, input_type, peaks)
+        logit = head(g, model.head, out, temperature)
+        probabilities.append(g.op("Sigmoid", logit, at="member"))
+        sizes.add(model.encoder.size)
+        del model, out  # before the next one is loaded
+    (size,) = sizes
+    total = g.op("Sum", *probabilities, at="mean")
+    count = g.tensor("mean.count", len(probabilities), np.float32)
+    g.nodes.append(helper.make_node("Div", [total, count], ["probability"], name="probability"))
+    return proto(g, size, input_type, {"probability": ["N"]})
+
+
+def pixels(g, input_type):
+    """The input, bytes made floats: first of all, since TensorRT knows bytes as inputs only."""
+    if input_type == "uint8":
+        return g.to_float("patches", "input")
+    return "patches"
+
+
+def embed(g, model, x, input_type, peaks):
+    """The embedding [N, D] of the pixels x."""
+    encoder = model.encoder
     if model.tta:
         x = flips_and_turns(g, x, input_type)
     mean, std = (np.array(v, np.float64) for v in encoder.spec.norm)
@@ -72,30 +116,22 @@ def emit(
     if model.tta:
         out = g.op("Reshape", out, g.ints(8, -1, encoder.embed_dim), at="tta")
         out = g.op("ReduceMean", out, g.ints(0), at="tta", keepdims=0)
-    outputs = {"probability": ["N"], "embedding": ["N", encoder.embed_dim]}
-    if embedding or model.head is None:
-        g.nodes.append(helper.make_node("Identity", [out], ["embedding"], name="embedding"))
-    else:
-        del outputs["embedding"]
-    if model.head is None:
-        del outputs["probability"]
-    else:
-        head(g, model.head, out, temperature)
-    return proto(g, encoder, input_type, outputs)
+    return out
 
 
 def head(g, layer, embedding, temperature):
+    """The logit [N]."""
     weight, bias = to_numpy(layer.weight) / temperature, to_numpy(layer.bias) / temperature
     weight = g.tensor("head.weight", weight.T, np.float32)
     logit = g.op("MatMul", embedding, weight, at="head")
     logit = g.op("Add", logit, g.tensor("head.bias", bias, np.float32), at="head")
-    logit = g.op("Reshape", logit, g.ints(-1), at="head")
-    g.nodes.append(helper.make_node("Sigmoid", [logit], ["probability"], name="probability"))
+    return g.op("Reshape", logit, g.ints(-1), at="head")
 
 
-def proto(g, encoder, input_type, outputs):
-    """The nodes and tensors as a ModelProto with its input and outputs ({name: shape})."""
-    size = encoder.size
+def proto(g, size, input_type, outputs):
+    """The nodes and tensors as a ModelProto with its input (patches of `size` px) and outputs
+    ({name: shape}).
+    """
     shape, kind = ["N", 3, size, size], TensorProto.FLOAT
     if input_type == "uint8":
         shape, kind = ["N", size, size, 3], TensorProto.UINT8

@@ -1,5 +1,7 @@
 """The nodes of an ONNX graph that the networks share, in three precisions. See graph.py."""
 
+import hashlib
+
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
@@ -17,11 +19,16 @@ def fits_half(peak):
 
 
 class Graph:
-    """Nodes, and weights that go straight into a file."""
+    """Nodes, and weights that go straight into a file.
 
-    def __init__(self, weights, opset, precision):
-        self.weights, self.opset, self.precision = weights, opset, precision
+    share  a constant of the same content, or a node that computes the same from the same, is
+           written once: networks that have a part in common store and run it once
+    """
+
+    def __init__(self, weights, opset, precision, share=False):
+        self.weights, self.opset, self.precision, self.share = weights, opset, precision, share
         self.nodes, self.tensors, self.names = [], [], {}
+        self.shared = {}  # what a constant or a node is made of → its name(s)
 
     def name(self, base):
         """`base`, with a number if it is in use."""
@@ -30,16 +37,31 @@ class Graph:
 
     def op(self, kind, *inputs, at="", outputs=1, **attributes):
         """Add a node; returns the name(s) of its output(s). `at`: its place in the network."""
+        made_of = kind, inputs, outputs, repr(sorted(attributes.items()))
+        if self.share and made_of in self.shared:
+            return self.shared[made_of]
         name = self.name(f"{at}/{kind}" if at else kind)
         results = [name]
         if outputs > 1:
             results = [f"{name}.{i}" for i in range(outputs)]
         self.nodes.append(helper.make_node(kind, inputs, results, name=name, **attributes))
-        return name if outputs == 1 else results
+        self.shared[made_of] = results
+        if outputs == 1:
+            self.shared[made_of] = name
+        return self.shared[made_of]
 
     def tensor(self, name, array, dtype=None):
         """Add a constant; returns its name. Large ones are written to the file of weights."""
         array = np.asarray(array, dtype, order="C")  # ascontiguousarray would make scalars 1-D
+        if self.share:
+            content = hashlib.sha256(array.reshape(-1).view(np.uint8)).digest()
+            made_of = content, array.dtype.str, array.shape
+            if made_of not in self.shared:
+                self.shared[made_of] = self.add_tensor(name, array)
+            return self.shared[made_of]
+        return self.add_tensor(name, array)
+
+    def add_tensor(self, name, array):
         name = self.name(name)
         if array.nbytes <= INLINE:
             self.tensors.append(numpy_helper.from_array(array, name))
@@ -61,7 +83,7 @@ class Graph:
     def ints(self, *values):
         name = "int" + "_".join(map(str, values))
         if name not in self.names:
-            self.tensor(name, np.array(values, np.int64))
+            name = self.tensor(name, np.array(values, np.int64))
         return name
 
     def to_half(self, x, at):

@@ -15,18 +15,21 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import small
 import torch
 from onnx_models import FAMILIES, dataset, make_run, mounted, patches, register
 from PIL import Image
 
+import checkpoint
 import common
 import data
 import export
 import flags
 import models
+import probe
 import runs
 from onnx_model import graph, nodes, parity, session, vit
-from reporting import metrics
+from reporting import ensemble, metrics, results
 
 HERE = Path(__file__).resolve().parent.parent
 HARNESS = (
@@ -799,3 +802,115 @@ def test_mistakes_with_adapters_are_one_line(made, tmp_path, monkeypatch, capsys
     assert command(monkeypatch, *given, "--out", out) == 2
     assert "init_lora_weights" in capsys.readouterr().err
     assert not out.exists() and names(tmp_path) == ["none", "peft"]
+
+
+# ---------------------------------------------------------------- several runs as one model
+
+
+@pytest.fixture(scope="module")
+def probes(tmp_path_factory):
+    """Three folds of two probes on one encoder."""
+    folder = tmp_path_factory.mktemp("probes")
+    table = small.dataset(folder / "data", cases=12, per_case=8)
+    words = ["--data", table, "--model", "wide", "--weights", "random", "--runs", folder / "runs"]
+    words += ["--probe", "uni", "l2", "--fold", 0, 1, 2, "--device", "cpu"]
+    assert small.call(probe, *words) == 0
+    return folder / "runs/small"
+
+
+def of_folds(runs_of_data, kind="wide-probe"):
+    return [runs_of_data / kind / f"frac1-fold{fold}" for fold in range(3)]
+
+
+def test_folds_become_one_model(probes, tmp_path, monkeypatch, capsys):
+    """The mean of what torch gives for each, with the threshold of the mean, one encoder inside."""
+    folders, out = of_folds(probes), tmp_path / "mean.onnx"
+    assert command(monkeypatch, *folders, "--out", out, "--threshold", "f1") == 0
+    assert names(tmp_path) == ["mean.onnx", "mean.parity.json"]
+    images = patches(20, seed=3)
+    expected = []
+    for folder in folders:
+        model, _ = checkpoint.load_run(folder)
+        expected.append(1 / (1 + np.exp(-models.predict(model, images, progress=None))))
+    classifier = session.Classifier(out, "cpu")
+    assert np.abs(classifier(images) - np.mean(expected, axis=0)).max() <= 1e-5
+    (mean,), _ = ensemble.ensembles(results.collect(folders)[0])
+    assert classifier.threshold == mean.threshold
+    metadata = classifier.metadata
+    assert metadata["metrics"]["test"]["auroc"] == mean.sets["test"]["auroc"]
+    assert metadata["method"] == "mean of 3: probe" and metadata["encoder"] == "wide"
+    assert [member["fold"] for member in metadata["members"]] == [0, 1, 2]
+    assert metadata["members"][1]["run"] == "small/wide-probe/frac1-fold1"
+    assert metadata["parity"]["predictions.csv"]["largest"] < 1e-5
+    own = [run.sets["val"]["n"] for run in mean.members]
+    assert metadata["parity"]["predictions.csv"]["patches"] == sum(own)  # each on its own
+    assert command(monkeypatch, folders[0], "--out", tmp_path / "one.onnx") == 0
+    size, alone = (path.stat().st_size for path in (out, tmp_path / "one.onnx"))
+    assert size < alone + 16384
+    assert "mean of 3: probe on wide" in capsys.readouterr().out
+    assert "mean of 3: probe" in classifier.describe()
+
+
+def test_calibrated_members_in_fewer_bits_beside_their_weights(probes, tmp_path, monkeypatch):
+    folders, out = [], tmp_path / "out/mean.onnx"
+    for fold, folder in enumerate(of_folds(probes, "wide-probe-l2")):
+        folders.append(shutil.copytree(folder, tmp_path / f"fold{fold}"))
+        columns = runs.read_predictions(folders[-1] / "predictions.csv")
+        first = np.flatnonzero(columns["set"] == "val")[: 2 + fold]  # these are made mistakes
+        columns["logit"][first] *= -0.5
+        columns["probability"][first] = 1 / (1 + np.exp(-columns["logit"][first]))
+        runs.write_predictions(folders[-1] / "predictions.csv", columns)
+        common.write_json(folders[-1] / "metrics.json", metrics.of_predictions(columns))
+    flags = ["--precision", "fp16", "--external", "--calibrate", "--threshold", "0.4"]
+    assert command(monkeypatch, *folders, "--out", out, *flags) == 0
+    assert names(out.parent) == ["mean.onnx", "mean.onnx.data", "mean.parity.json"]
+    classifier, images = session.Classifier(out, "cpu"), patches(20, seed=3)
+    temperatures = [member["temperature"] for member in classifier.metadata["members"]]
+    assert classifier.threshold == 0.4 and 1.0 not in temperatures
+    expected = []
+    for folder, temperature in zip(folders, temperatures):
+        model, _ = checkpoint.load_run(folder)
+        logits = models.predict(model, images, progress=None)
+        expected.append(1 / (1 + np.exp(-logits / temperature)))
+    assert np.abs(classifier(images) - np.mean(expected, axis=0)).max() <= 5e-3
+
+
+def test_runs_that_have_no_mean_are_refused_in_one_line(probes, tmp_path, monkeypatch, capsys):
+    first, second, _ = of_folds(probes)
+    out = ["--out", tmp_path / "m.onnx"]
+
+    def changed(name, change, source=second):
+        copy = tmp_path / name
+        shutil.copytree(source, copy)
+        config = json.loads((copy / "config.json").read_text())
+        change(config)
+        (copy / "config.json").write_text(json.dumps(config))
+        return copy
+
+    scale = changed("scale", lambda config: config["data"].update(mpp=0.5))
+    classes = changed("classes", lambda config: config["data"].update(classes=["a", "b"]))
+    unfinished = changed("unfinished", lambda config: None)
+    (unfinished / "metrics.json").unlink()
+    for words, text in (
+        ([first, second], "give --out"),
+        ([first, first / ".." / first.name, *out], "named twice"),
+        ([first, scale, *out], "mpp 0.5"),
+        ([first, classes, *out], "a/b and look-alike/mitotic figure"),
+        ([first, unfinished, *out], "not a finished run"),
+        ([first, second, *out, "--embedding"], "--embedding"),
+        ([first, second, "--peft", tmp_path / "peft"], "--peft"),
+        ([first, tmp_path / "none", *out], "no such run"),
+    ):
+        assert command(monkeypatch, *words) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: ") and text in error, (words, error)
+    assert not list(tmp_path.glob("m.*")) and not list(tmp_path.glob(".m*"))
+
+
+def test_members_trained_on_tests_of_others_are_named(probes):
+    members = [results.read_run(folder) for folder in of_folds(probes)]
+    assert export.trained_on_tests(members) == []
+    ids = members[1].split["ids"]
+    ids["test"], ids["train"] = ids["train"][:5], ids["test"]
+    lines = export.trained_on_tests(members[:2])
+    assert len(lines) == 2 and " 5 of the test patches of " in lines[0] + lines[1]

@@ -264,3 +264,72 @@ def test_weights_beside_and_inside_are_the_same(tmp_path):
         for name in "ab"
     )
     assert np.array_equal(a, b)
+
+
+def write_mean(path, members, precision="fp32", **choices):
+    """Emit the mean of classifiers into one file → ModelProto."""
+    weights = path.with_suffix(".data")
+    with open(weights, "wb") as file:
+        proto = graph.emit_mean(members, file, precision, **choices)
+    graph.save(proto, weights, path, inline=True)
+    onnx.checker.check_model(str(path), full_check=True)
+    return proto
+
+
+def test_probes_on_one_encoder_store_and_run_it_once(tmp_path):
+    one, other = classifier("gelu"), classifier("gelu")
+    with torch.no_grad():
+        other.head.weight.mul_(-0.7)
+    images, path = patches(9), tmp_path / "mean.onnx"
+    proto = write_mean(path, iter([(one, 1.0, None), (other, 2.0, None)]))
+    single = write_model(tmp_path / "one.onnx", one)
+    ops = [node.op_type for node in proto.graph.node]
+    assert ops.count("Attention") == len(one.encoder.blocks) and ops.count("Sigmoid") == 2
+    assert [value.name for value in proto.graph.output] == ["probability"]
+    assert proto.graph.input == single.graph.input and proto.graph.output == single.graph.output
+    size, alone = (p.stat().st_size for p in (path, tmp_path / "one.onnx"))
+    assert size < alone + 4096
+    with torch.inference_mode():
+        cooler = torch.sigmoid(other(torch.from_numpy(images)) / 2).numpy()
+    expected = (torch_numbers(one, images)[0] + cooler) / 2
+    (actual,) = session(path).run(["probability"], {"patches": images})
+    assert actual.shape == (9,) and actual.dtype == np.float32
+    assert np.abs(actual - expected).max() <= 1e-5
+
+
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("fp16", 5e-3), ("int8", 0.1)])
+def test_members_of_other_networks_keep_their_own(precision, tolerance, tmp_path):
+    """Other weights, another pooling, another family with another normalisation."""
+    members = [
+        classifier("gelu"),
+        classifier("gelu", seed=3),
+        classifier("gelu", pool="patch-center"),
+        classifier("swiglu"),
+    ]
+    images = patches(16)
+    expected = np.mean([torch_numbers(model, images)[0] for model in members], axis=0)
+    path = tmp_path / "mean.onnx"
+    proto = write_mean(path, [(model, 1.0, {}) for model in members], precision)
+    blocks = len(members[0].encoder.blocks)
+    attentions = [node.op_type for node in proto.graph.node].count("Attention")
+    # The pooling of the third needs all tokens of the last block, the first only one.
+    assert attentions == 4 * blocks - (blocks - 1)
+    (actual,) = session(path).run(["probability"], {"patches": images})
+    assert np.abs(actual - expected).max() <= tolerance
+    repeated = write_mean(tmp_path / "again.onnx", [(members[0], 1.0, {})] * 3, precision)
+    single = write_model(tmp_path / "single.onnx", members[0], precision)
+    assert len(repeated.graph.initializer) <= len(single.graph.initializer) + 1
+
+
+def test_certain_members_have_a_mean_of_at_most_one(tmp_path):
+    model = classifier("gelu")
+    with torch.no_grad():
+        model.head.bias.fill_(60)
+    others = [classifier("gelu", seed=seed) for seed in (1, 2)]
+    for other in others:
+        with torch.no_grad():
+            other.head.bias.fill_(90)
+    path = tmp_path / "mean.onnx"
+    write_mean(path, [(member, 1.0, None) for member in (model, *others)])
+    (actual,) = session(path).run(["probability"], {"patches": patches(5)})
+    assert (actual == 1).all()
