@@ -69,6 +69,8 @@ def report(annotations, args):
     """Print what a dataset holds, what is wrong with it, and the splits that it would give."""
     for domain in args.domain or ():
         resolve_domain(annotations, domain)
+    for domain in args.leave_out or ():
+        resolve_domain(annotations, domain, "--leave-out")
     known = KNOWN.get(annotations.known)
     missing = len(annotations.missing)
     number = len(set(annotations.all_images) | set(annotations.missing))
@@ -265,35 +267,40 @@ def planned_splits(annotations, args):
     """The splits that training with these flags would use, with their real shares and what they
     leak, as text.
     """
+    places = {}  # (domain, left out) → its splits
+    for choices in flags.split_grid(args):
+        place = choices.get("domain"), choices.get("leave_out")
+        places.setdefault(place, []).append(choices)
     return "\n\n".join(
-        "\n".join(_planned(annotations, args, domain)) for domain in args.domain or [None]
+        "\n".join(_planned(annotations, grid, *place)) for place, grid in places.items()
     )
 
 
-def _planned(annotations, args, domain):
-    """Lines on the splits of all folds and fractions, of one domain or of the whole."""
+def _planned(annotations, grid, domain, left_out):
+    """Lines on the splits of all folds and fractions, of one domain or of the whole. grid: what
+    make_split takes for each.
+    """
     rows, leaks, errors, others = [], [], set(), {}
     one_class = {}  # lines, each once
-    for fold in args.fold:
-        for frac in args.frac:
-            try:
-                split = make_split(
-                    annotations, fold, frac, domain, args.seed, args.split, args.val_frac
-                )
-            except UserError as error:
-                errors.add(f"fold {fold}: {error}")
-                continue
-            others = split.others
-            one_class |= dict.fromkeys(runs.one_class(annotations, split))
-            if frac == max(args.frac):
-                leaks.append(overlap(annotations, split))
-            rows.append([fold, f"{frac:g}", *_split_cells(annotations, split)])
-    title = "planned splits: mitotic figures + hard negatives (cases)"
+    for choices in grid:
+        fold, frac = choices["fold"], choices["frac"]
+        try:
+            split = make_split(annotations, **choices)
+        except UserError as error:
+            errors.add(f"fold {fold}: {error}")
+            continue
+        others = split.others
+        one_class |= dict.fromkeys(runs.one_class(annotations, split))
+        if frac == max(choices["frac"] for choices in grid):
+            leaks.append(overlap(annotations, split))
+        rows.append([fold, f"{frac:g}", *_split_cells(annotations, split)])
+    what = "mitotic figures + hard negatives (cases)"
+    title = f"planned splits: {what}"
     if domain:
-        title = (
-            f"train on {domain}, test on it and on {', '.join(others) or 'the other domains'}: "
-            "mitotic figures + hard negatives (cases)"
-        )
+        title = f"train on {domain}, test on it and on "
+        title += f"{', '.join(others) or 'the other domains'}: {what}"
+    if left_out:
+        title = f"train on all domains but {left_out}, test on it: {what}"
     lines = [title]
     if rows:
         header = ["fold", "frac", "train", "val", "test", "% of all"]
@@ -418,19 +425,17 @@ def check_file(annotations, path):
 
 
 def save_file(annotations, args):
-    folds, domains = args.fold or [0], args.domain or [None]
-    if max(len(folds), len(args.frac), len(domains)) > 1:
+    grid = flags.split_grid(args, args.fold or [0])
+    if len(grid) > 1:
         raise UserError(
             "--save-split: a file holds one split; give one --fold, --frac and --domain"
         )
+    choices = grid[0]
     inputs = [annotations.source, args.check_split]
     inputs += [annotations.image_path(name) for name in annotations.codes("image")[0].tolist()]
     common.check_output("--save-split", args.save_split, inputs)
-    split = make_split(
-        annotations, folds[0], args.frac[0], domains[0], args.seed, args.split, args.val_frac
-    )
-    split.save(args.save_split)
-    say(f"{args.save_split}: fold {folds[0]}, fraction {args.frac[0]:g}")
+    make_split(annotations, **choices).save(args.save_split)
+    say(f"{args.save_split}: fold {choices['fold']}, fraction {choices['frac']:g}")
 
 
 def main():
@@ -440,9 +445,8 @@ def main():
     if args.download:
         fetch(args)
         return
-    for fold in args.fold or (0,):
-        for frac in args.frac:
-            check_settings(fold, frac, args.split, args.val_frac)
+    for choices in flags.split_grid(args, args.fold or [0]):
+        check_settings(**{key: value for key, value in choices.items() if key != "seed"})
     annotations = flags.from_arguments(args, quiet=True)
     if args.cache is not None:
         build_cache(annotations, args)
@@ -451,7 +455,7 @@ def main():
     elif args.save_split:
         save_file(annotations, args)
     else:
-        args.fold = args.fold or [0, 1, 2, 3, 4]
+        args.fold = args.fold or list(range(args.folds or 5))
         report(annotations, args)
 
 

@@ -1,10 +1,12 @@
 """Flags that several commands share: which data, how it is read, which split, which runs."""
 
+import argparse
 import collections
 import dataclasses
 import itertools
 import math
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +16,9 @@ import runs
 from common import UserError
 from dataset import annotations as annotation_tables
 from dataset import formats, images
-from dataset.annotations import root_folder, shared_cases
+from dataset.annotations import leak, root_folder
 from dataset.patches import Patches
-from dataset.splits import make_split
+from dataset.splits import WAYS, make_split
 from demo import synthetic
 
 SEEDS, FOLDS = 2**47, 2**16  # so many there are: together they make one seed of 63 bits
@@ -29,9 +31,8 @@ def add_arguments(parser, positional=False):
     """The flags that say which dataset: --data, --images, … (`positional`: D instead of --data)."""
     group = parser.add_argument_group("data")
     dataset = (
-        "ccmct, midog2022, midogpp, midog2021, cmc or demo (looked up under $MITOSIS_ROOT, "
-        "default data/), a folder, or an annotation file (default: $MITOSIS_DATA, else the "
-        "synthetic demo)"
+        f"{', '.join(annotation_tables.KNOWN)} or demo (looked up under $MITOSIS_ROOT, default "
+        "data/), a folder, or an annotation file (default: $MITOSIS_DATA, else the synthetic demo)"
     )
     if positional:
         group.add_argument("data", nargs="?", metavar="D", help=dataset)
@@ -85,14 +86,16 @@ def add_reading_arguments(group):
     group.add_argument(
         "--columns",
         metavar="path=A,case=B,label=C",
-        help=f"columns of a CSV that have other names ({', '.join(formats.COLUMNS)})",
+        help=f"columns of a CSV that have other names ({', '.join(formats.COLUMNS)}); "
+        "path={A}_{B}.png joins columns, votes=A+B+C are the labels that several experts gave",
     )
 
 
 def add_split_arguments(parser, several=True):
-    """The flags that say which split: --fold, --frac, --domain, --seed, --split, --val-frac.
+    """The flags that say which split: --fold, --frac, --domain, --seed, --split, …
 
-    several: --fold, --frac and --domain take several values and are lists (--domain may be None).
+    several: --fold, --frac, --domain and --leave-out take several values and are lists (--domain
+    and --leave-out may be None).
     """
     group = parser.add_argument_group("split")
     n, frac, fold = {}, 1.0, 0
@@ -121,14 +124,28 @@ def add_split_arguments(parser, several=True):
         **n,
     )
     group.add_argument(
+        "--leave-out",
+        metavar="X",
+        help="train on all domains but this one, test on it (default: no such test)",
+        **n,
+    )
+    group.add_argument(
+        "--folds",
+        type=int,
+        metavar="N",
+        help="cross-validation: deal the cases out into N test sets, of which --fold 0 … N-1 "
+        "takes one (default: one test set for all of --fold)",
+    )
+    group.add_argument(
         "--seed", type=int, default=0, help="seed of the split and of the run (default: 0)"
     )
     group.add_argument(
         "--split",
-        choices=("case", "annotation", "official"),
+        choices=WAYS,
         default="case",
-        help="draw the test set by case; by annotation, as the published code does (leaks); or "
-        "use the published test slides of ccmct (default: case)",
+        help="draw the test set by case; by annotation, as the published code does (leaks); use "
+        "the published test cases (ccmct, midogpp, amibr); or the split given in the data's "
+        "column split, else those cases (default: case)",
     )
     group.add_argument(
         "--val-frac",
@@ -151,7 +168,15 @@ def add_run_arguments(parser):
         default=[],
         metavar="D2",
         help="whole datasets as further test sets, also of a finished run; --classes, --columns, "
-        "--fit and --mpp apply to them, --images and --source-mpp do not",
+        "--fit and --mpp apply to them, --images and --source-mpp do not. "
+        "D2:label=A,positive=B,images=DIR reads one in a way of its own: columns, positive, "
+        "negative, classes, profile, images",
+    )
+    group.add_argument(
+        "--shared-cases",
+        choices=("refuse", "allow"),
+        default="refuse",
+        help="what to do if a dataset of --test holds cases that are trained on (default: refuse)",
     )
     group.add_argument(
         "--test-images",
@@ -341,8 +366,39 @@ def facts(annotations, fit="resize", mpp=None, source_mpp=None, size=224):
 # ---------------------------------------------------------------- splits and further test sets
 
 
+# What a dataset of --test may be given after its name, beside columns.
+TEST_CHOICES = ("positive", "negative", "classes", "profile", "images")
+
+
+def test_source(args, text):
+    """(name, args to read it with) of a dataset of --test, D2 or D2:label=A,positive=B.
+
+    With choices of its own, or as a known dataset whose columns and labels are known, it is read
+    without those of --data.
+    """
+    keys = "|".join((*formats.COLUMNS, *TEST_CHOICES))
+    match = re.fullmatch(rf"(.+?):((?:{keys})=.*)", text, re.DOTALL)
+    name, own = match.groups() if match else (text, "")
+    known = annotation_tables.KNOWN.get(name)
+    if not own and not (known and known.labels):
+        return name, args
+    reading = dict.fromkeys(("classes", "profile", "positive", "negative", "columns", "images"))
+    columns = []
+    # A comma ends a value where another key follows; classes=mitotic=1,other=2 holds one.
+    for part in re.split(rf",(?=(?:{keys})=)", own) if own else ():
+        key, _, value = part.partition("=")
+        if key not in TEST_CHOICES:
+            columns.append(part)
+        elif reading[key] or not value:
+            raise UserError(f"--test {text}: {key} needs one value")
+        else:
+            reading[key] = value
+    reading["columns"] = ",".join(columns) or None
+    return name, argparse.Namespace(**vars(args) | reading)
+
+
 def further(args, annotations, quiet=False):
-    """The datasets of --test; prints which of them share cases with `annotations`.
+    """The datasets of --test.
 
     UserError if one has no images, or two have the same name: results are stored by name.
     """
@@ -352,46 +408,71 @@ def further(args, annotations, quiet=False):
             "--test"
         )
     tests = []
-    for name, folder in itertools.zip_longest(args.test, args.test_images):
-        other = from_arguments(args, name, folder, quiet)
+    for text, folder in itertools.zip_longest(args.test, args.test_images):
+        name, own = test_source(args, text)
+        if own is not args:
+            folder = folder or own.images
+        other = from_arguments(own, name, folder, quiet)
         need_images(other, args.mpp, quiet)
         if other.name in [test.name for test in tests]:
             raise UserError(
                 f"--test: two datasets are called {other.name}; rename one of the files"
             )
         tests.append(other)
-        shared = shared_cases(annotations, other)
-        if shared and not quiet:
-            example = sorted(map(str, shared))[0]
-            print(
-                f"note: {other.name} shares {len(shared)} cases with {annotations.name}, for "
-                f"example {example}: its figures are not those of unseen cases",
-                flush=True,
-            )
         problem = runs.one_class_line(other.name, other.label)
         if problem and not quiet:
             print(f"problem: {problem}", flush=True)
     return tests
 
 
-def splits(args, annotations, tests=()):
-    """The splits of every --domain, --frac and --fold, in this order.
-
-    UserError if one is not possible, or a --test dataset has the name of one of the run's own sets:
-    results are stored by name.
+def split_grid(args, folds=None):
+    """What make_split takes, as a dict, for every --domain or --leave-out, --frac and --fold, in
+    this order. folds: instead of --fold.
     """
-    domains = dict.fromkeys(args.domain or [None])
-    grid = itertools.product(domains, dict.fromkeys(args.frac), dict.fromkeys(args.fold))
-    planned = []
-    for domain, frac, fold in grid:
-        split = make_split(annotations, fold, frac, domain, args.seed, args.split, args.val_frac)
+    places = [{"domain": name} for name in dict.fromkeys(args.domain or [None])]
+    if args.leave_out:
+        if args.domain:
+            raise UserError("--leave-out and --domain both say what to train on: give one")
+        places = [{"leave_out": name} for name in dict.fromkeys(args.leave_out)]
+    folds = args.fold if folds is None else folds
+    fixed = {
+        "seed": args.seed,
+        "by": args.split,
+        "val_frac": args.val_frac,
+        "folds": args.folds,
+    }
+    grid = itertools.product(places, dict.fromkeys(args.frac), dict.fromkeys(folds))
+    return [{**fixed, **place, "frac": frac, "fold": fold} for place, frac, fold in grid]
+
+
+def splits(args, annotations, tests=(), quiet=False):
+    """The splits of every --domain or --leave-out, --frac and --fold, in this order.
+
+    UserError if one is not possible, a --test dataset has the name of one of the run's own sets
+    (results are stored by name), or it holds cases that are trained on and --shared-cases does not
+    allow it: then it is a note.
+    """
+    planned, shared = [], {}
+    for choices in split_grid(args):
+        split = make_split(annotations, **choices)
         for other in tests:
             if other.name in {"train", "val", "test", annotations.name, *split.others}:
                 raise UserError(
                     f"--test: {other.name} is the name of one of the run's own sets or datasets; "
                     "rename the file"
                 )
+            found = leak(annotations, annotations.rows([*split.train, *split.val]), other)
+            if found and found[1] and args.shared_cases == "refuse":
+                raise UserError(
+                    f"--test: {found[0]}; use a dataset or a split (--split, --domain) that keeps "
+                    "them apart, or --shared-cases allow"
+                )
+            if found:
+                shared.setdefault(other.name, found[0])
         planned.append(split)
+    for text in shared.values():
+        if not quiet:
+            print(f"note: {text}: its figures are not those of unseen cases", flush=True)
     return planned
 
 

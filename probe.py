@@ -169,7 +169,7 @@ def main():
     annotations = flags.from_arguments(args, quiet=rank > 0)
     flags.need_images(annotations, args.mpp, quiet=rank > 0)
     tests = flags.further(args, annotations, quiet=rank > 0)
-    splits = flags.splits(args, annotations, tests)
+    splits = flags.splits(args, annotations, tests, quiet=rank > 0)
     dtype = models.resolve_dtype(args.dtype, device, models.find_encoder(args.model))
     encoder = models.load_encoder(
         args.model, args.weights, device, dtype, args.pool, args.layer, args.revision, args.size

@@ -64,12 +64,15 @@ class Settings:
     fit: str
     mpp: float | None
     dtype: str
+    folds: int | None = dataclasses.field(default=None, kw_only=True)  # of a cross-validation
+    leave_out: str | None = dataclasses.field(default=None, kw_only=True)  # domain
 
     def flags(self):
-        """config.json's "flags"; runs of earlier versions have no "size"."""
+        """config.json's "flags"; runs of earlier versions have no "size", "folds", "leave_out"."""
         flags = dataclasses.asdict(self)
-        if self.size is None:
-            del flags["size"]
+        for name in ("size", "folds", "leave_out"):
+            if flags[name] is None:
+                del flags[name]
         return flags
 
     @property
@@ -93,6 +96,8 @@ class Settings:
             parts.append("tta")
         if self.by != "case":
             parts.append(f"by{self.by}")
+        if self.folds:
+            parts.append(f"{self.folds}folds")
         if self.fit != "resize":
             parts.append(self.fit)
         return parts
@@ -174,15 +179,20 @@ def differing(old, new):
 # ---------------------------------------------------------------- the folder
 
 
-def run_path(root, data, model, method, frac, fold, domain=None, suffixes=(), domains=()):
+def run_path(
+    root, data, model, method, frac, fold, domain=None, suffixes=(), domains=(), leave_out=None
+):
     """Folder of a run.
 
     method: probe | lora | full; suffixes: Settings.choices(…), e.g. ("r8",); domains: all of the
-    dataset's, so that two of them never share a folder.
+    dataset's, so that two of them never share a folder; leave_out: the domain that was left out.
     """
     share = f"frac{frac:g}"
+    word = "domain"
+    if leave_out:
+        word, domain = "without", leave_out
     if domain:
-        name = f"domain{domain}"
+        name = f"{word}{domain}"
         clashes = [other for other in domains if _folder_key(other) == _folder_key(domain)]
         # The plain name goes to the domain that is spelled like it.
         clashes.sort(key=lambda other: (other != common.file_name(other), other))
@@ -207,6 +217,7 @@ def folder(root, settings, choices, domains):
         settings.domain,
         choices,
         [str(domain) for domain in domains],
+        settings.leave_out,
     )
 
 

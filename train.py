@@ -273,7 +273,7 @@ def main():
     annotations = flags.from_arguments(args, quiet=quiet)
     flags.need_images(annotations, args.mpp, quiet)
     tests = flags.further(args, annotations, quiet)
-    splits = flags.splits(args, annotations, tests)
+    splits = flags.splits(args, annotations, tests, quiet)
     if args.weights == "random" and not quiet:
         print(
             "WEIGHTS: random numbers, for dry runs and benchmarks: the results mean nothing",

@@ -52,7 +52,21 @@ class Known:
     address: str = None
     domains: dict = field(default_factory=dict)  # name → Domain
     official_test: tuple = ()  # cases
+    classes: tuple = None  # names of the labels 0 and 1, if they are not the usual ones
+    columns: dict = None  # of its CSV, as formats.parse_columns gives them
+    labels: dict = None  # which label means what, as load_dataset takes `classes`
+    folder: str = None  # where its files lie below the root if not in a folder of its name
+    patches: str = None  # folder of its images, beside the annotation file
+    case_pattern: str = None  # the case is group 1 of this in the image's name
+    names_cases: bool = True
+    drawn_from: range = range(0)  # numbers of the MIDOG++ cases of which it names none
 
+
+def _cases(form, numbers):
+    return tuple(form.format(int(number)) for number in numbers.split())
+
+
+ATYPICAL = ("normal", "atypical")
 
 KNOWN = {
     "ccmct": Known(
@@ -147,11 +161,124 @@ KNOWN = {
             "canine soft tissue sarcoma": Domain(405, 504, "", (1286, 2375)),
             "human melanoma": Domain(505, 553, "", (1150, 925)),
         },
+        official_test=_cases(
+            "{:03d}",
+            "6 7 14 15 18 26 29 31 32 35 50 52 57 58 59 64 66 74 88 93 95 100 102 104 107 109 115 "
+            "116 123 124 128 147 150 203 212 218 220 230 232 234 236 239 241 249 251 252 253 256 "
+            "257 268 269 276 291 292 295 305 310 311 315 329 336 338 339 344 345 346 353 354 366 "
+            "368 370 373 375 383 386 389 390 398 413 414 419 422 425 426 427 439 442 456 458 463 "
+            "472 476 477 481 484 485 487 491 497 504 510 512 528 531 533 534 537 538 539 541 552",
+        ),
+    ),
+    "amibr": Known(
+        "atypical and normal mitotic figures of human breast cancer (AMi-Br, 128 px)",
+        ("AMI-BR.csv", "amibr_train_split.csv"),
+        counts=(832, 2888),
+        images=3720,
+        licence="MIT",
+        mpp=0.25,
+        address="https://github.com/DeepMicroscopy/AMi-Br_Benchmark",
+        official_test=(
+            *_cases(
+                "MIDOG21-{:03d}.tiff",
+                "7 11 17 18 20 21 27 31 32 49 60 62 66 71 72 73 74 75 81 82 84 85 88 91 98 108 118 "
+                "119 120 125 128 130 139 140 142 146",
+            ),
+            *_cases("TUPAC16-{:02d}_stitched1.tif", "3 7 8 9 12 17 22"),
+            *_cases("TUPAC16-{:02d}.tif", "28 30 33 34 35 42 45 55 57 66 68 71 72"),
+        ),
+        classes=ATYPICAL,
+        columns={
+            "path": "{dataset}_{uid}.png",
+            "case": "{dataset}-{slide}",
+            "domain": "dataset",
+            "label": "majority_atypical",
+            "votes": "expert1_atypical+expert2_atypical+expert3_atypical",
+        },
+        labels={"mitotic": ["True"], "other": ["False"]},
+        patches="AMi-Br",
+    ),
+    "atnorm-br": Known(
+        "atypical and normal mitotic figures of breast cancer in TCGA (AtNorM-Br, 128 px)",
+        (),
+        counts=(128, 618),
+        images=746,
+        licence="MIT",
+        mpp=0.25,
+        address="https://github.com/DeepMicroscopy/AMi-Br_Benchmark",
+        classes=ATYPICAL,
+        labels={"mitotic": ["Atypical"], "other": ["Normal"]},
+        folder="amibr/AtNorM-Br",
+        names_cases=False,
+    ),
+    "atnorm-md": Known(
+        "atypical and normal mitotic figures of six tumour types of MIDOG++ (AtNorM-MD, 128 px)",
+        ("AtNorM-MD_expert_votes.csv",),
+        counts=(219, 1888),
+        images=2107,
+        licence="MIT",
+        mpp=0.25,
+        address="https://github.com/DeepMicroscopy/AMi-Br_Benchmark",
+        classes=ATYPICAL,
+        columns={
+            "path": "Filename",
+            "label": "Majority",
+            "votes": "Expert_1+Expert_2+Expert_3+Expert_4+Expert_5",
+        },
+        labels={"mitotic": ["Atypical"], "other": ["Normal"]},
+        folder="amibr",
+        patches="AtNorM-MD",
+        names_cases=False,
+        drawn_from=range(201, 554),
+    ),
+    "midog25": Known(
+        "atypical and normal mitotic figures of seven tumour types (MIDOG 2025, track 2)",
+        ("MIDOG25.csv", "MIDOG25_Atypical_Classification_Train_Set.csv"),
+        counts=(1748, 10189),
+        images=11937,
+        mpp=0.25,
+        address="https://zenodo.org/records/16044804",
+        classes=ATYPICAL,
+        columns={
+            "path": "image_id",
+            "case": "filename",
+            "domain": "Tumor",
+            "scanner": "Scanner",
+            "species": "Species",
+            "label": "majority",
+            "votes": "expert1+expert2+expert3",
+        },
+        labels={"mitotic": ["AMF"], "other": ["NMF"]},
+    ),
+    "omg-octo": Known(
+        "atypical and normal mitotic figures of several tumour types (OMG-Octo Atypical)",
+        ("OMG-Octo.csv",),
+        counts=(1375, 378),
+        images=1753,
+        address="https://zenodo.org/records/16107743",
+        classes=ATYPICAL,
+        columns={"path": "image_file", "label": "label"},
+        labels={"mitotic": ["AMF"], "other": ["MF"]},
+        case_pattern=r"([^_]+)_.+",
     ),
 }
 
 
-DOWNLOADABLE = ("ccmct", "midog2022", "midogpp")
+DOWNLOADABLE = ("ccmct", "midog2022", "midogpp", "amibr")
+# Scanner and species of the MIDOG cases, by their MIDOG++ number: up to this one.
+MIDOG_FACTS = (
+    (50, "Hamamatsu XR", "human"),
+    (100, "Hamamatsu S360", "human"),
+    (150, "Aperio CS2", "human"),
+    (200, "", "human"),
+    (299, "3DHistech", "canine"),
+    (349, "Aperio CS2", "canine"),
+    (404, "Hamamatsu XR", "human"),
+    (504, "3DHistech", "canine"),
+    (553, "Hamamatsu XR", "human"),
+)
+# How the MIDOG tables write one scanner in two ways.
+SCANNERS = {"Hamammatsu XR": "Hamamatsu XR", "3D Histech": "3DHistech"}
 # MIDOG 2022 numbers its files differently from MIDOG++: up to this number, add so many.
 MIDOG2022_OFFSETS = ((150, 0), (346, 50), (353, 51), (354, 43))
 
@@ -167,7 +294,7 @@ def recognise(path, table):
     stems = {Path(image).stem for image in table.sizes}
     numbers = [int(stem) for stem in stems if re.fullmatch(r"\d{3}", stem, re.ASCII)]
     for name, known in KNOWN.items():
-        if path.name not in known.files:
+        if path.name not in known.files or known.columns:  # those: _known_by_header
             continue
         # MIDOG.json is a name that other files have too; the numbers must be the published ones,
         # and nearly all of them.
@@ -191,8 +318,32 @@ def domain_of(known, image):
     return None
 
 
+MIDOG21_CASE = re.compile(r"midog(?:20)?21[-_ ]*0*(\d{1,3})")
+TUPAC_CASE = re.compile(r"tupac(?:16)?[-_ ]*0*(\d{1,3})(?:_stitched\d)?|0*(\d{1,3})_stitched\d")
+
+
+def case_identity(case, known=None):
+    """One name for a case, however the datasets write it: "MIDOG21-007.tiff" of AMi-Br, "007" of
+    MIDOG 2021, 2022 and ++ and "007.tiff" of MIDOG 2025 are "midog7". known: key of KNOWN.
+    """
+    stem = file_stem(str(case))
+    match = MIDOG21_CASE.fullmatch(stem.casefold())
+    if match:
+        return f"midog{int(match[1])}"
+    match = TUPAC_CASE.fullmatch(stem.casefold())
+    if match:
+        return f"tupac{int(match[1] or match[2])}"
+    if known in ("midog2021", "midog2022", "midogpp", "midog25"):
+        return _midog_number(stem, known) or case_key(stem)
+    if known and not KNOWN[known].names_cases:
+        return f"{known}:{case_key(stem)}"
+    return case_key(stem)
+
+
 def _midog_number(case, known):
-    """A MIDOG case by its MIDOG++ number, so that cases of 2021, 2022 and ++ can be compared."""
+    """A MIDOG case by its MIDOG++ number, so that cases of 2021, 2022, 25 and ++ can be compared;
+    None if it is no number.
+    """
     if not re.fullmatch(r"\d{1,3}", case, re.ASCII):
         return None
     number = int(case)
@@ -204,24 +355,48 @@ def _midog_number(case, known):
     return f"midog2022-{number}"  # unlabelled images that MIDOG++ does not have
 
 
+def _number_of(identity):
+    """The MIDOG++ number of a case_identity(); None for other cases."""
+    match = re.fullmatch(r"midog(\d+)", identity)
+    return int(match[1]) if match else None
+
+
+def _identities(annotations, rows=slice(None)):
+    """{case_identity: the case as the annotations write it} of rows."""
+    cases = np.unique(annotations.case[rows]).tolist()
+    return {case_identity(case, annotations.known): case for case in cases}
+
+
 def shared_cases(a, b):
     """Cases that two datasets have in common, as named in `b` (sorted): a test on them would be no
-    test.
-
-    The MIDOG datasets number the same slides differently, which is accounted for.
+    test. The spellings of the known datasets are accounted for.
     """
-
-    def keys(annotations):
-        cases = {}
-        for case in np.unique(annotations.case).tolist():
-            key = None
-            if annotations.known in ("midog2021", "midog2022", "midogpp"):
-                key = _midog_number(case, annotations.known)
-            cases[key or case_key(case)] = case
-        return cases
-
-    first, second = keys(a), keys(b)
+    first, second = _identities(a), _identities(b)
     return sorted(second[key] for key in first.keys() & second.keys())
+
+
+def leak(annotations, rows, other):
+    """What a test on `other` would not be if the rows of `annotations` were trained on: (text on
+    the cases that both have, whether that is beyond doubt), or None if they have none.
+
+    Two datasets of strangers may both number their cases from 1, which is no proof.
+    """
+    trained, tested = _identities(annotations, rows), _identities(other)
+    shared = trained.keys() & tested.keys()
+    if shared:
+        example = min(tested[key] for key in shared)
+        text = f"{other.name} shares {cells.several(len(shared), 'case')} with the training on "
+        text += f"{annotations.name}, for example {cells.shown(example)}"
+        return text, not all(re.fullmatch(r"\d{1,5}", key) for key in shared)
+    for first, second, keys in ((annotations, other, tested), (other, annotations, trained)):
+        drawn = KNOWN[first.known].drawn_from if first.known else ()
+        count = sum(_number_of(key) in drawn for key in keys)
+        if count:
+            return (
+                f"{first.name} is drawn from MIDOG++ cases that it does not name, which may be "
+                f"among {cells.several(count, 'case')} of {second.name}"
+            ), True
+    return None
 
 
 def case_key(case):
@@ -231,6 +406,9 @@ def case_key(case):
 
 
 # ---------------------------------------------------------------- annotations
+
+
+OPTIONAL = ("share", "scanner", "species", "split")  # columns that few datasets have
 
 
 @dataclass
@@ -256,6 +434,10 @@ class Annotations:
     licence: str = None
     mpp: dict = None  # image → µm/px, if known beside the image file itself
     sizes: dict = field(default_factory=dict)  # image → (width, height) by the annotation file
+    share: np.ndarray = None  # float32, of the experts who voted for label 1, if there are votes
+    scanner: np.ndarray = None  # str, "" if unknown; None if it is known of no image
+    species: np.ndarray = None  # likewise
+    split: np.ndarray = None  # str: "train", "test", … as the data say; None without such a column
     all_images: list = field(default_factory=list)  # labelled and unlabelled
     missing: list = field(default_factory=list)  # images that are not below root
     notes: list = field(default_factory=list)
@@ -266,7 +448,8 @@ class Annotations:
 
     def take(self, index):
         """The annotations of a mask or of row indices; the images' facts stay."""
-        names = ("id", "image", "case", "domain", "x", "y", "label")
+        names = ["id", "image", "case", "domain", "x", "y", "label"]
+        names += [name for name in OPTIONAL if getattr(self, name) is not None]
         return replace(self, **{name: getattr(self, name)[index] for name in names})
 
     def _cached(self, key, column, make):
@@ -340,9 +523,15 @@ def load_dataset(
     images are missing: then the table is useful without pixels. UserError: not found, unreadable,
     ambiguous."""
     source, known = _find(path)
+    if columns is None:
+        known = known or _known_by_header(source)
+        if known:
+            columns = KNOWN[known].columns
+            if not classes and not profile:
+                classes = KNOWN[known].labels
     table = formats.read(source, classes, profile or _profile(source, known, classes), columns)
     known = known or recognise(source, table)
-    root = _image_folder(source, images)
+    root = _image_folder(source, images, known)
     notes = table.notes
 
     place = locate(list(table.sizes), root, notes, source)
@@ -353,17 +542,22 @@ def load_dataset(
     _check_distinct(source, root, place)
     _drop_absent(table, absent, source, root, notes)
     if table.kind == "patches":
-        _note_patches(table, len(missing) < len(place), source, root, notes)
+        _note_patches(table, len(missing) < len(place), source, root, known, notes)
     if len(missing) < len(place):
         paths = [root / place[image] for image in table.images]
         formats.move_to_level0(table, paths, notes.append)
 
-    cases = _cases(table, notes)
+    cases = _cases_of(table, known, notes)
     domains = _domains(table, known)
+    scanners, species = _groups(table, cases, known)
+    splits = [value or "" for value in table.splits]
     order = sorted(range(len(table)), key=lambda row: place[table.images[row]])
 
     def column(values, dtype):
         return np.array([values[row] for row in order], dtype=dtype)
+
+    def optional(values, dtype):
+        return column(values, dtype) if values and any(value != "" for value in values) else None
 
     return Annotations(
         id=column(table.ids, str),
@@ -384,7 +578,26 @@ def load_dataset(
         all_images=sorted(path for image, path in place.items() if image not in absent),
         missing=sorted(place[image] for image in missing),
         notes=notes,
+        share=optional(table.shares, np.float32),
+        scanner=optional(scanners, str),
+        species=optional(species, str),
+        split=optional(splits, str),
     )
+
+
+def _known_by_header(source):
+    """Key of the known dataset that a CSV is by its published name and its columns, or None."""
+    for name, known in KNOWN.items():
+        if source.name not in known.files or not known.columns or not source.is_file():
+            continue
+        with open(source, encoding="utf-8", errors="replace") as file:
+            header = {column.strip() for column in file.readline(10_000).split(",")}
+        wanted = set()
+        for text in known.columns.values():
+            wanted.update(re.findall(r"\{([^{}]+)\}", text) or text.split("+"))
+        if wanted <= header:
+            return name
+    return None
 
 
 def _profile(source, known, classes):
@@ -396,9 +609,12 @@ def _profile(source, known, classes):
     return KNOWN[known].profile if known else None
 
 
-def _image_folder(source, images):
+def _image_folder(source, images, known=None):
+    patches = known and KNOWN[known].patches
     if images is not None:
         root = Path(images)
+    elif patches and (source.parent / patches).is_dir():
+        root = source.parent / patches
     elif source.is_dir():
         root = source
     else:
@@ -435,21 +651,25 @@ def _drop_absent(table, absent, source, root, notes):
     table.keep(rows)
 
 
-def _note_patches(table, some_exist, source, root, notes):
+def _note_patches(table, some_exist, source, root, known, notes):
     if some_exist and source.is_file():
         files = sum(1 for _ in _walk(root))
         notes.append(
             f"{len(table):,} of the {files:,} image files under {root} are listed in {source.name}"
         )
-    if all(case is None for case in table.cases):
+    named = known and KNOWN[known].case_pattern
+    if all(case is None for case in table.cases) and not named:
         notes.append(
             "no column of cases: every patch counts as a case of its own, so patches of one "
             "patient may lie on both sides of a split"
         )
 
 
-def _cases(table, notes):
-    """The case of each row: the file's, each written in one way, else the image's name."""
+def _cases_of(table, known, notes):
+    """The case of each row: the file's, each written in one way, else the image's name, or what of
+    it names the case.
+    """
+    pattern = known and KNOWN[known].case_pattern
     written = table.cases
     if _numbers_files(table):
         written = [None] * len(table)
@@ -474,8 +694,39 @@ def _cases(table, notes):
         elif mitos2014:
             cases.append(file_stem(image)[:3])
         else:
-            cases.append(file_stem(image))
+            named = pattern and re.fullmatch(pattern, file_stem(image))
+            cases.append(named[1] if named else file_stem(image))
     return cases
+
+
+def _midog_facts(cases, known):
+    """(scanner, species) of each case, as known of the MIDOG datasets; "" for other cases."""
+    facts = {}
+    for case in set(cases):
+        identity = case_identity(case, known)
+        facts[case] = "", "human" if identity.startswith("tupac") else ""
+        number = _number_of(identity)
+        for last, *both in MIDOG_FACTS if number else ():
+            if number <= last:
+                facts[case] = tuple(both)
+                break
+    return [facts[case] for case in cases]
+
+
+def _groups(table, cases, known):
+    """(scanner, species) of the rows: as the file says, else as known of the dataset; a list is
+    None if it is blank.
+    """
+    facts = [("", "")] * len(table)
+    if known:
+        facts = _midog_facts(cases, known)
+    columns = []
+    for number, written in enumerate((table.scanners, table.species)):
+        column = [value or facts[row][number] for row, value in enumerate(written)]
+        if known:
+            column = [SCANNERS.get(value, value) for value in column]
+        columns.append(column if any(column) else None)
+    return columns
 
 
 def _domains(table, known):
@@ -549,6 +800,9 @@ def _find(path):
     """(annotation file or folder, key of KNOWN or None) of what --data says."""
     text = str(path)
     folder = root_folder() / text
+    inside = KNOWN[text].folder if text in KNOWN else None
+    if inside and not folder.is_dir() and (root_folder() / inside).is_dir():
+        folder = root_folder() / inside
     if text == "demo":  # as for the other names; a folder of this name is given as ./demo
         if not folder.is_dir():
             raise UserError(
@@ -558,8 +812,9 @@ def _find(path):
     if text in KNOWN:
         if not folder.is_dir():
             how = ""
-            if text in DOWNLOADABLE:
-                how = f"download it with python data.py --download {text}, or "
+            download = (inside or text).split("/")[0]
+            if download in DOWNLOADABLE:
+                how = f"download it with python data.py --download {download}, or "
             raise UserError(
                 f"{folder}: the dataset {text} does not exist; {how}set MITOSIS_ROOT to the folder "
                 f"that holds {text}/"

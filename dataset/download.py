@@ -3,7 +3,7 @@ calls it.
 
 A file appears under its name when it is complete; until then it is a hidden .part file, which the
 next run continues by a range request. addresses.json holds the public addresses (figshare's file
-ids).
+ids). Images and tables of an archive are unpacked beside it.
 """
 
 import contextlib
@@ -15,22 +15,27 @@ import os
 import re
 import shutil
 import ssl
+import stat
 import struct
 import threading
 import time
 import urllib.error
 import urllib.request
+import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import common
 from common import UserError
+from dataset.formats import IMAGE_SUFFIXES
 
 CHUNK = 1 << 18
 TIMEOUT = 60  # s without a byte
 IDLE_TRIES = 8  # failures in a row that bring nothing new, before a file is given up
 MAX_TRIES = 200  # of one file in all, so that a server that gives a byte at a time ends too
 MAX_PAUSE = 120  # s, whatever the server's Retry-After says
+MAX_UNPACKED = 1 << 33  # bytes of an archive's files together: more is no public dataset of patches
 
 
 def addresses(name):
@@ -70,6 +75,9 @@ def fetch(name, folder, workers=4, only=None, files=None, pause=1.0):
         print(f"{name}: {len(files) - len(todo):,} of {len(files):,} files exist", flush=True)
         if todo:
             _fetch_all(name, folder, todo, workers, pause)
+        for file in files:
+            if file.endswith(".zip"):
+                print(f"{file}: {unpack(folder / file, folder):,} files unpacked", flush=True)
 
 
 def _fetch_all(name, folder, todo, workers, pause):
@@ -385,6 +393,63 @@ def _refused(error, part):
     raise _Never(f"{hint} (status {error.code})") from None
 
 
+# ---------------------------------------------------------------- archives
+
+# What zipfile raises for damaged and encrypted archives.
+BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
+
+
+def unpack(archive, folder):
+    """Write the images and tables of a ZIP archive below `folder`, without the archive's own top
+    folder; returns their number. Files that are there in full are kept, so it can be repeated.
+
+    UserError: a name that leads out of the folder, a link, a damaged file, no room."""
+    try:
+        with zipfile.ZipFile(archive) as content:
+            members = _members(archive, content)
+            total = sum(info.file_size for info in members.values())
+            free = shutil.disk_usage(folder).free
+            if total > min(MAX_UNPACKED, free):
+                raise UserError(
+                    f"{archive}: {total / 1e9:.1f} GB unpacked, and {free / 1e9:.1f} GB are free; "
+                    "nothing is unpacked"
+                )
+            for name, info in members.items():
+                path = Path(folder) / name
+                if path.is_file() and path.stat().st_size == info.file_size:
+                    continue
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with (
+                    common.atomic(path) as temporary,
+                    content.open(info) as source,
+                    open(temporary, "wb") as target,
+                ):
+                    shutil.copyfileobj(source, target)
+    except BROKEN as error:
+        raise UserError(f"{archive}: damaged ({error}); delete it and fetch it again") from None
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror or error}; the archive is kept") from None
+    return len(members)
+
+
+def _members(archive, content):
+    """{path below the folder: ZipInfo} of the images and tables in an open archive."""
+    members = {}
+    for info in content.infolist():
+        parts = PurePosixPath(info.filename).parts
+        if info.is_dir() or not info.filename.lower().endswith((*IMAGE_SUFFIXES, ".csv")):
+            continue
+        out = info.filename.startswith("/") or ".." in parts or re.search(r"[\\:\0]", info.filename)
+        if out or len(parts) < 2 or stat.S_ISLNK(info.external_attr >> 16):
+            raise UserError(
+                f"{archive}: {info.filename[:80]!r} is a link or leads out of the folder; nothing "
+                "is unpacked"
+            )
+        if not any(part.startswith(".") for part in parts):
+            members[PurePosixPath(*parts[1:])] = info
+    return members
+
+
 # ---------------------------------------------------------------- is it what its name says
 
 
@@ -407,6 +472,8 @@ def damage(path, name):
                 return "not a complete TIFF image"
         elif suffix == ".sqlite":
             return _sqlite_damage(file, size)
+        elif suffix == ".zip":
+            return _zip_damage(path)
         elif suffix == ".json":
             file.seek(0)
             try:
@@ -414,6 +481,16 @@ def damage(path, name):
             except (ValueError, RecursionError):
                 return "not a complete JSON file"
     return None
+
+
+def _zip_damage(path):
+    try:
+        with zipfile.ZipFile(path) as content:
+            if content.testzip() is None:
+                return None
+    except (*BROKEN, OSError):
+        pass
+    return "not a complete ZIP archive"
 
 
 def _sqlite_damage(file, size):

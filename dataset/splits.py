@@ -15,6 +15,13 @@ from dataset.draws import generator, shuffled
 TEST_SHARE = VAL_SHARE = 0.2
 FORMAT = f"{common.NAME}-split"  # "format" of a split file; before version 1.0 "mitosis-split"
 PARTS = ("train", "val", "test")
+WAYS = ("case", "annotation", "official", "given")  # of --split
+# What a column of the data's own split says → part.
+GIVEN = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing", "held-out", "held out", "holdout", "hold-out"), "test"),
+}
 
 
 @dataclass
@@ -28,7 +35,8 @@ class Split:
     test: np.ndarray
     others: dict = field(default_factory=dict)
     pool: int = 0  # size of the training pool that the fraction was taken from
-    settings: dict = field(default_factory=dict)  # fold, frac, domain, seed, by, val_frac
+    # fold, frac, domain, seed, by, val_frac; folds and leave_out where they are given
+    settings: dict = field(default_factory=dict)
     dataset: dict = field(default_factory=dict)  # name, fingerprint
     cases: dict = field(default_factory=dict)  # set → names of its cases
 
@@ -57,6 +65,8 @@ def make_split(
     seed: int = 0,
     by: str = "case",
     val_frac: float = 1.0,
+    folds: int | None = None,
+    leave_out: str | None = None,
 ) -> Split:
     """The split of the protocol: 20% test, 20% of the rest validation, `frac` of what is then left
     for training.
@@ -64,37 +74,55 @@ def make_split(
     fold: repeat, 0 …; the test set is the same in all. frac in (0, 1]: nested fractions of the
     training pool, by annotation, both classes always present. domain: train on this one alone, the
     others are further test sets. by: "case"; "annotation", as the paper's published code draws
-    (leaks); "official", the published test slides. val_frac shrinks validation. A pure function of
-    the table and these. UserError: not possible with this dataset."""
-    check_settings(fold, frac, by, val_frac)
+    (leaks); "official", the published test slides; "given", the split that the data state. val_frac
+    shrinks validation. folds: cross-validation by case instead, `fold` says which of them is the
+    test set. leave_out: a domain that is the test set instead. A pure function of the table and
+    these. UserError: not possible with this dataset."""
+    check_settings(fold, frac, by, val_frac, folds, leave_out, domain)
     fold = int(fold)
     # In the order of the ids, so that the order of the file does not matter.
     rows, others = annotations.order(), {}
+    if leave_out is not None:
+        leave_out = resolve_domain(annotations, leave_out, "--leave-out")
     if domain is not None:
         domain = resolve_domain(annotations, domain)
         others = _other_domains(annotations, domain)
         rows = rows[annotations.domain[rows] == domain]
 
-    # 1. The test set, the same for all folds.
-    in_test = _choose_test(annotations, rows, seed, domain, by)
+    # 1. The test set, the same for all folds but those of a cross-validation.
+    if leave_out is not None:
+        in_test = _leave_domain_out(annotations, rows, leave_out)
+    elif folds is not None:
+        in_test = _case_folds(annotations, rows, folds, seed, domain) == fold
+    else:
+        in_test = _choose_test(annotations, rows, seed, domain, by)
     test, rest = rows[in_test], rows[~in_test]
 
-    # 2. Of the rest, validation.
-    rng = generator("val", seed, domain, by, fold)
+    # 2. Of the rest, validation: the data's own, else drawn.
+    way = by
+    if folds is not None:
+        way = f"{folds} folds"
+    if leave_out is not None:
+        way = f"without {leave_out}"
+    rng = generator("val", seed, domain, way, fold)
+    in_val = np.zeros(len(rest), bool)
+    if by == "given" and annotations.split is not None:
+        in_val = given_parts(annotations)[rest] == "val"
     if by == "annotation":
         in_val = _choose_annotations(len(rest), VAL_SHARE, rng)
-    else:
+    elif not in_val.any():
         in_val = _choose_cases(annotations, rest, VAL_SHARE, rng)
     val, pool = rest[in_val], rest[~in_val]
 
     # 3. Fractions of the training pool, and of validation.
-    rng = generator("frac", seed, domain, by, fold)
+    rng = generator("frac", seed, domain, way, fold)
     what = f"fraction {frac:g}, fold {fold}: the training pool"
     train = _fraction(annotations, pool, frac, rng, what)
     if val_frac < 1:
-        rng = generator("val-frac", seed, domain, by, fold)
+        rng = generator("val-frac", seed, domain, way, fold)
         val = _fraction(annotations, val, val_frac, rng, "validation")
 
+    own = {"folds": folds, "leave_out": leave_out}
     names, case = annotations.codes("case")
     split = Split(
         annotations.id[train],
@@ -109,6 +137,7 @@ def make_split(
             "seed": seed,
             "by": by,
             "val_frac": float(val_frac),
+            **{key: value for key, value in own.items() if value is not None},
         },
         dataset={"name": annotations.name, "fingerprint": annotations.fingerprint()},
         cases={
@@ -120,18 +149,28 @@ def make_split(
     return split
 
 
-def check_settings(fold=0, frac=1.0, by="case", val_frac=1.0):
+def check_settings(
+    fold=0, frac=1.0, by="case", val_frac=1.0, folds=None, leave_out=None, domain=None
+):
     """UserError if a flag's value means nothing for any dataset."""
     for flag, value in (("--frac", frac), ("--val-frac", val_frac)):
         if not (isinstance(value, (int, float)) and 0 < value <= 1):
             raise UserError(f"{flag} {value}: a fraction in (0, 1] is needed; 10% is 0.1")
-    if by not in ("case", "annotation", "official"):
-        raise UserError(f"--split {by}: case, annotation or official")
+    if by not in WAYS:
+        raise UserError(f"--split {by}: {', '.join(WAYS[:-1])} or {WAYS[-1]}")
+    if folds is not None and not 2 <= folds <= 100:
+        raise UserError(f"--folds {folds}: a number from 2 to 100 is needed")
+    if folds is not None and by != "case":
+        raise UserError(f"--folds and --split {by} both say which the test set is: give one")
+    if leave_out is not None and (folds is not None or by != "case" or domain is not None):
+        raise UserError("--leave-out goes with none of --folds, --split and --domain")
     if not (isinstance(fold, (int, np.integer)) and 0 <= fold < 2**31):
         raise UserError(f"--fold {str(fold)[:20]}: a number from 0 to 2^31 is needed")
+    if folds is not None and fold >= folds:
+        raise UserError(f"--fold {fold}: --folds {folds} has the folds 0 to {folds - 1}")
 
 
-def resolve_domain(annotations, domain):
+def resolve_domain(annotations, domain, flag="--domain"):
     """A domain by its name or, for known datasets, its description; an exact name comes first.
 
     UserError lists the domains."""
@@ -151,7 +190,7 @@ def resolve_domain(annotations, domain):
         return matches[0]
     problem = f"matches {' and '.join(matches)}" if matches else "is not in it"
     raise UserError(
-        f"--domain {domain}: {problem}; {annotations.name} has the domains {', '.join(present)}"
+        f"{flag} {domain}: {problem}; {annotations.name} has the domains {', '.join(present)}"
     )
 
 
@@ -174,21 +213,10 @@ def _other_domains(annotations, domain):
 
 def _choose_test(annotations, rows, seed, domain, by):
     """Mask over rows: the test set."""
-    if by == "official":
-        official = ()
-        if annotations.known:
-            official = KNOWN[annotations.known].official_test
-        if not official:
-            raise UserError(
-                f"--split official: {annotations.name} has no published test slides (ccmct has)"
-            )
-        in_test = np.isin(annotations.case[rows], official)
-        if not in_test.any() or in_test.all():
-            raise UserError(
-                "--split official: the published test slides, or all others, are not among the "
-                "images"
-            )
-        return in_test
+    if by == "given" and annotations.split is not None:
+        return _given_test(annotations, rows)
+    if by in ("official", "given"):
+        return _official_test(annotations, rows, by)
     rng = generator("test", seed, domain, by)
     if by == "annotation":
         return _choose_annotations(len(rows), TEST_SHARE, rng)
@@ -199,6 +227,96 @@ def _choose_test(annotations, rows, seed, domain, by):
             f"test){where}; --split annotation ignores cases and leaks"
         )
     return _choose_cases(annotations, rows, TEST_SHARE, rng, leave=2)
+
+
+def _official_test(annotations, rows, by):
+    """Mask over rows: the published test cases of a known dataset."""
+    official = ()
+    if annotations.known:
+        official = KNOWN[annotations.known].official_test
+    if not official:
+        having = ", ".join(name for name, known in KNOWN.items() if known.official_test)
+        wanted = "published test cases"
+        if by == "given":
+            wanted = "column split (train, val, test) and no published test cases"
+        raise UserError(f"--split {by}: {annotations.name} has no {wanted}; {having} have them")
+    in_test = np.isin(annotations.case[rows], official)
+    if not in_test.any() or in_test.all():
+        raise UserError(
+            f"--split {by}: the published test cases, or all others, are not among the images"
+        )
+    return in_test
+
+
+def given_parts(annotations):
+    """The part, train, val or test, that the column split says of each row; UserError for another
+    word or none.
+    """
+    words, word = annotations.codes("split")
+    unknown = [str(name) for name in words if str(name).strip().casefold() not in GIVEN]
+    if unknown:
+        what = f"{unknown[0]!r}" if unknown[0] else "blank"
+        raise UserError(
+            f"--split given: {annotations.name}: the column split is {what} in "
+            f"{np.isin(annotations.split, unknown).sum():,} rows; it must be train, val or test"
+        )
+    return np.array([GIVEN[str(name).strip().casefold()] for name in words])[word]
+
+
+def _given_test(annotations, rows):
+    """Mask over rows: what the data call test."""
+    in_test = given_parts(annotations)[rows] == "test"
+    if not in_test.any() or in_test.all():
+        part = "nothing" if not in_test.any() else "everything"
+        raise UserError(f"--split given: {annotations.name}: its column split calls {part} test")
+    return in_test
+
+
+def _leave_domain_out(annotations, rows, left):
+    """Mask over rows: the domain that is left out, whole."""
+    in_test = annotations.domain[rows] == left
+    if in_test.all():
+        raise UserError(f"--leave-out {left}: {annotations.name} has no other domain to train on")
+    shared = np.intersect1d(annotations.case[rows][in_test], annotations.case[rows][~in_test])
+    if len(shared):
+        raise UserError(
+            f"--leave-out {left}: case {shared[0]} is in this domain and in another one; its other "
+            "part would be trained on"
+        )
+    return in_test
+
+
+def _case_folds(annotations, rows, folds, seed, domain):
+    """The fold of each row, 0 … folds - 1: every case in exactly one, so that each fold holds about
+    an equal share of every domain's annotations of either class.
+
+    Cases are dealt out from the largest to the smallest, each to the fold that lacks most of what
+    the case holds."""
+    names, case = np.unique(annotations.codes("case")[1][rows], return_inverse=True)
+    if len(names) < max(3, folds):
+        raise UserError(
+            f"--folds {folds}: {annotations.name} has {len(names)} cases; at least "
+            f"{max(3, folds)} are needed"
+        )
+    domains, domain_of = np.unique(annotations.codes("domain")[1][rows], return_inverse=True)
+    cell = 2 * domain_of + annotations.label[rows]
+    held = np.zeros((len(names), 2 * len(domains)))  # annotations of a case by domain and class
+    np.add.at(held, (case, cell), 1)
+    held = held[:, held.any(0)] / held.sum(0)[held.any(0)]  # as shares of each cell
+
+    # Equal cases in random order.
+    order = shuffled(generator("folds", seed, domain, folds), np.arange(len(names)))
+    order = order[np.argsort(-held.sum(1)[order], kind="stable")]
+    fold_of, filled = np.zeros(len(names), int), np.zeros((folds, held.shape[1]))
+    cases_in = np.zeros(folds, int)
+    for c in order:
+        # The sum of squares over the folds grows least where the case's cells are emptiest.
+        cost = 2 * filled @ held[c]
+        best = min(range(folds), key=lambda k: (round(cost[k], 12), cases_in[k], k))
+        fold_of[c] = best
+        filled[best] += held[c]
+        cases_in[best] += 1
+    return fold_of[case]
 
 
 def _choose_annotations(n, share, rng):
@@ -328,7 +446,7 @@ def load_split(path, annotations: Annotations) -> Split:
             dataset=dict(content["dataset"]),
             cases={str(name): _ids(values).tolist() for name, values in content["cases"].items()},
         )
-        if split.settings["by"] not in ("case", "annotation", "official"):
+        if split.settings["by"] not in WAYS:
             raise ValueError
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         raise UserError(f"{path}: not a complete split file; make the split again") from None

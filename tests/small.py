@@ -32,6 +32,7 @@ def dataset(folder, cases=10, per_case=6, seed=0, name="small"):
     (folder / "patches").mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     rows = []
+    prefix = "case" if name == "small" else f"{name}-"  # other datasets have other cases
     y, x = np.mgrid[-24:24, -24:24]
     for case in range(cases):
         tint = rng.integers(-15, 16, 3)
@@ -47,7 +48,7 @@ def dataset(folder, cases=10, per_case=6, seed=0, name="small"):
             )
             path = f"patches/{case:02d}-{k}.png"
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / path)
-            rows.append((path, label, f"case{case:02d}", "AB"[case % 2]))
+            rows.append((path, label, f"{prefix}{case:02d}", "AB"[case % 2]))
     with open(folder / f"{name}.csv", "w", newline="") as file:
         csv.writer(file).writerows([("path", "label", "case", "domain"), *rows])
     return folder / f"{name}.csv"

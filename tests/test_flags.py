@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import shutil
 
 import pytest
@@ -78,17 +79,55 @@ def test_shared_cases_and_one_class_are_said_once(table, tmp_path, capsys):
     other = small.dataset(tmp_path / "other", cases=3, name="elsewhere")
     lines = other.read_text().splitlines()
     head, rows = lines[0], [line.split(",") for line in lines[1:]]
-    rows = [",".join((path, "1", case, domain)) for path, _, case, domain in rows]
+    rows = [
+        ",".join((path, "1", case.replace("elsewhere-", "case"), domain))
+        for path, _, case, domain in rows
+    ]
     other.write_text("\n".join([head, *rows]) + "\n")
-    args = parsed("--data", table, "--test", other)
+    args = parsed("--data", table, "--test", other, "--fold", 0, 1, "--shared-cases", "allow")
     annotations = flags.from_arguments(args)
     capsys.readouterr()
-    (test,) = flags.further(args, annotations)
+    tests = flags.further(args, annotations)
+    assert [test.name for test in tests] == ["elsewhere"]
+    flags.splits(args, annotations, tests)
     out = capsys.readouterr().out
-    assert test.name == "elsewhere" and out.count("shares 3 cases with small") == 1
+    assert len(re.findall("note: elsewhere shares . cases? with the training on small", out)) == 1
     assert "problem: the test set elsewhere holds label 1 only" in out
     flags.further(args, annotations, quiet=True)
+    flags.splits(args, annotations, tests, quiet=True)
     assert capsys.readouterr().out == ""
+    args.shared_cases = "refuse"
+    with pytest.raises(UserError, match="--test: elsewhere shares .*--shared-cases allow"):
+        flags.splits(args, annotations, tests)
+
+
+def test_cases_that_are_not_trained_on_may_be_tested(table, tmp_path):
+    """A test set of the cases that a domain or a given split leaves out."""
+    annotations = flags.load_dataset(table)
+    lines = table.read_text().splitlines()
+    other = table.with_name("held.csv")
+    other.write_text("\n".join([lines[0], *(x for x in lines if x.endswith(",B"))]) + "\n")
+    args = parsed("--data", table, "--test", other, "--domain", "A")
+    assert len(flags.splits(args, annotations, flags.further(args, annotations))) == 1
+    args = parsed("--data", table, "--test", other)
+    with pytest.raises(UserError, match="held shares"):
+        flags.splits(args, annotations, flags.further(args, annotations))
+
+
+def test_a_test_set_is_read_in_a_way_of_its_own(table, tmp_path):
+    other = small.dataset(tmp_path / "other", cases=4, name="elsewhere")
+    text = other.read_text().replace(",0,", ",typical,").replace(",1,", ",odd,")
+    other.write_text(text.replace("label", "kind"))
+    (other.parent / "patches").rename(tmp_path / "patches")
+    args = parsed("--data", table, "--positive", 1, "--test", other)
+    with pytest.raises(UserError, match="no column for label"):
+        flags.further(args, flags.from_arguments(args))
+    args.test = [f"{other}:label=kind,positive=typical,images={tmp_path}"]
+    (test,) = flags.further(args, flags.from_arguments(args))
+    assert test.label.mean() == 0.5 and test.name == "elsewhere" and len(test) == 24
+    args.test = [f"{other}:label=kind,negative=typical,positive=a,positive=b"]
+    with pytest.raises(UserError, match="positive needs one value"):
+        flags.further(args, flags.from_arguments(args))
 
 
 def test_names_that_are_not_utf8_are_one_line(table, tmp_path):

@@ -151,7 +151,7 @@ def test_real_official_split(ccmct, midog2022):
     rows = ccmct.rows(split.test)
     assert set(ccmct.case[rows]) == set(data.KNOWN["ccmct"].official_test)
     assert (ccmct.label[rows] == 1).sum() == 22476 and (ccmct.label[rows] == 0).sum() == 13625
-    with pytest.raises(UserError, match="no published test slides"):
+    with pytest.raises(UserError, match="no published test cases"):
         data.make_split(midog2022, by="official")
 
 

@@ -100,6 +100,11 @@ COLUMNS_OF_A_CELL = (
     "images",
     "cases",
     "domains",
+    "scanners",
+    "species",
+    "splits",
+    "votes",
+    "shares",
     "x",
     "y",
     "categories",
@@ -131,6 +136,11 @@ class Table:
     images: list = field(default_factory=list)  # file name, relative or absolute path, or None
     cases: list = field(default_factory=list)  # or None
     domains: list = field(default_factory=list)  # or None
+    scanners: list = field(default_factory=list)  # or None
+    species: list = field(default_factory=list)  # or None
+    splits: list = field(default_factory=list)  # the data's own: "train", "test", …, or None
+    votes: list = field(default_factory=list)  # (where, labels that the experts gave), or None
+    shares: list = field(default_factory=list)  # of votes for label 1, filled by `labelled`
     x: list = field(default_factory=list)
     y: list = field(default_factory=list)
     categories: list = field(default_factory=list)
@@ -176,6 +186,10 @@ class Table:
         self.images.append(columns.get("image"))
         self.cases.append(columns.get("case"))
         self.domains.append(columns.get("domain"))
+        self.scanners.append(columns.get("scanner"))
+        self.species.append(columns.get("species"))
+        self.splits.append(columns.get("split"))
+        self.votes.append(columns.get("votes"))
         self.categories.append(columns.get("category"))
         self.places.append(columns.get("place"))
         self.probabilities.append(columns.get("probability"))
@@ -281,12 +295,37 @@ def labelled(table, labels):
         table.notes.append(f"{several(others, 'annotation')} of other classes left out ({named})")
     table.keep(rows)
     table.labels = [labels[category] for category in table.categories]
+    if any(votes is not None for votes in table.votes):
+        table.shares = [
+            share_of(*votes, labels, label) for votes, label in zip(table.votes, table.labels)
+        ]
     if not rows:
         message = f"{table.path}: holds no annotation of a mitotic figure or hard negative"
         if table.regions:
             message += f"; shapes of more than {MAX_CELL} px count as regions, not as cells"
         raise UserError(message)
     return table
+
+
+def share_of(where, votes, labels, label):
+    """Share of the experts' votes that are for label 1; without any vote, the label itself.
+
+    votes: labels as the file writes them, True and False, or 1 and 0; blank: no vote."""
+    given = []
+    for vote in votes:
+        if not vote.strip():
+            continue
+        vote = canonical(vote)
+        if vote in labels:
+            given.append(labels[vote])
+        elif vote.lower() in ("true", "false", "1", "0"):
+            given.append(int(vote.lower() in ("true", "1")))
+        else:
+            raise UserError(
+                f"{where}: the vote {short(vote)} is none of the labels "
+                f"{', '.join(map(shown, labels))} (or True and False)"
+            )
+    return sum(given) / len(given) if given else float(label)
 
 
 def unlabelled(table):

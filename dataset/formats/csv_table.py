@@ -56,8 +56,13 @@ COLUMNS = {
     "label": ("label", "class"),
     "case": ("case", "case_id", "patient", "patient_id", "slide"),
     "domain": ("domain", "tumortype", "tumor_type", "tumourtype", "tumour_type"),
+    "scanner": ("scanner",),
+    "species": ("species",),
+    "split": ("split",),
+    "votes": (),  # of several experts, joined by "+"
     "id": ("id",),
 }
+OPTIONAL = ("scanner", "species", "split")  # may be blank
 # Headers that name the image of a point if no column of "filename" does.
 IMAGE_INSTEAD = ("slide", "slide_id", "image_id", "wsi_id")
 SIZES = (("width", "height"), ("w", "h"))  # beside x, y: the box's upper left corner
@@ -84,7 +89,10 @@ def recognises(source):
 
 
 def parse_columns(text):
-    """ "path=dataset_uid,case=slide,label=final_label" → {"path": "dataset_uid", ...}."""
+    """ "path=dataset_uid,case=slide,label=final_label" → {"path": "dataset_uid", ...}.
+
+    A name with braces joins columns, "path={dataset}_{uid}.png"; "votes=expert1+expert2" are the
+    columns of several experts."""
     columns = {}
     for part in text.split(","):
         key, equals, value = (piece.strip() for piece in part.partition("="))
@@ -114,9 +122,11 @@ def read(source, columns=None):
     """columns: {"path": "dataset_uid", ...}, see `parse_columns`."""
     path = source.path
     content, note = _decoded(source)
-    rows, lines, delimiter, first = _rows(path, content, columns or {})
+    columns = dict(columns or {})
+    votes = columns.pop("votes", None)
+    rows, lines, delimiter, first = _rows(path, content, columns)
     header = [name.strip() for name in rows[first]]
-    column = _find_columns(path, header, columns or {})
+    column = _find_columns(path, header, columns)
     table = Table("csv", path, content=Rows(rows, lines, delimiter, first, column))
     if note:
         table.notes.append(note)
@@ -132,7 +142,10 @@ def read(source, columns=None):
         table.kind = "patches"
     else:
         _check_columns(table, header, column, rows[first + 1 :])
-    _read_rows(table, header, column)
+    experts = []
+    if votes:
+        experts = [_chosen_column(path, header, "votes", name) for name in votes.split("+")]
+    _read_rows(table, header, column, experts)
     _drop_repeated_patches(table)
     table.names = {category: category for category in table.categories if category is not None}
     return table
@@ -172,6 +185,7 @@ def _rows(path, content, chosen):
             raise UserError(f"{path}: the file is empty")
         first = filled[0]
         try:
+            _join_columns(path, rows, first, chosen)
             _find_columns(path, [name.strip() for name in rows[first]], chosen)
         except UserError as error:
             problem = problem or error
@@ -242,6 +256,22 @@ def _find_columns(path, header, chosen):
                     del column["case"]
                 break
     return column
+
+
+def _join_columns(path, rows, first, chosen):
+    """Append the columns whose names join others, "{dataset}_{uid}.png", to the rows."""
+    header = [name.strip() for name in rows[first]]
+    for key, name in chosen.items():
+        parts = re.split(r"\{([^{}]+)\}", name)  # text, column, text, …, text
+        if len(parts) == 1 or name in header:
+            continue
+        joined = [_chosen_column(path, header, key, part) for part in parts[1::2]]
+        rows[first].append(name)
+        for row in rows[first + 1 :]:
+            if len(row) >= len(header):  # shorter ones are refused where rows are read
+                values = [row[i].strip() for i in joined]
+                row.append("".join(text + value for text, value in zip(parts[::2], [*values, ""])))
+        header.append(name)
 
 
 def _missing(path, header, keys):
@@ -322,8 +352,8 @@ def _check_no_image_column(table, header, column, rows):
             )
 
 
-def _read_rows(table, header, column):
-    """Add the rows below the header to the table."""
+def _read_rows(table, header, column, experts):
+    """Add the rows below the header to the table. experts: indices of the columns of votes."""
     rows, lines, delimiter = table.content.rows, table.content.lines, table.content.delimiter
     start = table.content.first + 1
     numeric = [key for key in ("x", "y", "width", "height", "right", "bottom") if key in column]
@@ -342,7 +372,9 @@ def _read_rows(table, header, column):
         if len(row) != len(header):
             raise UserError(f"{where}: {len(row)} fields, but the header has {len(header)}")
         cell = {"title": f"line {lines[i]}", "place": i}
-        for key in ("case", "domain", "id", "label", "path", "filename"):
+        if experts:
+            cell["votes"] = where, [row[expert] for expert in experts]
+        for key in ("case", "domain", *OPTIONAL, "id", "label", "path", "filename"):
             if key in column:
                 written = key, row[column[key]]
                 if written not in checked:
@@ -373,6 +405,8 @@ def _checked(table, where, key, value):
     """A text of a row as the table holds it. What candidates do not need stops training only."""
     if key in ("path", "filename"):
         return image_name(where, value) if value.strip() else None
+    if key in OPTIONAL and not value.strip():
+        return None
     try:
         value = text(where, value, f"the {key}")
     except UserError as error:
