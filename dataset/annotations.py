@@ -5,6 +5,7 @@ finds the images, and returns `Annotations`: id, image, case, domain, x, y, labe
 image."""
 
 import hashlib
+import itertools
 import os
 import re
 import unicodedata
@@ -17,7 +18,7 @@ import numpy as np
 
 import common
 from common import UserError
-from dataset import formats
+from dataset import dicom, formats
 from dataset.formats import cells, class_folders
 
 PATCH = 224  # px
@@ -883,6 +884,79 @@ def _walk(root):
                 yield os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/")
 
 
+def _folder_of(path):
+    return path.rpartition("/")[0]
+
+
+class ImageFiles:
+    """The image files below a folder, to be found by their names.
+
+    A folder whose images are the DICOM files of one slide is one image, of the folder's name and of
+    each file's.
+
+    slides: {name for messages: path below root of the file to open}"""
+
+    def __init__(self, root):
+        self.root, self.slides = Path(root), {}
+        self._by_name, self._by_stem, self._by_short_stem = {}, {}, {}
+        for folder, group in itertools.groupby(_walk(root), key=_folder_of):
+            paths = list(group)
+            whole = dicom.slide_of(self.root / path for path in paths)
+            if whole is None:
+                for path in paths:
+                    self._add(path, path)
+                self.slides.update(zip(paths, paths))
+                continue
+            opened = whole.relative_to(self.root).as_posix()
+            called = folder or self.root.resolve().name
+            for path in [*paths, called]:
+                self._add(path, opened)
+            if len(paths) == 1:
+                called = opened
+            self.slides[called] = opened
+
+    def _add(self, path, opened):
+        name = _normal(path.rsplit("/", 1)[-1])
+        for index, key in (
+            (self._by_name, name),
+            (self._by_stem, file_stem(name)),
+            (self._by_short_stem, short_stem(name)),
+        ):
+            index.setdefault(key, []).append((path, opened))
+
+    def find(self, name, source=None):
+        """(path below root or None, whether only by another suffix) of the image that a name means.
+
+        Of several with the same name, the one that shares most folders with it. UserError if it
+        could be several. source: the file that names it, for errors."""
+        normal = _normal(name)
+        bare = normal.rsplit("/", 1)[-1]
+        found = self._by_name.get(bare)
+        by_stem = found is None
+        if by_stem:
+            found = self._by_stem.get(file_stem(bare))
+            found = found or self._by_short_stem.get(short_stem(bare), [])
+        matches = sorted({opened for _, opened in _nearest(normal, found)})
+        if len(matches) > 1:
+            raise UserError(
+                f"{source or self.root}: several files under {self.root} could be "
+                f"{cells.shown(name)} ({', '.join(matches[:3])}); name it by its path below that "
+                "folder"
+            )
+        if not matches:
+            return None, by_stem
+        return matches[0], by_stem
+
+
+def dicom_slide(folder):
+    """The file to open of the one slide that the DICOM files in a folder are; None if it holds
+    anything else."""
+    opened = list(ImageFiles(folder).slides.values())
+    if len(opened) == 1 and opened[0].lower().endswith(dicom.SUFFIX) and "/" not in opened[0]:
+        return Path(folder) / opened[0]
+    return None
+
+
 def locate(names, root, notes, source=None):
     """{name in an annotation file: path below root, or None}. source: that file, for errors.
 
@@ -893,26 +967,11 @@ def locate(names, root, notes, source=None):
     lost = [name for name, path in place.items() if path is None]
     if not lost:
         return place
-    by_name, by_stem, by_short_stem = {}, {}, {}
-    for path in _walk(root):
-        name = _normal(path.rsplit("/", 1)[-1])
-        by_name.setdefault(name, []).append(path)
-        by_stem.setdefault(file_stem(name), []).append(path)
-        by_short_stem.setdefault(short_stem(name), []).append(path)
-    renamed = 0
+    files, renamed = ImageFiles(root), 0
     for name in lost:
-        normal = _normal(name)
-        bare = normal.rsplit("/", 1)[-1]
-        matches = _longest_tail(normal, by_name.get(bare, []))
-        if not matches:
-            matches = by_stem.get(file_stem(bare)) or by_short_stem.get(short_stem(bare), [])
-            renamed += len(matches) == 1 and bare != file_stem(bare)
-        if len(matches) > 1:
-            raise UserError(
-                f"{source or root}: several files under {root} could be {cells.shown(name)} "
-                f"({', '.join(matches[:3])}); name it by its path below that folder"
-            )
-        place[name] = matches[0] if matches else None
+        place[name], by_stem = files.find(name, source)
+        bare = name.rsplit("/", 1)[-1]
+        renamed += place[name] is not None and by_stem and bare != file_stem(bare)
     if renamed:
         images = cells.several(renamed, "image")
         notes.append(f"{images} found under the same name with another suffix")
@@ -940,21 +999,19 @@ def _directly(name, root, source):
     )
 
 
-def _longest_tail(name, paths):
-    """Those of the paths that agree with a name in most folders, counted from the end."""
+def _nearest(name, found):
+    """Those of the (path, …) that agree with a name in most folders, counted from the end."""
 
     def agreement(path):
         count = 0
-        for a, b in zip(reversed(name.split("/")), reversed(_normal(path).split("/"))):
+        for a, b in zip(reversed(name.split("/")[:-1]), reversed(_normal(path).split("/")[:-1])):
             if a != b:
                 break
             count += 1
         return count
 
-    if not paths:
-        return []
-    longest = max(agreement(path) for path in paths)
-    return [path for path in paths if agreement(path) == longest]
+    most = max((agreement(path) for path, _ in found), default=0)
+    return [(path, opened) for path, opened in found if agreement(path) == most]
 
 
 def _name_below(image):

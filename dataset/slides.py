@@ -21,7 +21,7 @@ import openslide
 from PIL import Image
 
 from common import UserError
-from dataset import tiff
+from dataset import dicom, tiff
 
 OPEN_SLIDES = 8  # handles kept open per process
 DECODED_BYTES = 1 << 30  # of decoded images kept per process; the newest is kept whatever its size
@@ -176,14 +176,23 @@ def open_slide(image):
         return slide
 
 
+def keep_open(number):
+    """Keep at least so many slides open at a time, for programs that read several side by side."""
+    global OPEN_SLIDES
+    OPEN_SLIDES = max(OPEN_SLIDES, number)
+
+
 def held(slide):
     """A slide that a program holds, for every function here that takes an image.
 
     slide   openslide.OpenSlide, which is read by its path | PIL.Image or uint8 [H, W, 3], the
-            pixels of a whole image | a path, which is given back
+            pixels of a whole image | a path, which is given back; of a folder of DICOM files, the
+            file that opens it
     """
     if isinstance(slide, str | os.PathLike):
-        return slide
+        if not os.path.isdir(slide):
+            return slide
+        return dicom.slide_in(slide) or slide
     if isinstance(slide, openslide.OpenSlide):
         path = getattr(slide, "_filename", None)
         if path is None or not Path(path).exists():

@@ -28,8 +28,14 @@ def item(content):
     return struct.pack("<HHI", 0xFFFE, 0xE000, len(content)) + content
 
 
-def write(path, image, mpp):
-    """Write a square PIL image, a multiple of TILE px wide; mpp: µm/px."""
+def write(path, image, mpp, series="1.2.3.6", instance="1.2.3.4", derived=False):
+    """Write a square PIL image, a multiple of TILE px wide; mpp: µm/px.
+
+    Files of one series, each with an instance of its own, are the levels of one slide; all but the
+    largest are derived."""
+    kind = "ORIGINAL\\PRIMARY\\VOLUME\\NONE"
+    if derived:
+        kind = "DERIVED\\PRIMARY\\VOLUME\\RESAMPLED"
     side = image.width
     frames = []
     for y in range(0, side, TILE):
@@ -45,17 +51,17 @@ def write(path, image, mpp):
     meta = (
         element(0x00020001, "OB", b"\0\1")
         + element(0x00020002, "UI", SLIDE)
-        + element(0x00020003, "UI", "1.2.3.4")
+        + element(0x00020003, "UI", instance)
         + element(0x00020010, "UI", JPEG_BASELINE)
         + element(0x00020012, "UI", "1.2.3")
     )
     dataset = [
-        (0x00080008, "CS", "ORIGINAL\\PRIMARY\\VOLUME\\NONE"),
+        (0x00080008, "CS", kind),
         (0x00080016, "UI", SLIDE),
-        (0x00080018, "UI", "1.2.3.4"),
+        (0x00080018, "UI", instance),
         (0x00080060, "CS", "SM"),
         (0x0020000D, "UI", "1.2.3.5"),
-        (0x0020000E, "UI", "1.2.3.6"),
+        (0x0020000E, "UI", series),
         (0x00209311, "CS", "TILED_FULL"),
         (0x00280002, "US", 3),  # samples per pixel
         (0x00280004, "CS", "YBR_FULL_422"),
