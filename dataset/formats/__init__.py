@@ -1,10 +1,11 @@
 """Annotation formats: one file per format, which reads it once, for training (`read`) and for
 candidates (`read_candidates`), and writes scores back (`write`).
 
-A new format is a file with `recognises(source)`, `read(source)` and `write(...)`, and a line in
-FORMATS (and in SUFFIXES if it has one file per image). It may also say what its labels mean
-(`labels_of`) and which of them --relabel writes (`own_categories`). `cells.py` holds the table that
-all formats fill and the rule what a cell is; `files.py` holds the guarded loaders."""
+A new format is a file with `recognises(source)`, `read(source)`, `write(...)` and, if other formats
+are to become it, `create(...)`, and a line in FORMATS (in SUFFIXES too if it has one file per
+image). It may also say what its labels mean (`labels_of`) and which of them --relabel writes
+(`own_categories`). `cells.py` holds the table that all formats fill and the rule what a cell is;
+`fresh.py` turns candidates into another format; `files.py` holds the guarded loaders."""
 
 import math
 from pathlib import Path
@@ -19,6 +20,7 @@ from dataset.formats import (
     class_folders,
     csv_table,
     files,
+    fresh,
     geojson,
     imagescope,
     midog,
@@ -38,6 +40,13 @@ FORMATS = {
     "csv": csv_table,
 }
 SUFFIXES = (".geojson", ".geojson.gz", ".xml", ".xml.gz")  # one file per image: a folder of them
+BY_SUFFIX = {
+    **dict.fromkeys((".sqlite", ".sqlite3", ".db"), "sqlite"),
+    **dict.fromkeys((".csv", ".tsv", ".txt"), "csv"),
+    ".json": "midog",
+    ".geojson": "geojson",
+    ".xml": "imagescope",
+}
 KNOWN = (
     ".sqlite (SlideRunner), .json (MIDOG), .csv (points or patches), .geojson (QuPath) and .xml "
     "(ImageScope)"
@@ -148,7 +157,7 @@ def read_candidates(path: str | Path) -> Table:
     cells.unlabelled(table)
     cells.drop_regions(table)
     cells.check_scale(table)
-    table.ids = table.titles
+    table.given_ids, table.ids = table.ids, table.titles
     if table.image_by_file:  # --slide says which image it is
         table.images = [None] * len(table)
         table.sizes = {}
@@ -166,6 +175,38 @@ def own_classes(candidates, names):
     return cells.categories_of(candidates, names)
 
 
+def kind_of(candidates: Table, path: str | Path, kind: str | None = None) -> str:
+    """The format (of FORMATS) in which candidates are written to a path: `kind` if given, else the
+    suffix's; their own where that says nothing, or says .json, which several formats have."""
+    if kind is not None:
+        return kind
+    suffix = suffix_of(path)
+    if suffix == ".json" and suffix_of(candidates.path) == ".json":
+        return candidates.format
+    return BY_SUFFIX.get(suffix, candidates.format)
+
+
+def suffix_of(path):
+    """The suffix of a file's name in lower case, without .gz."""
+    return Path(Path(path).name.lower().removesuffix(".gz")).suffix
+
+
+def check_relabel(candidates, names, path, kind=None):
+    """UserError if --relabel could not tell which of the file's own classes is which; a file that
+    changes its format gets new ones. The arguments are those of `write`."""
+    if kind_of(candidates, path, kind) == candidates.format:
+        own_classes(candidates, names)
+
+
+def check_write(candidates, path, images, scales, kind=None):
+    """UserError if `write` could not write the candidates in that format; else what it will leave
+    out, a line each. The arguments are those of `write`."""
+    target = kind_of(candidates, path, kind)
+    if target == candidates.format:
+        return []
+    return fresh.check(candidates, FORMATS[target], path, images, scales)
+
+
 def write(
     candidates: Table,
     path: str | Path,
@@ -173,10 +214,16 @@ def write(
     threshold: float,
     names: list,
     relabel: bool = False,
-) -> None:
-    """Write candidates to `path` with probability [n] (NaN: not scored) and class names[0 | 1].
+    kind: str | None = None,
+    images: list | None = None,
+    scales: dict | None = None,
+) -> int:
+    """Write candidates to `path` with probability [n] (NaN: not scored) and class names[0 | 1] →
+    how many of them the file does not hold.
 
-    relabel: also put the class where the format keeps its own (category_id, agreedClass, label)."""
+    relabel: also put the class where the format keeps its own (category_id, agreedClass, label).
+    kind: the format, see `kind_of`. Where it is another than the candidates': images, the file of
+    the slide of each candidate or None, and scales, {that file: µm/px or None}."""
     path = Path(path)
     if path.exists() and path.samefile(candidates.path):
         raise UserError(
@@ -186,8 +233,14 @@ def write(
     scores = []
     for p in probability:
         scores.append(None if math.isnan(p) else (float(p), int(p >= threshold)))
+    target = kind_of(candidates, path, kind)
+    if target != candidates.format:
+        module = FORMATS[target]
+        fresh.check(candidates, module, path, images, scales)
+        return fresh.create(candidates, module, path, scores, names, relabel, images, scales)
     categories = own_classes(candidates, names) if relabel else None
     FORMATS[candidates.format].write(candidates, path, scores, names, categories)
+    return 0
 
 
 # ---------------------------------------------------------------- QuPath's bounds

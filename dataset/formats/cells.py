@@ -160,6 +160,7 @@ class Table:
     notes: list = field(default_factory=list)  # what a user should know
     licence: str = None
     content: object = None  # what the file held, for writing it back
+    given_ids: list = None  # of candidates, whose `ids` are their titles: the file's, or None
 
     regions: Counter = field(default_factory=Counter)  # class → number of shapes that are no cells
     damaged: list = field(default_factory=list)  # (class, message) of records that cannot be read

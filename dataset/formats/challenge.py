@@ -7,6 +7,7 @@ from common import UserError
 from dataset.formats import files
 from dataset.formats.cells import Table, canonical
 
+ONE_IMAGE = SCALED = SCORED = True
 NAMES = ("non-mitotic figure", "mitotic figure")  # the challenge's own, by label
 
 
@@ -85,3 +86,13 @@ def content_of(x, y, probability, threshold, mpp):
         "points": points,
         "version": {"major": 1, "minor": 0},
     }
+
+
+def create(path, pictures, cells, names):
+    """A new file of points; see `fresh`."""
+    points = []
+    for cell in cells:
+        probability, label = cell.score
+        points += content_of([cell.x], [cell.y], [probability], 0, pictures[0].mpp)["points"]
+        points[-1]["name"] = NAMES[label]
+    files.write_json(path, {**content_of([], [], [], 0, None), "points": points})

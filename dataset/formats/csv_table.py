@@ -569,3 +569,27 @@ def write(table, path, scores, names, categories):
     text = io.StringIO()
     csv.writer(text, delimiter=table.content.delimiter, lineterminator="\n").writerows(rows)
     files.write_text(path, text.getvalue())
+
+
+def create(path, pictures, cells, names):
+    """A new table of cells; see `fresh`."""
+    header = ["filename", "x", "y", "id", "label", "probability", "class"]
+    rows = []
+    for cell in cells:
+        probability = label = ""
+        if cell.score is not None:
+            probability, label = repr(cell.score[0]), names[cell.score[1]]
+        row = [pictures[cell.picture].name, repr(cell.x), repr(cell.y), cell.id, cell.own]
+        rows.append([*row, probability, label])
+    for name in ("id", "label"):  # of which no cell has any
+        place = header.index(name)
+        if all(row[place] is None for row in rows):
+            header.pop(place)
+            for row in rows:
+                row.pop(place)
+    delimiter = ","
+    if ".tsv" in path.suffixes:
+        delimiter = "\t"
+    text = io.StringIO()
+    csv.writer(text, delimiter=delimiter, lineterminator="\n").writerows([header, *rows])
+    files.write_text(path, text.getvalue())

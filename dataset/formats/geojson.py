@@ -8,6 +8,7 @@ a coloured classification."""
 import numpy as np
 
 from common import UserError
+from dataset import slides
 from dataset.formats import files
 from dataset.formats.cells import (
     MAX_CELL,
@@ -20,6 +21,7 @@ from dataset.formats.cells import (
     text,
 )
 
+ONE_IMAGE = True
 COLOURS = {1: (220, 30, 40), 0: (40, 110, 220)}  # RGB of a mitotic figure, of a look-alike
 # Objects of QuPath that are no cells, whatever their size.
 REGION_OBJECTS = ("root", "tile", "tma_core", "tma core")
@@ -306,3 +308,23 @@ def _scored(feature, score, names):
         properties["metadata"] = {**metadata, "class of the candidate": shown(before)}
     properties["classification"] = {"name": names[label], "color": list(COLOURS[label])}
     return {**feature, "properties": properties}
+
+
+def create(path, pictures, cells, names):
+    """A new file of points; see `fresh`."""
+    left, top = 0, 0
+    if pictures and pictures[0].width is not None:
+        left, top = slides.bounds_offset(pictures[0].path)
+    features = []
+    for cell in cells:
+        point = {"type": "Point", "coordinates": [cell.x - left, cell.y - top]}
+        properties = {"objectType": "annotation"}
+        if cell.id is not None:
+            properties["metadata"] = {"id": cell.id}
+        if cell.own is not None:
+            properties["classification"] = {"name": cell.own}
+        feature = {"type": "Feature", "geometry": point, "properties": properties}
+        if cell.score is not None:
+            feature = _scored(feature, cell.score, names)
+        features.append(feature)
+    files.write_json(path, {"type": "FeatureCollection", "features": features})

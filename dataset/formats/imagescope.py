@@ -9,9 +9,10 @@ import io
 from xml.etree import ElementTree
 
 from common import UserError
-from dataset.formats import files
+from dataset.formats import files, fresh
 from dataset.formats.cells import Table, canonical, image_name, number, text
 
+ONE_IMAGE = True
 LINES = ("3", "4")  # Region Type: ruler and arrow; 0 outline, 1 rectangle, 2 ellipse, 5 point
 
 
@@ -103,3 +104,26 @@ def _set(attributes, name, value):
             attribute.set("Value", value)
             return
     ElementTree.SubElement(attributes, "Attribute", Name=name, Id="0", Value=value)
+
+
+def create(path, pictures, cells, names):
+    """A new file with a layer of boxes of 50 px; see `fresh`."""
+    root = ElementTree.Element("Annotations")
+    if pictures and pictures[0].mpp is not None:
+        root.set("MicronsPerPixel", repr(pictures[0].mpp))
+    layer = ElementTree.SubElement(root, "Annotation", Id="1", Name="", Type="4", Visible="1")
+    regions = ElementTree.SubElement(layer, "Regions")
+    for name, cell in zip(fresh.ids_of(cells), cells):
+        region = ElementTree.SubElement(regions, "Region", Id=str(name), Type="1")
+        region.set("Text", fresh.class_of(cell, names) or "")
+        attributes = ElementTree.SubElement(region, "Attributes")
+        if cell.score is not None:
+            _set(attributes, "probability", repr(cell.score[0]))
+            _set(attributes, "class", names[cell.score[1]])
+        x1, y1, x2, y2 = fresh.box(cell)
+        vertices = ElementTree.SubElement(region, "Vertices")
+        for x, y in ((x1, y1), (x2, y1), (x2, y2), (x1, y2)):
+            ElementTree.SubElement(vertices, "Vertex", X=repr(x), Y=repr(y), Z="0")
+    text = io.StringIO()
+    ElementTree.ElementTree(root).write(text, encoding="unicode", xml_declaration=False)
+    files.write_text(path, text.getvalue() + "\n")

@@ -4,7 +4,7 @@ COCO's [x, y, width, height] is recognised by the annotations' `area`. Scores ar
 annotations as "probability" and "class"."""
 
 from common import UserError
-from dataset.formats import files
+from dataset.formats import files, fresh
 from dataset.formats.cells import (
     MAX_TEXT,
     Table,
@@ -193,4 +193,33 @@ def write(table, path, scores, names, categories):
         annotations[place].update({"probability": probability, "class": names[label]})
         if categories is not None:
             annotations[place]["category_id"] = ids[categories[label]]
+    files.write_json(path, content)
+
+
+def create(path, pictures, cells, names):
+    """A new file of cells in boxes of 50 px; see `fresh`. The categories are the candidates' own
+    classes, or the new ones if they have none."""
+    images = []
+    for i, picture in enumerate(pictures, 1):
+        facts = {"width": picture.width, "height": picture.height, "mpp": picture.mpp}
+        known = {key: value for key, value in facts.items() if value is not None}
+        images.append({"id": i, "file_name": picture.name, **known})
+    categories = [names[1], names[0]]
+    if any(cell.own is not None for cell in cells):
+        categories = list(dict.fromkeys(cell.own for cell in cells if cell.own is not None))
+    annotations = []
+    for name, cell in zip(fresh.ids_of(cells), cells):
+        record = {"id": name, "image_id": cell.picture + 1, "bbox": fresh.box(cell)}
+        category = fresh.class_of(cell, names)
+        if category in categories:
+            record["category_id"] = categories.index(category) + 1
+        if cell.score is not None:
+            probability, label = cell.score
+            record.update({"probability": probability, "class": names[label]})
+        annotations.append(record)
+    content = {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": i, "name": name} for i, name in enumerate(categories, 1)],
+    }
     files.write_json(path, content)
