@@ -1,7 +1,8 @@
-"""Second stage of a detector: an exported model, a slide and candidates in, the candidates with
+"""Second stage of a detector: an exported model, slides and candidates in, the candidates with
 scores out.
 
     python classify.py MODEL.onnx --slide S --candidates C --out O      score candidates
+    python classify.py MODEL.onnx --slide DIR --candidates DIR --out DIR    a folder of slides
     python classify.py MODEL.onnx                                       what the model is
     python classify.py --doctor                                         does it run on the GPU?
 
@@ -19,190 +20,25 @@ Needs numpy, onnxruntime, openslide and Pillow (requirements-classify.txt)."""
 
 import argparse
 import contextlib
-import itertools
-import os
 import sys
 import time
-import unicodedata
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
 import common
 from common import UserError
-from dataset import annotations, draws, formats, look, slides
-from onnx_model import doctor, session
-from onnx_model.session import Classifier, SlideReader
+from dataset import draws, formats, look, slides
+from onnx_model import doctor, reading
+from onnx_model.session import Classifier
 from reporting import metrics
 from reporting.overlay import Marks, view_around
+from scoring import folder, match, plan
 
 LISTED = 5  # problems that are named one by one
+NAMED = 20  # slides of a folder that could not be scored
 LOOK_PATCHES, LOOK_SLIDES = 100, 8  # of the sample that is looked at before the scoring
 LABELLED = 200  # candidates in an overlay that are still labelled with their probability
-
-# ---------------------------------------------------------------- which image a candidate lies on
-
-
-def find_images(candidates, slide):
-    """Which file each candidate lies on → (list of paths or None, files that do not exist).
-
-    A name in the candidates' file means an image by its path; its last part or its stem are enough
-    if only one image can be meant, else UserError.
-
-    slide  a slide, or a folder of images
-    """
-    slide = Path(slide)
-    names = sorted({name for name in candidates.images if name})
-    if not slide.exists():
-        raise UserError(f"--slide {slide}: no such file or folder")
-    if slide.is_file():
-        if not names:
-            return [slide] * len(candidates), []
-        name = name_of_slide(names, slide, candidates.path)
-        return [slide if parts(image) == parts(name) else None for image in candidates.images], []
-    if not names:
-        raise UserError(
-            f"--slide {slide}: {candidates.path.name} does not name the image of its candidates, "
-            "so a folder is not enough: give the slide's file"
-        )
-    inside = {name: relative(name, slide) for name in names}
-    places = annotations.locate(list(inside.values()), slide, [], candidates.path)
-    paths, users = {}, {}
-    for name in names:
-        paths[name] = slide / (places[inside[name]] or inside[name])
-        other = users.setdefault(paths[name], name)
-        if inside[other] != inside[name]:
-            raise UserError(
-                f"{candidates.path}: {other} and {name} would both be {paths[name]}; name the "
-                "images by their paths below the folder of --slide"
-            )
-    missing = [path for path in paths.values() if not path.is_file()]
-    return [paths.get(name) for name in candidates.images], missing
-
-
-def parts(name):
-    """The parts of an image's name, which may be a path of any system."""
-    name = unicodedata.normalize("NFC", str(name or ""))
-    return PurePosixPath(name.replace("\\", "/")).parts
-
-
-def relative(name, folder):
-    """An image's name as a path below `folder`: never one that leaves it."""
-    below = parts(name)
-    for root in (parts(folder.resolve()), parts(os.path.abspath(folder))):
-        if below[: len(root)] == root:
-            below = below[len(root) :]
-    if below and (below[0] == "/" or below[0].endswith(":")):  # of another machine
-        below = below[1:]
-    if ".." in below:
-        below = below[-1:]
-    if not below or ".." in below:
-        raise UserError(f"{name!r} is not the name of an image")
-    return "/".join(below)
-
-
-def shared_end(one, other):
-    """How many parts two paths have in common at their ends."""
-    pairs = zip(reversed(one), reversed(other))
-    return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
-
-
-def name_of_slide(names, slide, source):
-    """Which of the images that a candidates' file names is the slide; UserError if none is, or if
-    several could be.
-    """
-    names = list({parts(name): name for name in names}.values())
-    path = parts(slide.resolve())
-    by_path = [name for name in names if path[-len(parts(name)) :] == parts(name)]
-    if by_path:  # of "a.tiff" and "sub/a.tiff", the longer one says more
-        return max(by_path, key=lambda name: len(parts(name)))
-    # Files of another machine: those that share most folders, counted from the end.
-    same_name = [name for name in names if parts(name)[-1] == path[-1]]
-    most = max((shared_end(parts(name), path) for name in same_name), default=0)
-    same_name = [name for name in same_name if shared_end(parts(name), path) == most]
-    # Conversions (.svs to .ome.tiff) keep only the stem.
-    stem = annotations.short_stem(path[-1])
-    same_stem = [name for name in names if annotations.short_stem(parts(name)[-1]) == stem]
-    matches = same_name or same_stem
-    if len(matches) == 1:
-        return matches[0]
-    if matches:
-        raise UserError(
-            f"--slide {slide}: {source.name} has candidates on {matches[0]} and on {matches[1]}, "
-            "and either could be this slide; give the slide by the path that the file names"
-        )
-    others = ""
-    if len(names) > 1:
-        others = f" and {len(names) - 1} more"
-    raise UserError(
-        f"--slide {slide}: {source.name} has no candidates on it, only on {names[0]}{others}"
-    )
-
-
-# ---------------------------------------------------------------- what is to be scored
-
-
-class Plan:
-    """The cells that can be scored, in the arrays that `session.score` takes.
-
-    rows [n]: their candidates · which [n]: index into `readers` · x, y [n]: level-0 px · problems:
-    what cannot be scored, a line each"""
-
-    def __init__(self):
-        self.rows, self.which, self.x, self.y = [], [], [], []
-        self.readers, self.problems = [], []
-
-    def add_reader(self, metadata, path, mpp):
-        """The index of a new reader; None if the image cannot be read."""
-        try:
-            self.readers.append(SlideReader(metadata, path, mpp))
-        except (UserError, OSError, ValueError) as error:
-            text = str(error)
-            if str(path) not in text:
-                text = f"{path}: cannot be read ({text})"
-            self.problems.append(text)
-            return None
-        return len(self.readers) - 1
-
-    def add_cell(self, row, reader, x, y):
-        self.rows.append(row)
-        self.which.append(reader)
-        self.x.append(x)
-        self.y.append(y)
-
-
-def plan(candidates, images, missing, metadata, mpp):
-    """What of the candidates can be scored → Plan.
-
-    images, missing  from `find_images`
-    mpp              µm/px of the slides; None: as their files say
-    """
-    job = Plan()
-    job.problems += [f"{path}: no such file" for path in missing]
-    readers = {None: None, **dict.fromkeys(missing)}
-    for row, path in enumerate(images):
-        if path not in readers:
-            readers[path] = job.add_reader(metadata, path, mpp)
-        if readers[path] is None:
-            continue
-        reader = job.readers[readers[path]]
-        x, y = float(candidates.x[row]), float(candidates.y[row])
-        if candidates.unit == "mm":  # millimetres
-            if reader.mpp is None:
-                raise UserError(
-                    f"{path}: its µm/px is unknown, and the candidates are in millimetres; give "
-                    "--mpp"
-                )
-            x, y = x * 1000 / reader.mpp, y * 1000 / reader.mpp
-        if reader.outside(x, y):
-            job.problems.append(
-                f"candidate {candidates.ids[row]} at ({x:g}, {y:g}) lies outside {path.name} "
-                f"({reader.extent})"
-            )
-            continue
-        job.add_cell(row, readers[path], x, y)
-    return job
-
 
 # ---------------------------------------------------------------- the picture
 
@@ -247,16 +83,27 @@ def parse_arguments():
     parser.add_argument(
         "--slide",
         metavar="S",
-        help="the slide or image; a folder of them if the candidates name their images",
+        help="the slide or image, or a folder of its DICOM files; a folder of slides if the "
+        "candidates name their images or are a folder, too",
     )
     parser.add_argument(
         "--candidates",
         metavar="C",
         help="MIDOG JSON, MIDOG challenge JSON, CSV (x, y, filename), SlideRunner SQLite, QuPath "
-        "GeoJSON, ImageScope XML",
+        "GeoJSON, ImageScope XML; or a folder of such files, one per slide, of the slides' names",
     )
     parser.add_argument(
-        "--out", metavar="O", help="the same format, with probability and class added"
+        "--out",
+        metavar="O",
+        help="the candidates with probability and class; another suffix (.csv, .json, .geojson, "
+        ".xml) means another format. For folders: a folder, which also gets report.csv; finished "
+        "slides are skipped",
+    )
+    parser.add_argument(
+        "--format",
+        choices=list(formats.FORMATS),
+        help="format of the output (default: what the suffix of --out says; for folders, that of "
+        "each file of candidates)",
     )
     parser.add_argument(
         "--relabel",
@@ -276,7 +123,8 @@ def parse_arguments():
         "--device",
         default="auto",
         metavar="D",
-        help="auto, cuda, cuda:1 or cpu; cuda is an error if it does not work (default: auto)",
+        help="auto, cuda, cuda:1 or cpu; cuda is an error if it does not work; for folders also a "
+        "list: cuda:0,cuda:1 (default: auto)",
     )
     parser.add_argument(
         "--batch-size",
@@ -410,7 +258,7 @@ def score_all(classifier, job, args):
     start = time.perf_counter()
     with common.progress(total=len(job.rows), desc="candidates", unit="candidates") as bar:
         try:
-            probability = session.score(
+            probability = reading.score(
                 classifier, job.readers, job.which, job.x, job.y, args.workers, bar, failed
             )
         except UserError as error:
@@ -419,19 +267,9 @@ def score_all(classifier, job, args):
     return probability, time.perf_counter() - start
 
 
-def classify(args):
-    """Score the candidates and write them → exit status."""
-    # Mistakes are found before the work: what does not need the model, then what does.
-    threshold = None
-    if args.threshold is not None:
-        threshold = metrics.parse_threshold(args.threshold)
-    candidates = formats.read_candidates(args.candidates)
-    for note in candidates.notes:
-        say(f"{candidates.path.name}: {note}")
-    images, missing = find_images(candidates, args.slide)
-    check_outputs(args, sorted({path for path in images if path is not None}))
-    formats.move_to_level0(candidates, images, say)
-    classifier = Classifier(args.model, args.device, args.batch_size, args.threads)
+def open_model(args, device):
+    """The Classifier on a device; UserError if it gives no probabilities of patches."""
+    classifier = Classifier(args.model, device, args.batch_size, args.threads)
     if classifier.input != "uint8":
         raise UserError(
             f"{args.model}: was exported with --input float, for hosts that normalise; this "
@@ -439,28 +277,61 @@ def classify(args):
         )
     if classifier.threshold is None:
         raise UserError(f"{args.model}: is an encoder without a head and gives no probabilities")
-    if args.relabel:
-        formats.own_classes(candidates, classifier.labels)
     say(f"{args.model}: {classifier.note}")
+    return classifier
+
+
+def threshold_of(args):
+    """The threshold that the user gives, else None: the model's."""
+    if args.threshold is None:
+        return None
+    return metrics.parse_threshold(args.threshold)
+
+
+def classify(args):
+    """Score the candidates of a file and write them → exit status."""
+    # Mistakes are found before the work: what does not need the model, then what does.
+    threshold = threshold_of(args)
+    if "," in args.device:
+        raise UserError(f"--device {args.device}: several devices are for a folder of slides")
+    candidates = formats.read_candidates(args.candidates)
+    for note in candidates.notes:
+        say(f"{candidates.path.name}: {note}")
+    images, missing = match.find_images(candidates, args.slide)
+    check_outputs(args, sorted({path for path in images if path is not None}))
+    formats.move_to_level0(candidates, images, say)
+    classifier = open_model(args, args.device)
+    if args.relabel:
+        formats.check_relabel(candidates, classifier.labels, args.out, args.format)
     if threshold is None:
         threshold = classifier.threshold
 
-    job = plan(candidates, images, missing, classifier.metadata, args.mpp)
+    job = plan.plan(candidates, images, missing, classifier.metadata, args.mpp)
+    scales = job.scales()
     say_readers(job.readers)
     if job.problems and not args.skip:
-        more = ""
-        if len(job.problems) > 1:
-            more = f" (and {len(job.problems) - 1} more like this)"
         raise UserError(
-            f"{job.problems[0]}{more}; right slide, level-0 coordinates? --skip leaves out what "
-            "cannot be scored"
+            f"{plan.in_one_line(job.problems)}; right slide, level-0 coordinates? --skip leaves "
+            "out what cannot be scored"
         )
     say_left_out(job.problems)
+    for note in formats.check_write(candidates, args.out, images, scales, args.format):
+        say(note)
     look_at(job)
 
     probability = np.full(len(candidates), np.nan, np.float32)
     probability[job.rows], seconds = score_all(classifier, job, args)
-    formats.write(candidates, args.out, probability, threshold, classifier.labels, args.relabel)
+    formats.write(
+        candidates,
+        args.out,
+        probability,
+        threshold,
+        classifier.labels,
+        args.relabel,
+        args.format,
+        images,
+        scales,
+    )
     if args.overlay:
         overlay(args.overlay, job, probability[job.rows], threshold, classifier.labels)
 
@@ -481,11 +352,81 @@ def classify(args):
     return 0
 
 
+# ---------------------------------------------------------------- a folder of slides
+
+
+def check_folders(args):
+    """UserError for folders that cannot be meant, before the work."""
+    if not Path(args.slide).is_dir():
+        raise UserError(
+            f"--candidates {args.candidates} is a folder: give the folder of the slides as --slide"
+        )
+    if args.overlay:
+        raise UserError("--overlay draws one slide: score it alone, with its file of candidates")
+    out, candidates = Path(args.out).resolve(), Path(args.candidates).resolve()
+    if out == Path(args.slide).resolve() or out == candidates or candidates in out.parents:
+        raise UserError(
+            f"--out {args.out}: is or lies in a folder of inputs; choose another folder, outside "
+            "of --candidates"
+        )
+    common.check_output("--out", Path(args.out, folder.REPORT), [args.model])
+
+
+def classify_folder(args):
+    """Score a folder of slides → exit status: 1 if anything could not be scored."""
+    threshold = threshold_of(args)
+    check_folders(args)
+    tasks = folder.tasks_of(args.slide, args.candidates)
+    if not any(task.file for task in tasks):
+        raise UserError(f"--candidates {args.candidates}: holds no file of candidates")
+    devices = args.device.split(",")
+    classifiers = [open_model(args, device) for device in devices]
+    if threshold is None:
+        threshold = classifiers[0].threshold
+    labels = classifiers[0].labels
+    settings = folder.Settings(
+        threshold,
+        args.mpp,
+        args.relabel,
+        args.skip,
+        args.format,
+        labels,
+        folder.fingerprint_of_model(args.model),
+        args.workers,
+        Path(args.candidates),
+        Path(args.out),
+    )
+    slides.keep_open(4 * len(devices))
+    start = time.perf_counter()
+    rows, before = folder.run(classifiers, tasks, settings)
+    seconds = time.perf_counter() - start
+
+    done = [row for row in rows if not row["error"]]
+    scored, figures = (sum(int(row[name]) for row in done) for name in ("scored", "figures"))
+    print(
+        f"{args.out}: {len(done)} of {common.counted(len(rows), 'slide')} scored "
+        f"({before} of them before), {scored} candidates, {figures} {labels[1]}, "
+        f"{scored - figures} {labels[0]} (threshold {threshold:.4g}); {seconds:.1f} s; report: "
+        f"{settings.out / folder.REPORT}"
+    )
+    failed = [row for row in rows if row["error"]]
+    for row in failed[:NAMED]:
+        say(f"not scored: {row['slide'] or row['file']}: {row['error']}")
+    if len(failed) > NAMED:
+        say(f"not scored: {len(failed) - NAMED} more, see the report")
+    left = sum(int(row["candidates"]) - int(row["scored"]) for row in done)
+    if left:
+        say(f"{left} candidates could not be scored and have no probability; see the report")
+    return int(bool(failed or left))
+
+
 def main():
     args = parse_arguments()
     if args.doctor:
         return doctor.report()
     check(args)
+    if args.candidates and Path(args.candidates).is_dir():
+        return classify_folder(args)
     if args.candidates:
         return classify(args)
     print(Classifier(args.model, args.device, warm_up=False).describe())

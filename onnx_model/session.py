@@ -9,23 +9,18 @@ import os
 import re
 import sys
 import threading
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from PIL import Image
 
 import common
 from common import UserError
-from dataset import slides
+from onnx_model import reading
 
 FORMAT = f"{common.NAME}-classifier"  # metadata_props["format"] of every exported model
 FORMATS = (FORMAT, "mitosis-classifier")  # the second: models of versions before 1.0
 TRAILER = 32  # bytes at the end of a .data file: the id of its export, as in the metadata
-TOLERANCE = 0.1  # µm/px may be off by this share before a slide is resampled
-PIECE = 16  # patches that one thread reads at a time, at most
 
 
 class Classifier:
@@ -148,7 +143,7 @@ class Classifier:
 
         UserError: the slide cannot be read, its µm/px is unknown, or a patch would lie outside it.
         """
-        reader = SlideReader(self.metadata, slide, mpp)
+        reader = reading.SlideReader(self.metadata, slide, mpp)
         if reader.mpp is None and self.mpp is not None:
             raise UserError(
                 f"{reader.name}: its µm/px is unknown; give mpp= (the model was trained at "
@@ -161,7 +156,7 @@ class Classifier:
         if len(outside):
             i = outside[0]
             raise UserError(f"({x[i]:g}, {y[i]:g}) lies outside {reader.name} ({reader.extent})")
-        return score(self, [reader], np.zeros(len(x), int), x, y, workers)
+        return reading.score(self, [reader], np.zeros(len(x), int), x, y, workers)
 
     def describe(self):
         """What this model is, as text."""
@@ -548,147 +543,3 @@ def check_weights(path, metadata):
                 f"{weights}: belongs to another export than {Path(path).name}; copy both files "
                 "again"
             )
-
-
-# ---------------------------------------------------------------- pixels
-
-
-class SlideReader:
-    """How one slide is read for a model; threads may share it.
-
-    metadata  of the model
-    slide     path | openslide.OpenSlide | uint8 [H, W, 3]
-    mpp       µm/px of the slide; None: as its file says
-
-    Attributes: .name .mpp (None: unknown) .extent (text) .side (px at level 0 that a patch covers)
-    .note (how it is read, a line) .warning (why its scale may be wrong, or None)."""
-
-    def __init__(self, metadata, slide, mpp=None):
-        self.metadata = metadata
-        self.slide = slides.held(slide)
-        self.name = str(self.slide)
-        self.width, self.height = slides.dimensions(self.slide)
-        self.extent = f"{self.width} × {self.height} px"
-        self.mpp = mpp or slides.microns_per_pixel(self.slide)
-        self.target, self.note, self.warning = resolution(metadata, self.mpp)
-        self.side = metadata["patch"]
-        if self.target is not None:
-            self.side = metadata["patch"] * self.target / self.mpp
-
-    def outside(self, x, y):
-        """Whether the patches around x, y (numbers or arrays) show nothing of the slide."""
-        half = self.side / 2
-        inside = (-half < x) & (x < self.width + half) & (-half < y) & (y < self.height + half)
-        return ~np.asarray(inside)
-
-    def read(self, x, y):
-        """The patch around (x, y), level 0, as the model wants it: uint8 [size, size, 3]."""
-        patch = self.metadata["patch"]
-        pixels = slides.read(self.slide, x, y, patch, mpp=self.target, source_mpp=self.mpp)
-        return to_size(pixels, self.metadata["size"], self.metadata["fit"])
-
-
-def resolution(metadata, slide_mpp):
-    """How a slide is read → (µm/px to resample it to, None: read as it is; a note that says so; a
-    warning if the scale may be another than in training, else None).
-    """
-    target, mixed = metadata["mpp"], metadata.get("mixed_mpp")
-    given = "µm/px unknown"
-    if slide_mpp is not None:
-        given = f"{slide_mpp:.4g} µm/px"
-    if target is None and mixed:
-        known = sorted(float(scale) for scale in mixed)
-        note = f"{given}, read as it is (model: {known[0]:g} to {known[-1]:g} µm/px, as scanned)"
-        warning = None
-        if slide_mpp is None:
-            warning = "its µm/px is unknown"
-        elif not known[0] / (1 + TOLERANCE) <= slide_mpp <= known[-1] * (1 + TOLERANCE):
-            warning = f"the model was never trained at {slide_mpp:.4g} µm/px"
-        return None, note, warning
-    if target is None:
-        return None, f"{given}, read as it is: the model does not know its µm/px", None
-    if slide_mpp is None:
-        warning = f"its µm/px is unknown and taken for the model's {target:g}"
-        return None, f"µm/px unknown, read as if it were the model's {target:g}", warning
-    if abs(slide_mpp / target - 1) <= TOLERANCE:
-        return None, f"{given}, read as it is (model: {target:g})", None
-    return target, f"{given}, resampled to the model's {target:g}", None
-
-
-def to_size(pixels, size, fit):
-    """uint8 [patch, patch, 3] → [size, size, 3], as training did it: "resize", or "pad", which
-    keeps the scale: smaller patches get a white border, larger ones are cut.
-    """
-    patch = len(pixels)
-    if patch == size:
-        return pixels
-    if fit == "resize":
-        return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC))
-    if patch > size:
-        start = (patch - size) // 2
-        return pixels[start : start + size, start : start + size]
-    border = (size - patch) // 2
-    around = (border, size - patch - border)
-    return np.pad(pixels, (around, around, (0, 0)), constant_values=slides.WHITE)
-
-
-# ---------------------------------------------------------------- cells of slides
-
-
-def score(classifier, readers, which, x, y, workers=4, progress=None, failed=None):
-    """Probabilities of cells on one or more slides → float32 [n]; NaN if `failed` took an error.
-
-    Threads read ahead of the model. Neighbours in a slide are read one after the other, so that a
-    tile is decoded once; the result is in the order of the cells.
-
-    readers   SlideReader of each slide
-    which     index into `readers`, of each cell [n]
-    x, y      level-0 px [n]
-    progress  its .update(count) is called
-    failed    called with (index of the cell, error) if a patch cannot be read; None: UserError
-    """
-    which, x, y = np.asarray(which), np.asarray(x, np.float64), np.asarray(y, np.float64)
-    probability = np.full(len(x), np.nan, np.float32)
-    order = np.lexsort((x, y // 512, which))
-
-    def read(cells):
-        """Patches of cells → (patches, the cells that could be read)."""
-        patches, readable = [], []
-        for i in cells:
-            reader = readers[which[i]]
-            try:
-                patches.append(reader.read(x[i], y[i]))
-            except (UserError, OSError, ValueError) as error:
-                if failed is None:
-                    raise UserError(
-                        f"{reader.name}: cannot be read at ({x[i]:g}, {y[i]:g}): {error}"
-                    ) from None
-                failed(i, error)
-                continue
-            readable.append(i)
-        return patches, readable
-
-    # Pieces smaller than a batch, so that several threads work on one; enough of them ahead to
-    # ride over slow tiles.
-    size = max(1, min(PIECE, classifier.batch_size))
-    per_batch = math.ceil(classifier.batch_size / size)
-    waiting = deque(order[i : i + size] for i in range(0, len(order), size))
-    running = deque()
-    with ThreadPoolExecutor(workers, thread_name_prefix="read") as pool:
-        try:
-            while waiting or running:
-                while waiting and len(running) < workers + 2 * per_batch:
-                    running.append(pool.submit(read, waiting.popleft()))
-                patches, cells = [], []
-                for _ in range(min(len(running), per_batch)):
-                    some, readable = running.popleft().result()
-                    patches += some
-                    cells += readable
-                if patches:
-                    probability[cells] = classifier(np.stack(patches))
-                if progress is not None:
-                    progress.update(len(cells))
-        finally:
-            for future in running:
-                future.cancel()
-    return probability

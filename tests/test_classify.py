@@ -30,7 +30,8 @@ import data
 from classify import Classifier
 from dataset import formats, slides
 from dataset.patches import Patches
-from onnx_model import session
+from onnx_model import reading, session
+from scoring import match, plan
 
 HERE = Path(__file__).resolve().parent.parent
 POINTS = [
@@ -564,7 +565,7 @@ def test_ctrl_c_ends_with_one_line(tiny, tmp_path):
 
 def test_an_unwritable_folder_is_found_before_the_scoring(case, tmp_path, monkeypatch, capsys):
     arguments, _ = case
-    monkeypatch.setattr(session, "score", lambda *_, **__: pytest.fail("scored"))
+    monkeypatch.setattr(reading, "score", lambda *_, **__: pytest.fail("scored"))
     with mounted(tmp_path / "ro", "ro") as disk:
         for outputs in (("--out", disk / "o"), ("--out", tmp_path / "o", "--overlay", disk / "o")):
             assert call(monkeypatch, *arguments, *outputs) == 2
@@ -581,7 +582,7 @@ def places_of(tmp_path, names, slide):
     """find_images of candidates on these images."""
     rows = ["filename,x,y", *(f'"{name}",100,100' for name in names)]
     (tmp_path / "c.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    return classify.find_images(formats.read_candidates(tmp_path / "c.csv"), slide)[0]
+    return match.find_images(formats.read_candidates(tmp_path / "c.csv"), slide)[0]
 
 
 def test_candidates_belong_to_a_slide_by_its_path(tmp_path):
@@ -646,7 +647,7 @@ def test_relabel_that_cannot_be_is_found_before_the_scoring(tiny, tmp_path, monk
     database.execute("UPDATE Classes SET name = 'cell' WHERE uid = 2")
     database.commit()
     database.close()
-    monkeypatch.setattr(session, "score", lambda *_, **__: pytest.fail("scored"))
+    monkeypatch.setattr(reading, "score", lambda *_, **__: pytest.fail("scored"))
     monkeypatch.setattr(
         sys,
         "argv",
@@ -732,7 +733,7 @@ def test_names_cannot_leave_the_folder(tiny, tmp_path):
         formats.read_candidates(midog(tmp_path / "in.json", images=("../secret.tiff",)))
     for name in ("/secret.tiff", "C:\\secret.tiff", str(tmp_path / "secret.tiff")):
         found = formats.read_candidates(midog(tmp_path / "in.json", images=(name,)))
-        paths, missing = classify.find_images(found, tmp_path / "inner")
+        paths, missing = match.find_images(found, tmp_path / "inner")
         assert missing and all(tmp_path / "inner" in path.parents for path in missing)
 
 
@@ -771,21 +772,21 @@ def test_a_full_disk_spoils_no_older_file(tiny, tmp_path):
 
 def test_resolution_rules():
     def resolution(mpp, mixed=None):
-        return session.resolution({"mpp": 0.25, "mixed_mpp": mixed}, mpp)
+        return reading.resolution({"mpp": 0.25, "mixed_mpp": mixed}, mpp)
 
     assert resolution(0.26) == (None, "0.26 µm/px, read as it is (model: 0.25)", None)
     assert resolution(0.2252)[::2] == (None, None)
     assert resolution(0.5) == (0.25, "0.5 µm/px, resampled to the model's 0.25", None)
     target, note, warning = resolution(None)
     assert target is None and "unknown" in note and "taken for the model's 0.25" in warning
-    unknown = session.resolution({"mpp": None}, 0.5)
+    unknown = reading.resolution({"mpp": None}, 0.5)
     assert unknown[::2] == (None, None) and "does not know" in unknown[1]
     mixed = {"mpp": None, "mixed_mpp": {"0.25": 3, "0.5": 4}}
     for mpp, doubt in ((0.25, None), (0.23, None), (0.54, None), (1.0, "never trained at 1 µm/px")):
-        target, note, warning = session.resolution(mixed, mpp)
+        target, note, warning = reading.resolution(mixed, mpp)
         assert target is None and "model: 0.25 to 0.5 µm/px, as scanned" in note
         assert (warning or "").endswith(doubt or "")
-    assert session.resolution(mixed, None)[2] == "its µm/px is unknown"
+    assert reading.resolution(mixed, None)[2] == "its µm/px is unknown"
 
 
 def test_an_unknown_scale_is_said_loudly(case, tmp_path, monkeypatch, capsys):
@@ -859,7 +860,7 @@ def test_patches_of_another_size(fit, tiny):
 
     def read(patch):
         metadata = {"patch": patch, "size": 224, "fit": fit, "mpp": 0.25}
-        return session.SlideReader(metadata, folder / "a.tiff").read(300, 300)
+        return reading.SlideReader(metadata, folder / "a.tiff").read(300, 300)
 
     plain, smaller = read(224), read(128)
     assert smaller.shape == read(257).shape == (224, 224, 3)
@@ -1201,7 +1202,7 @@ def test_overlay(tiny, tmp_path):
 def test_overlay_where_the_first_slide_failed(tiny, tmp_path):
     folder, _ = tiny
     shutil.copy(folder / "a.tiff", tmp_path / "b.tiff")
-    job = classify.Plan()
+    job = plan.Plan()
     for row, path in enumerate((tmp_path / "b.tiff", folder / "a.tiff")):
         job.add_reader({"mpp": 0.25, "patch": 224}, path, None)
         job.add_cell(row, row, 150.0, 160.0)

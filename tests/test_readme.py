@@ -50,6 +50,8 @@ OTHERS_FILES = {
     "scored.json",
     "my.csv",
     "demo-out/",
+    "scored/",
+    "scored/report.csv",
     "MODEL.parity.json",
     "amibr_train_split.csv",
 }
@@ -171,6 +173,9 @@ def checkout(tmp_path_factory):
         jpeg_tiff.write(folder / name, [tile] * 48 * 48, 48 * jpeg_tiff.TILE)
     (folder / "points.csv").write_text("x,y\n0,0\n700,650\n2219,2966\n", encoding="utf-8")
     (folder / "candidates.geojson").write_text(GEOJSON, encoding="utf-8")
+    (folder / "candidates").mkdir()
+    for case in range(10):
+        (folder / f"candidates/{case}.csv").write_text("x,y\n300,300\n", encoding="utf-8")
     return folder
 
 

@@ -179,7 +179,7 @@ def test_the_root_is_small():
         "data, evaluate, classify",
         "dataset.patches, dataset.download, demo.synthetic, demo.picture, flags, reporting.tables",
         "onnx_model.session, onnx_model.doctor",
-        "scoring.blobs, scoring.count",
+        "scoring.blobs, scoring.count, scoring.folder",
     ],
 )
 def test_no_torch_is_loaded(modules):
