@@ -27,11 +27,15 @@ def candidates(tmp_path, kind):
     path = tmp_path / f"in{WRITTEN[kind]}"
     classes = ["hard negative", "mitotic figure", "hard negative"]
     if kind == "csv":
-        rows = [f"a.tiff,{x},{y},n{i},{c}" for i, ((x, y), c) in enumerate(zip(POINTS, classes))]
-        path.write_text("\n".join(["filename,x,y,id,label", *rows]))
+        rows = [
+            f"a.tiff,{x},{y},n{i},{c},{0.5 + i}"
+            for i, ((x, y), c) in enumerate(zip(POINTS, classes))
+        ]
+        path.write_text("\n".join(["filename,x,y,id,label,score", *rows]))
     elif kind == "midog":
         records = [
             {"id": 7 + i, "image_id": 1, "bbox": [x - 25, y - 25, x + 25, y + 25], "category_id": c}
+            | {"score": 0.5 + i}
             for i, ((x, y), c) in enumerate(zip(POINTS, (2, 1, 2)))
         ]
         names = [{"id": 1, "name": "mitotic figure"}, {"id": 2, "name": "hard negative"}]
@@ -78,7 +82,7 @@ def scores_in(path, kind):
     found = []
     for region in path.read_text().split("<Region ")[1:]:
         values = [part.split('"')[0] for part in region.split('Value="')[1:]]
-        found.append((float(values[0]), values[1]) if values else None)
+        found.append((float(values[-2]), values[-1]) if len(values) >= 2 else None)
     return found
 
 
@@ -101,6 +105,8 @@ def test_every_format_becomes_every_other(source, target, slide, tmp_path):
     if target in ("csv", "midog", "imagescope"):  # GeoJSON shows the new class, as always
         own = [again.category_name(category) for category in again.categories]
         assert own == ["hard negative", "mitotic figure", "hard negative"]
+    if source in ("csv", "midog") and target in ("csv", "midog"):
+        assert [float(score) for score in again.scores] == [0.5, 1.5, 2.5]
     ids = {"csv": ["n0", "n1", "n2"], "midog": ["7", "8", "9"]}
     if source in ids and target in ids:
         assert again.given_ids == ids[source]
@@ -141,6 +147,7 @@ def test_millimetres_and_back(slide, tmp_path):
     points = json.loads(out.read_text())["points"]
     assert points[0]["point"] == [pytest.approx(0.05), pytest.approx(0.06025), 0]
     assert [p["name"] for p in points] == ["mitotic figure", "non-mitotic figure"]
+    assert [p["detector_probability"] for p in points] == [0.5, 1.5]
     given = formats.read_candidates(out)
     back, more = tmp_path / "back.csv", {"images": [slide] * 2, "scales": {slide: 0.5}}
     formats.write(given, back, PROBABILITY[:2], 0.5, NAMES, **more)

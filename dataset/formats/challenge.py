@@ -95,4 +95,6 @@ def create(path, pictures, cells, names):
         probability, label = cell.score
         points += content_of([cell.x], [cell.y], [probability], 0, pictures[0].mpp)["points"]
         points[-1]["name"] = NAMES[label]
+        if cell.detector is not None:
+            points[-1]["detector_probability"] = cell.detector
     files.write_json(path, {**content_of([], [], [], 0, None), "points": points})

@@ -573,15 +573,15 @@ def write(table, path, scores, names, categories):
 
 def create(path, pictures, cells, names):
     """A new table of cells; see `fresh`."""
-    header = ["filename", "x", "y", "id", "label", "probability", "class"]
+    header = ["filename", "x", "y", "id", "label", "score", "probability", "class"]
     rows = []
     for cell in cells:
         probability = label = ""
         if cell.score is not None:
             probability, label = repr(cell.score[0]), names[cell.score[1]]
-        row = [pictures[cell.picture].name, repr(cell.x), repr(cell.y), cell.id, cell.own]
+        row = [pictures[cell.picture].name, cell.x, cell.y, cell.id, cell.own, cell.detector]
         rows.append([*row, probability, label])
-    for name in ("id", "label"):  # of which no cell has any
+    for name in ("id", "label", "score"):  # of which no cell has any
         place = header.index(name)
         if all(row[place] is None for row in rows):
             header.pop(place)

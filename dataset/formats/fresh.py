@@ -4,6 +4,7 @@ A format that can be written so has `create(path, pictures, cells, names)`, and 
 if its files hold the cells of one image, `SCALED = True` if it needs µm/px and `SCORED = True` if
 it has no place for a cell without a probability."""
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,8 +24,8 @@ class Picture(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """A candidate: index of its picture, level-0 px, the file's own id and class or None, and the
-    score (probability, label) or None.
+    """A candidate: index of its picture, level-0 px; the file's own id, class and detector's score,
+    each or None; (probability, label) or None.
     """
 
     picture: int
@@ -32,6 +33,7 @@ class Cell(NamedTuple):
     y: float
     id: str | None
     own: str | None
+    detector: float | None
     score: tuple | None
 
 
@@ -90,10 +92,23 @@ def create(candidates, module, path, scores, names, relabel, images, scales):
             own = candidates.names.get(own) or own
         if relabel and score is not None:
             own = names[score[1]]
-        given = candidates.given_ids[i]
-        cells.append(Cell(places[key], x, y, given, own, score))
+        detector = candidates.scores[i]
+        if detector is None and candidates.format == "challenge":  # whose points have only one
+            detector = candidates.probabilities[i]
+        cells.append(
+            Cell(places[key], x, y, candidates.given_ids[i], own, _finite(detector), score)
+        )
     module.create(path, pictures, cells, names)
     return left
+
+
+def _finite(value):
+    """A detector's score as a number; None where the file has none or something else."""
+    try:
+        value = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return value if math.isfinite(value) else None
 
 
 def _picture(name, path, scales):

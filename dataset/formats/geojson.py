@@ -321,6 +321,8 @@ def create(path, pictures, cells, names):
         properties = {"objectType": "annotation"}
         if cell.id is not None:
             properties["metadata"] = {"id": cell.id}
+        if cell.detector is not None:
+            properties["measurements"] = {"detector score": cell.detector}
         if cell.own is not None:
             properties["classification"] = {"name": cell.own}
         feature = {"type": "Feature", "geometry": point, "properties": properties}

@@ -117,6 +117,8 @@ def create(path, pictures, cells, names):
         region = ElementTree.SubElement(regions, "Region", Id=str(name), Type="1")
         region.set("Text", fresh.class_of(cell, names) or "")
         attributes = ElementTree.SubElement(region, "Attributes")
+        if cell.detector is not None:
+            _set(attributes, "score", repr(cell.detector))
         if cell.score is not None:
             _set(attributes, "probability", repr(cell.score[0]))
             _set(attributes, "class", names[cell.score[1]])

@@ -213,6 +213,8 @@ def create(path, pictures, cells, names):
         category = fresh.class_of(cell, names)
         if category in categories:
             record["category_id"] = categories.index(category) + 1
+        if cell.detector is not None:
+            record["score"] = cell.detector
         if cell.score is not None:
             probability, label = cell.score
             record.update({"probability": probability, "class": names[label]})
