@@ -244,6 +244,7 @@ ENTRIES = {
         "targets": lambda v: v is None or (isinstance(v, list) and all(map(_text, v))),
         "layer": _whole,
         "size": _whole,
+        "crop": _whole,
         "fold": _whole,
         "mpp": _positive,
         "frac": _share,
@@ -261,6 +262,7 @@ ENTRIES = {
     "source": {
         **dict.fromkeys(("data", "images", "classes", "profile", "positive", "negative"), _text),
         **dict.fromkeys(("columns", "fit", "revision"), _text),
+        "crop": _whole,
         "mpp": _positive,
         "source_mpp": _positive,
     },

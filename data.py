@@ -403,9 +403,13 @@ def fetch(args):
 
 
 def build_cache(annotations, args):
-    flags.need_images(annotations, args.mpp)
+    flags.need_images(annotations, args.mpp, crop=args.crop)
     patches = Patches(
-        annotations, mpp=args.mpp, source_mpp=args.source_mpp, cache=args.cache or None
+        annotations,
+        mpp=args.mpp,
+        source_mpp=args.source_mpp,
+        cache=args.cache or None,
+        crop=args.crop,
     )
     path = build_store(patches, args.workers)
     text = f"training reads {path}.npy"

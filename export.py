@@ -182,13 +182,14 @@ def read_patches(annotations, choices, rows, count, name, size):
         others = pick(others, annotations.label, min(count, FEWEST) - len(rows))
         name += f" ({len(rows)}, and {len(others)} others)"
         rows = np.concatenate([rows, others])
-    flags.need_images(annotations, choices.mpp, quiet=True)
+    flags.need_images(annotations, choices.mpp, quiet=True, crop=choices.crop)
     reader = Patches(
         annotations,
         size=size,
         fit=choices.fit or "resize",
         mpp=choices.mpp,
         source_mpp=choices.source_mpp,
+        crop=choices.crop,
     )
     return reader.read(rows), annotations.label[rows].astype(np.int8), rows, name
 
@@ -338,6 +339,7 @@ def reading(config):
         "mixed_mpp": mixed_mpp(config),
         "resampled": bool(choices.get("mpp")),
         "patch": config["data"].get("patch") or size,
+        "crop": choices.get("crop"),  # as "patch": larger patches are cut to their middle
         "fit": choices.get("fit") or "resize",
     }
 

@@ -392,6 +392,8 @@ def read_metadata(session, path):
     kind, shape = "tensor(float)", [3, size, size]
     if metadata["input"] == "uint8":
         kind, shape = "tensor(uint8)", [size, size, 3]
+    if metadata.get("crop") not in (None, metadata["patch"]):
+        raise damaged(path, "crop", metadata["crop"])
     if not are_scales(metadata.get("mixed_mpp")):
         raise damaged(path, "mixed_mpp", metadata["mixed_mpp"])
     has_head = "probability" in [output.name for output in session.get_outputs()]

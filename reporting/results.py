@@ -197,6 +197,7 @@ def _checked_flags(flags):
         ("val_frac", lambda v: _is_number(v) and 0 < v <= 1, "a number above 0, up to 1"),
         ("fit", lambda v: v in ("resize", "pad"), "resize or pad"),
         ("mpp", lambda v: _is_number(v) and v > 0, "a number above 0 or null"),
+        ("crop", lambda v: _is_whole(v) and 8 <= v <= 4096, "a whole number from 8 to 4096"),
     ):
         if flags.get(key) is not None:
             _expect(fits(flags[key]), place + key, flags[key], what)
@@ -214,7 +215,7 @@ def source_of(config):
         if value is None:
             continue
         place = f"config.json: source.{key}"
-        if key in ("mpp", "source_mpp"):
+        if key in ("mpp", "source_mpp", "crop"):
             _expect(_is_number(value) and value > 0, place, value, "a number above 0 or null")
         else:
             _expect(_is_text(value), place, value, "text or null")
