@@ -237,7 +237,7 @@ def gallery(annotations, patches, path, seed=0, columns=8, stain=0.0):
         views = [original, *(augmented.movedim(1, -1) * 255 + 0.5).to(torch.uint8).numpy()]
         top = 22 + line * (side + 4)
         draw.text((6, top + 40), str(domain)[:22] or "–", fill="black")
-        draw.text((6, top + 56), "mitotic figure" if label else "look-alike", fill="black")
+        draw.text((6, top + 56), annotations.classes[label][:22], fill="black")
         for column, view in enumerate(views):
             small = Image.fromarray(view).resize((side, side), Image.Resampling.BOX)
             sheet.paste(small, (left + column * (side + 4), top))

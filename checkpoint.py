@@ -17,6 +17,7 @@ import models
 import runs
 import weights as published
 from common import UserError
+from dataset.formats.cells import are_class_names
 from reporting import metrics
 
 # ---------------------------------------------------------------- tensors of a run
@@ -257,6 +258,7 @@ ENTRIES = {
         "mpp": _scale,
         "mixed_mpp": lambda v: v is None or (isinstance(v, dict) and all(map(_whole, v.values()))),
         "patch": lambda v: _whole(v) and v != 0,
+        "classes": lambda v: v is None or are_class_names(v),
     },
     "encoder": dict.fromkeys(("name", "licence", "weights_hash"), _text),
     "source": {

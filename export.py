@@ -51,6 +51,7 @@ import models
 import runs
 from common import UserError
 from dataset import splits
+from dataset.formats.cells import MITOSIS
 from dataset.patches import Patches
 from encoders.table import SIZE
 from onnx_model import doctor, graph, parity, session
@@ -59,7 +60,6 @@ from reporting import ensemble, metrics, results
 LIMIT = 2**31 - 2**24  # bytes of one protobuf, less room for the graph
 FEWEST = 64  # patches to compare on, if the dataset has as many
 BYTES = {"fp32": 4, "fp16": 2, "int8": 1}  # of a parameter
-LABELS = ["hard negative", "mitotic figure"]
 HERE = Path(__file__).resolve().parent
 
 
@@ -321,7 +321,7 @@ def describe(run, config, model, args, decision):
         "fold": choices.get("fold"),
         "domain": choices.get("domain"),
         **reading(config),
-        "labels": LABELS,
+        "labels": data.get("classes") or list(MITOSIS),
         "threshold": {"value": threshold, "rule": rule},
         "temperature": temperature,
         "metrics": stored.get("sets", stored),
@@ -349,7 +349,8 @@ def describe_adapter(model, args):
     threshold = labels = None
     if model.head is not None:
         value, rule, _ = decide(None, args.threshold)
-        threshold, labels = {"value": value, "rule": rule}, LABELS
+        threshold = {"value": value, "rule": rule}
+        labels = lora.head_classes(args.adapter) or list(MITOSIS)
     return describe_model(model, args) | {
         "method": "lora",
         "dataset": None,
@@ -897,7 +898,8 @@ def write_adapter(args):
     if config["flags"]["method"] != "lora":
         raise UserError(f"{args.run}: was trained without --lora and has no adapter to write")
     spec = model.encoder.spec
-    lora.save_peft(model.encoder, folder, spec.repo or spec.name, head=model.head)
+    classes = config["data"].get("classes")
+    lora.save_peft(model.encoder, folder, spec.repo or spec.name, model.head, classes)
     print(
         f"{folder}: adapter of {len(lora.adapted(model.encoder))} layers in peft's format, and the "
         f"head in {lora.HEAD}, for {spec.name}, embedding {model.encoder.pool}"

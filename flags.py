@@ -325,7 +325,7 @@ def _classes(args):
         return formats.parse_classes(args.classes)
     if args.positive:
         other = _labels(args.negative) if args.negative else None
-        return {"mitotic": _labels(args.positive), "other": other}
+        return {"mitotic": _labels(args.positive), "other": other, "own_names": True}
     return None
 
 

@@ -36,7 +36,7 @@ PROBES = {
     "uni": "logistic regression of UNI's evaluation: 1/C * |W| / 2, the norm not squared (the "
     "paper's)",
     "l2": "logistic regression with squared L2, C chosen on the validation set",
-    "knn": "share of mitotic figures among the nearest neighbours by cosine (not exportable)",
+    "knn": "share of label 1 among the nearest neighbours by cosine (not exportable)",
     "prototype": "few shots: the nearer of two class means",
 }
 # The flags that only one kind of probe has.
@@ -458,7 +458,7 @@ def logits_of(job, features, rows, X, labels):
 
 
 def knn_logits(features, X, labels, train, rows, k):
-    """Log-odds of the mitotic figures among the k training rows nearest by cosine, one of each
+    """Log-odds of label 1 among the k training rows nearest by cosine, one of each
     class added.
     """
 

@@ -117,7 +117,12 @@ def configuration(settings, annotations, facts, encoder, source, **base):
     """
     return {
         "flags": settings.flags(),
-        "data": {"name": annotations.name, "fingerprint": annotations.fingerprint(), **facts},
+        "data": {
+            "name": annotations.name,
+            "fingerprint": annotations.fingerprint(),
+            "classes": list(annotations.classes),
+            **facts,
+        },
         "encoder": {
             "name": settings.model,
             "licence": encoder.licence,
@@ -165,8 +170,8 @@ def differing(old, new):
             if part == "flags" and key in ("weights", "adapter"):
                 continue  # compared by their hash: where they lie does not matter
             unsaid = not (before.get(key) and after.get(key))
-            if part == "data" and key in ("pixels", "mixed_mpp") and unsaid:
-                continue  # runs of version 1.0 and earlier do not tell
+            if part == "data" and key in ("pixels", "mixed_mpp", "classes") and unsaid:
+                continue  # runs of earlier versions do not tell
             # Through JSON, so that tuples equal lists and NumPy's numbers equal Python's.
             was = json.dumps(before.get(key), default=common.plain, sort_keys=True)
             now = json.dumps(after.get(key), default=common.plain, sort_keys=True)

@@ -16,6 +16,7 @@ import onnxruntime
 
 import common
 from common import UserError
+from dataset.formats.cells import are_class_names
 from onnx_model import reading
 
 FORMAT = f"{common.NAME}-classifier"  # metadata_props["format"] of every exported model
@@ -422,12 +423,7 @@ def is_text(value):
 
 
 def are_labels(value):
-    return value is None or (
-        isinstance(value, list)
-        and len(value) == 2
-        and all(is_text(name) and name.strip() for name in value)
-        and value[0] != value[1]
-    )
+    return value is None or are_class_names(value)
 
 
 def are_scales(value):
