@@ -14,6 +14,7 @@ import numpy as np
 
 from reporting import bootstrap, metrics
 from reporting.results import SUMMARY
+from runs import PREDICTION_COLUMNS
 
 SAME = ("id", "label", "case")  # what the members' rows of a test set must have in common
 
@@ -58,7 +59,7 @@ def _part(run, name):
     """The columns of one set of a run, in the order of the ids."""
     rows = np.flatnonzero(run.columns["set"] == name)
     rows = rows[np.argsort(run.columns["id"][rows], kind="stable")]
-    return {key: values[rows] for key, values in run.columns.items()}
+    return {key: run.columns[key][rows] for key in PREDICTION_COLUMNS}
 
 
 def _why_not(members, name):
@@ -113,7 +114,8 @@ def ensembles(finished):
     by_model, together = defaultdict(list), defaultdict(list)
     for run in finished:
         by_model[run.group()].append(run)
-        together[run.data, run.by, run.seed, run.domain or "", run.frac].append(run)
+        data, _, *split = run.group()
+        together[data, *split].append(run)
     for runs in by_model.values():
         if len(runs) > 1:
             groups.append((runs[0].label, runs))
@@ -141,15 +143,16 @@ def ensembles(finished):
 
 def place(run, label=None):
     """A run's model, data and share in a note: "uni-probe on amibr, 10%, seed 1"."""
-    text = f"{label or run.label} on {run.data}"
-    if run.domain:
-        text += f" {run.domain}"
-    if run.frac < 1:
-        text += f", {100 * run.frac:g}%"
-    if run.by != "case":
-        text += f", by {run.by}"
-    if run.seed:
-        text += f", seed {run.seed}"
+    data, own, by, seed, domain, frac = run.group()
+    text = f"{label or own} on {data}"
+    if domain:
+        text += f" {domain}"
+    if frac < 1:
+        text += f", {100 * frac:g}%"
+    if by != "case":
+        text += f", by {by}"
+    if seed:
+        text += f", seed {seed}"
     return text
 
 
@@ -172,17 +175,17 @@ def results(means, replicates):
     values, on the same draws of cases, each decided at its own threshold."""
     rows = []
     for mean in means:
-        first = mean.members[0]
+        data, _, by, seed, domain, frac = mean.members[0].group()
         for name in mean.sets:
             if name == "val":
                 continue
             values = mean.sets[name]
             row = {
-                "data": first.data,
-                "split": first.by,
-                "seed": first.seed,
-                "frac": first.frac,
-                "train_domain": first.domain or "",
+                "data": data,
+                "split": by,
+                "seed": seed,
+                "frac": frac,
+                "domain": domain,
                 "label": mean.label,
                 "members": len(mean.members),
                 "folds": " ".join(str(fold) for fold in sorted({r.fold for r in mean.members})),

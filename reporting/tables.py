@@ -541,8 +541,8 @@ def ensemble_label(row):
     text = row["label"]
     if row["frac"] < 1:
         text += f", {100 * row['frac']:g}%"
-    if row["train_domain"]:
-        text += f", domain {row['train_domain']}"
+    if row["domain"]:
+        text += f", domain {row['domain']}"
     if row["split"] != "case":
         text += f", by {row['split']}"
     if row["seed"]:
