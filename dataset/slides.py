@@ -98,6 +98,26 @@ def microns_per_pixel(image):
     return facts(image).mpp
 
 
+def pages(image, most):
+    """All images of a multi-page TIFF in their order, each uint8 [H, W, 3]; UserError if one of
+    them cannot be read, or if there are more than `most`.
+    """
+    regular_file(image)
+    directories = tiff.directories(image)
+    if len(directories) > most:
+        raise UserError(f"{image}: holds more than {most} images")
+    # The last directory says that none follows; another one could not be read.
+    if not directories or directories[-1].next:
+        raise UserError(f"{image}: not a TIFF, or cut off; copy or download it again")
+    for directory in directories:
+        if problem := tiff.sample_problem(directory):
+            raise UserError(f"{image}: {problem}, 8 bits per channel are needed; {ADVICE}")
+    stack = PlainImage(str(image), directories)
+    if stack.planes:
+        raise UserError(f"{image}: its pages are the colours of one image, not a stack of images")
+    return [stack.decode(number) for number in range(len(directories))]
+
+
 def bounds_offset(image):
     """(x, y) of the scanned area's corner at level 0, which QuPath takes for the origin.
 
@@ -305,7 +325,7 @@ class WholeSlide:
         properties = self.handle.properties
         tile = [properties.get(f"openslide.level[0].tile-{side}", "1") for side in BOUNDS[2:]]
         if all(side.isdigit() for side in tile):
-            _check_pixels(path, int(tile[0]), int(tile[1]), "its tiles are")
+            check_pixels(path, int(tile[0]), int(tile[1]), "its tiles are")
         generic = properties.get(openslide.PROPERTY_NAME_VENDOR) == "generic-tiff"
         self.mpp = None
         if pages and generic:
@@ -420,7 +440,7 @@ class PlainImage:
             raise UserError(
                 f"{self.path}: not an image that OpenSlide or Pillow reads, or cut off"
             ) from None
-        _check_pixels(self.path, image.width, image.height, "it is")
+        check_pixels(self.path, image.width, image.height, "it is")
         if image.mode not in MODES:
             raise UserError(
                 f"{self.path}: {image.mode} pixels; RGB of 8 bits per channel is needed; {ADVICE}"
@@ -445,7 +465,7 @@ class PlainImage:
                 if array is not None:
                     mine.decoded.move_to_end(self.path)
                     return array
-            array = self._decode()
+            array = self.decode()
             with mine.lock:
                 mine.decoded[self.path] = array
                 mine.decoded_bytes += array.nbytes
@@ -454,10 +474,13 @@ class PlainImage:
                     mine.decoded_bytes -= unused.nbytes
             return array
 
-    def _decode(self):
-        """The pixels; UserError if the file is broken, deeper than 8 bits, or too large."""
+    def decode(self, page=0):
+        """The pixels of a page; UserError if it is broken, deeper than 8 bits, or too large."""
         try:
             with self._file() as image:
+                if page:
+                    image.seek(page)
+                    check_pixels(self.path, image.width, image.height, f"page {page + 1} is")
                 deep = any(";16" in str(tile[3]) for tile in image.tile)
                 if self.planes:
                     array = np.stack([self._plane(image, number) for number in range(3)], axis=2)
@@ -525,7 +548,7 @@ def cut(pixels, left, top, size):
     return window
 
 
-def _check_pixels(path, width, height, what):
+def check_pixels(path, width, height, what):
     """UserError if so many pixels cannot be decoded at once."""
     most = min(MAX_PIXELS, memory() // 4 // PEAK_BYTES)
     if width * height > most:
@@ -549,7 +572,7 @@ def memory():
     except (AttributeError, ValueError, OSError):  # Windows
         pass
     try:
-        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text("ascii")))
     except (OSError, ValueError):  # "max"
         pass
     try:
