@@ -4,13 +4,15 @@ put in its place.
     python export.py RUN [--out model.onnx] [--precision fp32|fp16|int8] [--weights PATH]
     python export.py RUN RUN … --out model.onnx           the mean of their probabilities, one model
     python export.py RUN --peft DIR                       the run's LoRA adapter in peft's format
+    python export.py RUN --card                           the model with a model card beside it
     python export.py --adapter DIR --model NAME --out model.onnx      an adapter trained by peft
     python export.py --doctor                             does ONNX Runtime use the GPU? one screen
 
 The model takes patches uint8 [N, size, size, 3] (224 px for most encoders; normalisation inside)
 and gives probability float32 [N]; classify.py and any other program with ONNX Runtime runs it,
 without torch. Beside it lies MODEL.parity.json, and over 2 GiB (or with --external) MODEL.onnx.data
-with the weights.
+with the weights. --card adds MODEL.md, ready to be the README.md of a repository on the Hugging
+Face Hub.
 
 Several runs, such as the folds of one model, become one model with the same input and output. What
 they have in common is stored and computed once: probes on one encoder cost what one of them costs;
@@ -51,15 +53,15 @@ import models
 import runs
 from common import UserError
 from dataset import splits
-from dataset.formats.cells import MITOSIS
 from dataset.patches import Patches
 from encoders.table import SIZE
 from onnx_model import doctor, graph, parity, session
-from reporting import ensemble, metrics, results
+from reporting import card, ensemble, metrics, results
 
 LIMIT = 2**31 - 2**24  # bytes of one protobuf, less room for the graph
 FEWEST = 64  # patches to compare on, if the dataset has as many
 BYTES = {"fp32": 4, "fp16": 2, "int8": 1}  # of a parameter
+LABELS = ["hard negative", "mitotic figure"]
 HERE = Path(__file__).resolve().parent
 
 
@@ -182,14 +184,13 @@ def read_patches(annotations, choices, rows, count, name, size):
         others = pick(others, annotations.label, min(count, FEWEST) - len(rows))
         name += f" ({len(rows)}, and {len(others)} others)"
         rows = np.concatenate([rows, others])
-    flags.need_images(annotations, choices.mpp, quiet=True, crop=choices.crop)
+    flags.need_images(annotations, choices.mpp, quiet=True)
     reader = Patches(
         annotations,
         size=size,
         fit=choices.fit or "resize",
         mpp=choices.mpp,
         source_mpp=choices.source_mpp,
-        crop=choices.crop,
     )
     return reader.read(rows), annotations.label[rows].astype(np.int8), rows, name
 
@@ -265,7 +266,7 @@ def put_in_place(folder, out):
     out.unlink(missing_ok=True)
     for target in files_of(out):
         if (folder / target.name).exists():
-            os.replace(folder / target.name, target)
+            common.replace(folder / target.name, target)
         else:
             target.unlink(missing_ok=True)  # of an earlier, larger export
 
@@ -321,7 +322,7 @@ def describe(run, config, model, args, decision):
         "fold": choices.get("fold"),
         "domain": choices.get("domain"),
         **reading(config),
-        "labels": data.get("classes") or list(MITOSIS),
+        "labels": LABELS,
         "threshold": {"value": threshold, "rule": rule},
         "temperature": temperature,
         "metrics": stored.get("sets", stored),
@@ -339,7 +340,6 @@ def reading(config):
         "mixed_mpp": mixed_mpp(config),
         "resampled": bool(choices.get("mpp")),
         "patch": config["data"].get("patch") or size,
-        "crop": choices.get("crop"),  # as "patch": larger patches are cut to their middle
         "fit": choices.get("fit") or "resize",
     }
 
@@ -349,8 +349,7 @@ def describe_adapter(model, args):
     threshold = labels = None
     if model.head is not None:
         value, rule, _ = decide(None, args.threshold)
-        threshold = {"value": value, "rule": rule}
-        labels = lora.head_classes(args.adapter) or list(MITOSIS)
+        threshold, labels = {"value": value, "rule": rule}, LABELS
     return describe_model(model, args) | {
         "method": "lora",
         "dataset": None,
@@ -898,8 +897,7 @@ def write_adapter(args):
     if config["flags"]["method"] != "lora":
         raise UserError(f"{args.run}: was trained without --lora and has no adapter to write")
     spec = model.encoder.spec
-    classes = config["data"].get("classes")
-    lora.save_peft(model.encoder, folder, spec.repo or spec.name, model.head, classes)
+    lora.save_peft(model.encoder, folder, spec.repo or spec.name, head=model.head)
     print(
         f"{folder}: adapter of {len(lora.adapted(model.encoder))} layers in peft's format, and the "
         f"head in {lora.HEAD}, for {spec.name}, embedding {model.encoder.pool}"
@@ -936,6 +934,14 @@ def parse_arguments():
         "--peft",
         metavar="DIR",
         help="write the adapter of a LoRA run in peft's format, with its head, instead of a model",
+    )
+    parser.add_argument(
+        "--card",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="also write a model card for the Hugging Face Hub: data, metrics with intervals, "
+        "licence, parity, limits (default: no; without FILE beside the model, as MODEL.md)",
     )
     parser.add_argument(
         "--adapter",
@@ -1060,6 +1066,8 @@ def check_run(args):
             raise UserError(f"--{name} goes with --adapter; a run knows its own")
     if args.peft and args.out:
         raise UserError("--peft writes an adapter and --out a model: give one of them")
+    if args.peft and args.card is not None:
+        raise UserError("--card belongs to an exported model, and --peft writes an adapter")
     if len(args.runs) > 1:
         check_several(args)
 
@@ -1068,6 +1076,8 @@ def check_several(args):
     """The flags with several runs."""
     if args.peft:
         raise UserError("--peft writes the adapter of one RUN")
+    if args.card is not None:
+        raise UserError("--card tells of one RUN; export and describe the members one by one")
     if args.embedding:
         raise UserError(
             "--embedding goes with one RUN: the mean of several is one of probabilities"
@@ -1084,6 +1094,8 @@ def check_adapter(args):
     """The flags of --adapter; what a run would know must be given, or cannot be had."""
     if args.peft:
         raise UserError("--peft writes the adapter of a RUN; --adapter has one already")
+    if args.card is not None:
+        raise UserError("--card tells of a RUN, its data and metrics; an adapter has none")
     if not args.model or not args.out:
         raise UserError("--adapter needs --model NAME (its encoder) and --out FILE.onnx")
     if not Path(args.adapter).is_dir():
@@ -1101,6 +1113,20 @@ def check_adapter(args):
         )
 
 
+def inputs_of(args, outputs):
+    """Files that the export reads, without those of `outputs`, which an earlier one may have
+    written into the run's folder.
+    """
+    inputs = [args.weights, args.data]
+    for run in args.runs:
+        config = checkpoint.read_config(run)
+        inputs += [config["flags"].get("weights"), config["source"].get("data")]
+    for folder in (*args.runs, args.adapter):
+        if folder:
+            inputs += [path for path in Path(folder).iterdir() if path not in outputs]
+    return inputs
+
+
 def output_path(args):
     """The model's file; UserError if it could not be written, or would replace an input."""
     name = "model.onnx"
@@ -1111,18 +1137,32 @@ def output_path(args):
         raise UserError(f"--out {out}: must end with .onnx")
     if not common.is_utf8(str(out.resolve())):
         raise UserError(f"--out {out}: ONNX Runtime reads paths in UTF-8 alone; choose another")
-    inputs = [args.weights, args.data]
-    for run in args.runs:
-        config = checkpoint.read_config(run)
-        inputs += [config["flags"].get("weights"), config["source"].get("data")]
-    for folder in (*args.runs, args.adapter):
-        if folder:
-            inputs += [path for path in Path(folder).iterdir() if path not in files_of(out)]
     for path in files_of(out):
-        common.check_output("--out", path, inputs)
+        common.check_output("--out", path, inputs_of(args, files_of(out)))
         if path.is_symlink():
             raise UserError(f"--out {path}: a symbolic link; name the file that it points to")
     return out
+
+
+def card_path(args, out):
+    """The file of --card; UserError if it could not be written, or would replace an input or a file
+    of the model.
+    """
+    path = out.with_suffix(".md")
+    if args.card:
+        path = Path(args.card)
+    inputs = [file for file in inputs_of(args, ()) if Path(file or "").suffix != ".md"]
+    common.check_output("--card", path, [*inputs, *files_of(out)])
+    return path
+
+
+def write_card(path, out, finished):
+    about = common.read_json(out.with_suffix(".parity.json"))
+    base = models.ENCODERS[about["encoder"]].repo
+    if base.startswith("torchvision/"):
+        base = None
+    common.write_text(path, card.card(finished, about, out.name, base))
+    print(f"{path}: model card")
 
 
 def main():
@@ -1132,8 +1172,14 @@ def main():
     check(args)
     if args.peft:
         write_adapter(args)
-    else:
-        export(output_path(args), args)
+        return 0
+    out = output_path(args)
+    if args.card is None:
+        export(out, args)
+        return 0
+    path, finished = card_path(args, out), card.read_run(args.run)  # their mistakes before the work
+    export(out, args)
+    write_card(path, out, finished)
     return 0
 
 

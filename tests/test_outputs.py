@@ -60,6 +60,13 @@ FILES = {
         export,
         lambda inputs, out: [inputs / "run", "--out", out, "--patches", 4, "--device", "cpu"],
     ),
+    "export --card": (
+        export,
+        lambda inputs, out: [
+            *(inputs / "runs/run", "--out", inputs.parent / "made.onnx", "--card", out),
+            *("--patches", 4, "--device", "cpu"),
+        ],
+    ),
     "data --save-split": (
         data,
         lambda inputs, out: [inputs / "blobs/MIDOG.json", "--save-split", out],
@@ -110,6 +117,10 @@ def made(tmp_path_factory):
         write_model(folder / "model.onnx", classifier("gelu"))
         assert call(classify, *scoring(folder, "--out", folder / "scored.json")) == 0
         assert call(probe, *probing(folder, folder / "probes")) == 0
+        assert call(train, *training(folder, folder / "trained")) == 0
+        (metrics,) = (folder / "trained").rglob("metrics.json")
+        (folder / "runs").mkdir()
+        shutil.move(metrics.parent, folder / "runs/run")
     return folder
 
 
@@ -148,7 +159,7 @@ def inputs_of(case, inputs):
     """The files among the inputs that the command's words name, an image of the slides too."""
     words = [word for word in case[1](inputs, inputs / "out") if word != inputs / "out"]
     named = [word for word in words if isinstance(word, type(inputs)) and word.is_file()]
-    for folder in (inputs / "run", inputs / "probes"):
+    for folder in (inputs / "run", inputs / "runs/run", inputs / "probes"):
         if folder in words:
             named += sorted(path for path in folder.rglob("*") if path.is_file())[:3]
     return [*named, inputs / "blobs/0.tiff"] if inputs / "blobs" in words else named
@@ -227,7 +238,9 @@ def test_every_output_flag_is_tried():
     assert listed == tried
 
 
-OUTPUTS = ("--out", "--overlay", "--save-split", "--cache", "--gallery", "--runs", "--peft")
+OUTPUTS = (
+    *("--out", "--overlay", "--card", "--save-split", "--cache", "--gallery", "--runs", "--peft"),
+)
 
 
 def help_of(module):
