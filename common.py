@@ -64,6 +64,11 @@ ADVICE = {
 }
 
 
+# Windows' numbers for a file that another program has open, locked or mapped.
+IN_USE = (32, 33, 1224)
+CLOSE_IT = "another program has this file open; close it, then run the same command again"
+
+
 def command(main):
     """Run `main()` as a command-line program.
 
@@ -84,11 +89,7 @@ def command(main):
         print(STOPPED, file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
-        # The work may be unfinished, so the status is not 0.
-        _drop_output()
-        with contextlib.suppress(OSError):
-            print("stopped: the program that read the output has ended", file=sys.stderr)
-        sys.exit(141)
+        _end_without_reader()
     except MemoryError:
         fail("out of memory: use a smaller --batch-size or fewer --workers")
     except RuntimeError as error:
@@ -98,7 +99,11 @@ def command(main):
             fail("out of memory: use a smaller --batch-size")
         raise
     except OSError as error:
+        if sys.platform == "win32" and error.errno == errno.EINVAL and error.filename is None:
+            _end_without_reader()  # Windows' number for a closed pipe
         advice = ADVICE.get(error.errno)
+        if getattr(error, "winerror", None) in IN_USE:
+            advice = CLOSE_IT
         if advice is None:
             raise
         fail(f"{error.filename}: {advice}" if error.filename else advice)
@@ -118,6 +123,16 @@ def _open_closed_streams():
         except OSError:
             os.dup2(os.open(os.devnull, os.O_RDWR), number)
         setattr(sys, name, open(os.devnull, "w"))
+
+
+def _end_without_reader():
+    """End the program: what read its output is gone. Its work may be unfinished, so with a status
+    that is not 0.
+    """
+    _drop_output()
+    with contextlib.suppress(OSError):
+        print("stopped: the program that read the output has ended", file=sys.stderr)
+    sys.exit(141)
 
 
 def _drop_output():
@@ -267,7 +282,7 @@ def atomic(path):
         temporary.chmod(mode)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         # safetensors, written in Rust, gives the system's error number only in its text.
@@ -275,6 +290,23 @@ def atomic(path):
         if code:
             raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
         raise
+
+
+def replace(source, target):
+    """os.replace, with patience: Windows refuses while another program has one of them open, as
+    virus scanners and indexers do for a moment. UserError if it stays open.
+    """
+    for pause in (0.05, 0.1, 0.2, 0.4, 0.8, None):
+        try:
+            os.replace(source, target)
+            return
+        except PermissionError as error:
+            code = getattr(error, "winerror", None)  # 5: also for a target that is open
+            if code != 5 and code not in IN_USE:
+                raise
+            if pause is None:
+                raise UserError(f"{target}: {CLOSE_IT}") from None
+        time.sleep(pause)
 
 
 def _is_stream(path):
@@ -327,7 +359,10 @@ def _same_file(one, other):
     try:
         return os.path.samefile(one, other)
     except OSError:  # one of them does not exist yet
-        return os.path.realpath(one) == os.path.realpath(other)
+        paths = [os.path.normcase(os.path.realpath(path)) for path in (one, other)]
+        if sys.platform == "darwin":  # knows no case either, and normcase does not know that
+            paths = [path.casefold() for path in paths]
+        return paths[0] == paths[1]
 
 
 def default_mode():
@@ -412,4 +447,10 @@ def read_json(path):
 def file_name(text):
     """`text` as the name of a file or folder that leads nowhere else."""
     name = "".join(c if c.isalnum() or c in "-_.+" else "_" for c in str(text)).lstrip(".")
+    if RESERVED.fullmatch(name.split(".")[0]):
+        name = f"_{name}"
     return name or "_"
+
+
+# Names of devices on Windows, with any suffix.
+RESERVED = re.compile("con|prn|aux|nul|com[0-9]|lpt[0-9]", re.IGNORECASE)

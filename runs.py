@@ -44,12 +44,9 @@ SETS = {"val": "validation set", "test": "test set"}
 # ---------------------------------------------------------------- settings
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Settings:
-    """The flags that change a run's result, by their names in config.json's "flags".
-
-    Fields with a default came later: runs of earlier versions do not have them, and mean it.
-    """
+    """The flags that change a run's result, by their names in config.json's "flags"."""
 
     data: str  # name of the dataset
     model: str
@@ -63,20 +60,19 @@ class Settings:
     weights: str | None
     pool: str | None
     layer: int | None
+    size: int | None  # px of the patches that the encoder reads; None: as published
     fit: str
     mpp: float | None
     dtype: str
-    size: int | None = None  # px of the patches that the encoder reads; None: as published
-    crop: int | None = None  # px of a patch that are shown; None: all
-    folds: int | None = None  # of a cross-validation
-    leave_out: str | None = None  # domain
+    folds: int | None = dataclasses.field(default=None, kw_only=True)  # of a cross-validation
+    leave_out: str | None = dataclasses.field(default=None, kw_only=True)  # domain
 
     def flags(self):
-        """config.json's "flags", without what is at its default (see above)."""
+        """config.json's "flags"; runs of earlier versions have no "size", "folds", "leave_out"."""
         flags = dataclasses.asdict(self)
-        for field in dataclasses.fields(self):
-            if flags[field.name] == field.default:
-                del flags[field.name]
+        for name in ("size", "folds", "leave_out"):
+            if flags[name] is None:
+                del flags[name]
         return flags
 
     @property
@@ -96,8 +92,6 @@ class Settings:
             parts.append(f"layer{self.layer}")
         if self.size:
             parts.append(f"{self.size}px")
-        if self.crop:
-            parts.append(f"crop{self.crop}")
         if tta:
             parts.append("tta")
         if self.by != "case":
@@ -117,12 +111,7 @@ def configuration(settings, annotations, facts, encoder, source, **base):
     """
     return {
         "flags": settings.flags(),
-        "data": {
-            "name": annotations.name,
-            "fingerprint": annotations.fingerprint(),
-            "classes": list(annotations.classes),
-            **facts,
-        },
+        "data": {"name": annotations.name, "fingerprint": annotations.fingerprint(), **facts},
         "encoder": {
             "name": settings.model,
             "licence": encoder.licence,
@@ -170,8 +159,8 @@ def differing(old, new):
             if part == "flags" and key in ("weights", "adapter"):
                 continue  # compared by their hash: where they lie does not matter
             unsaid = not (before.get(key) and after.get(key))
-            if part == "data" and key in ("pixels", "mixed_mpp", "classes") and unsaid:
-                continue  # runs of earlier versions do not tell
+            if part == "data" and key in ("pixels", "mixed_mpp") and unsaid:
+                continue  # runs of version 1.0 and earlier do not tell
             # Through JSON, so that tuples equal lists and NumPy's numbers equal Python's.
             was = json.dumps(before.get(key), default=common.plain, sort_keys=True)
             now = json.dumps(after.get(key), default=common.plain, sort_keys=True)
@@ -268,7 +257,7 @@ class Run:
         """Keep the first `rows` rows of log.csv; training repeats what came after them."""
         path = self.path / "log.csv"
         if path.exists():
-            lines = path.read_text().splitlines(keepends=True)
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = lines[: rows + 1] if rows else []  # the header is written with the first row
             common.write_text(path, "".join(kept))
 

@@ -187,7 +187,7 @@ INDICES = "model.safetensors.index.json", "pytorch_model.bin.index.json"
 
 def shard_names(index):
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         if not names or any(Path(name).name != name for name in names):
             raise ValueError("names of files expected")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

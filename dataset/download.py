@@ -294,7 +294,7 @@ def _fetch_one(url, path, size, stop, pause, report):
             etag_file.unlink(missing_ok=True)
             with open(part, "rb+") as file:
                 os.fsync(file.fileno())
-            os.replace(part, path)
+            common.replace(part, path)
             return
         # What the server called the complete file is damaged: the next try begins anew, and asks
         # for the size again.
@@ -324,7 +324,7 @@ def _continue(url, part, etag_file, have, size, stop, report):
     headers = {}
     if have:
         headers["Range"] = f"bytes={have}-"
-        etag = etag_file.read_text() if etag_file.exists() else ""
+        etag = etag_file.read_text(encoding="utf-8") if etag_file.exists() else ""
         if etag:  # a file that changed meanwhile comes whole, not as a wrong tail
             headers["If-Range"] = etag
     try:
@@ -346,7 +346,7 @@ def _continue(url, part, etag_file, have, size, stop, report):
             raise _Again(f"the server answers {response.status}")
         etag = response.headers.get("ETag") or ""
         if etag and not etag.startswith("W/") and etag.isprintable() and len(etag) < 1000:
-            etag_file.write_text(etag)
+            etag_file.write_text(etag, encoding="utf-8")
         else:
             etag_file.unlink(missing_ok=True)
         most = max((limit for limit in (total, size) if limit is not None), default=None)

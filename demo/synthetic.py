@@ -564,7 +564,7 @@ def paint_dataset(folder, seed, images_per_domain):
         temporary.chmod(0o755)
         if folder.exists():
             folder.rmdir()
-        temporary.rename(folder)
+        common.replace(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -27,7 +27,6 @@ NAMED = (
     "pool",
     "layer",
     "size",
-    "crop",
     "fit",
     "tta",
     "C",
@@ -37,7 +36,7 @@ NAMED = (
     "adapter",
 )
 # Flags that must agree with the run's if a command gives them.
-COMPARED = ("val_frac", "epochs", "epoch_size", "rank", "pool", "layer", "size", "crop")
+COMPARED = ("val_frac", "epochs", "epoch_size", "rank", "pool", "layer", "size")
 STATES = ("done", "running", "failed", "missing")
 
 
@@ -66,11 +65,17 @@ def grid_commands(text):
         listing = subprocess.run(
             ["bash", str(script), "--list", *words[1:]],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=60,
             env=os.environ | {"PYTHON": "false"},
             check=False,
         )
+    except FileNotFoundError:
+        raise UserError(
+            f"--grid {script}: sweeps are shell scripts, and there is no bash here (on Windows "
+            "install Git for Windows or WSL)"
+        ) from None
     except subprocess.TimeoutExpired:
         raise UserError(f"--grid {script}: did not list its commands within a minute") from None
     if listing.returncode:

@@ -1,9 +1,12 @@
-"""Commands on a system without POSIX's own modules and functions: a Windows that is played here by
-taking them away. Third-party packages have builds of their own there, so they are imported before.
+"""Commands on Windows and macOS, as far as Linux can play them: tests/windows/sitecustomize.py
+takes away what Windows lacks, refuses what it refuses, and starts processes by spawn.
+docs/platforms.md lists every place where the platform matters.
 """
 
 import ast
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,95 +16,128 @@ import onnx_models
 import pytest
 from PIL import Image
 
+import common
 from onnx_model import session
 
 HERE = Path(__file__).resolve().parent.parent
+PLAYED = HERE / "tests" / "windows"
+# Windows' console and its files in the encoding of Western Europe; here files are even ASCII.
+OLD_ENCODINGS = {
+    "PYTHONIOENCODING": "cp1252",
+    "PYTHONUTF8": "0",
+    "PYTHONCOERCECLOCALE": "0",
+    "LC_ALL": "C",
+}
 
-# Modules and functions of os that Windows lacks (Python's documentation: "Availability: Unix").
-MODULES = ("fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty")
-FUNCTIONS = """chown chroot confstr ctermid fchdir fchmod fchown fork forkpty fpathconf fstatvfs
-    getegid geteuid getgid getgroups getloadavg getpgid getpgrp getpriority getresuid getsid getuid
-    initgroups killpg lchown lockf login_tty makedev mkfifo mknod nice openpty pathconf
-    posix_fadvise posix_fallocate posix_openpt posix_spawn posix_spawnp pread preadv pwrite pwritev
-    readv register_at_fork sched_getaffinity sched_setaffinity sched_yield sendfile setegid seteuid
-    setgid setpgid setpriority setsid setuid statvfs sync sysconf tcgetpgrp ttyname wait wait3
-    wait4 waitid writev""".split()
 
-WITHOUT_POSIX = f"""
-import os, shutil, signal, sys
-sys.path.insert(0, {str(HERE)!r})
-third_party = {{
-    "classify": "numpy PIL.Image PIL.ImageDraw PIL.ImageFont openslide onnxruntime tqdm",
-    "torch": "torch torchvision safetensors.torch huggingface_hub onnx matplotlib.pyplot numpy "
-    "torch._dynamo openslide onnxruntime PIL.Image",
-}}
-for name in third_party[sys.argv[1]].split():
-    __import__(name)
-if sys.argv[1] == "classify":
-    sys.modules["torch"] = sys.modules["onnx"] = None
-usage = shutil.disk_usage("/")
-shutil.disk_usage = lambda path: usage  # Windows has its own
-for name in {MODULES!r}:
-    sys.modules[name] = None
-for name in {FUNCTIONS!r}:
-    if hasattr(os, name):
-        delattr(os, name)
-for name in ("SIGKILL", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGCHLD", "SIGPIPE"):
-    delattr(signal, name)
-del signal.alarm, signal.setitimer, signal.pthread_kill
-for name in [name for name in sys.modules if name.split(".")[0] == "filelock"]:
-    del sys.modules[name]
-sys.argv = sys.argv[2:]
+def windows(disk, *words, without="", status=0):
+    """Run Python with `words` on the played Windows → what it says on stdout and stderr."""
+    environment = {
+        **{key: value for key, value in os.environ.items() if not key.startswith("LC_")},
+        **OLD_ENCODINGS,
+        "PYTHONPATH": f"{PLAYED}{os.pathsep}{HERE}",
+        "PLAYED_ROOT": str(HERE),
+        "PLAYED_DISK": str(disk),
+        "PLAYED_WITHOUT": without,
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        cwd=HERE,
+    )
+    text = done.stdout.decode("cp1252")
+    assert done.returncode == status and "Traceback" not in text, text
+    return text
+
+
+# ---------------------------------------------------------------- the stage itself
+
+
+def test_what_is_played(tmp_path):
+    """The project's files see Windows, libraries see Linux, and the disk refuses."""
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "probe.py").write_text(ATTEMPTS)
+    attempts = {
+        "os.fork": "AttributeError",
+        "os.geteuid()": "AttributeError",
+        "signal.SIGKILL": "AttributeError",
+        "signal.SIGTERM": "did",
+        "__import__('fcntl')": "ModuleNotFoundError",
+        "os.replace(path + '/probe.py', path + '/sub/open.txt')": "PermissionError",
+        "os.remove(path + '/sub/open.txt')": "PermissionError",
+        "os.rename(path + '/sub', path + '/sub2')": "PermissionError",
+        "open(path + '/a:b', 'w')": "OSError",
+        "open(path + '/nul.txt', 'w')": "OSError",
+        "open(path + '/new.txt', 'w')": "did",
+        "os.symlink(path, path + '/link')": "OSError",
+    }
+    words = [tmp_path / "probe.py", tmp_path, *attempts]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(PLAYED),
+        "PLAYED_ROOT": str(tmp_path),
+        "PLAYED_DISK": str(tmp_path),
+    }
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], capture_output=True, text=True, env=environment
+    )
+    assert done.stdout.split() == ["win32", "nt", *attempts.values(), "0"], done.stderr
+
+
+ATTEMPTS = """
+import os, signal, subprocess, sys
+def attempt(what):
+    names = {"os": os, "signal": signal, "path": sys.argv[1], "open": open}
+    try:
+        eval(compile(what, __file__, "eval"), names)
+        return "did"
+    except (AttributeError, ImportError, OSError) as error:
+        return type(error).__name__
+file = open(sys.argv[1] + "/sub/open.txt", "w")
+print(sys.platform, os.name, *map(attempt, sys.argv[2:]))
+print(subprocess.run(["true"]).returncode)  # the library forks and waits as ever
 """
 
 
-def without_posix(packages, code, *arguments):
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_POSIX + code, packages, "x.py", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=HERE,
-    )
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    return done.stdout
+# ---------------------------------------------------------------- commands on it
 
 
-COMMAND = "import runpy\nrunpy.run_path({!r}, run_name='__main__')\n"
+def test_every_command_explains_itself_in_cp1252(tmp_path):
+    names = "classify data evaluate export models probe train augment".split()
+    said = windows(tmp_path, "-c", EXPLAIN, *names)
+    assert said.count("usage: ") == len(names) and "?m/px" not in said and "µm/px" in said
 
 
-def command(script, packages, *arguments):
-    return without_posix(packages, COMMAND.format(str(HERE / script)), *arguments)
-
-
-def test_every_command_is_imported():
-    names = "classify, data, evaluate, export, models, probe, train, augment"
-    assert "all" in without_posix("torch", f"import {names}\nprint('all')\n")
+EXPLAIN = """
+import contextlib, importlib, sys
+import common
+for name in sys.argv[1:]:
+    module = importlib.import_module(name)
+    sys.argv = [name + ".py", "--help"]
+    with contextlib.suppress(SystemExit):
+        common.command(module.main)
+"""
 
 
 def test_the_second_stage_runs(tmp_path):
-    """A small model on two images, with threads that read and an overlay."""
+    """A small model on two images, with threads that read and an overlay, without torch."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         onnx_models.register(monkeypatch)
         onnx_models.write_model(tmp_path / "m.onnx", onnx_models.classifier("gelu"))
     for seed in (1, 2):
         image = Image.fromarray(onnx_models.patches(1, seed=seed, size=400)[0])
         image.save(tmp_path / f"{seed}.tiff", resolution=40000, resolution_unit=3)
-    rows = ["filename,x,y", "1.tiff,100,120", "2.tiff,390,5", "1.tiff,3,200"]
-    (tmp_path / "c.csv").write_text("\n".join(rows) + "\n")
-    stdout = command(
-        "classify.py",
-        "classify",
-        tmp_path / "m.onnx",
-        "--slide",
-        tmp_path,
-        "--candidates",
-        tmp_path / "c.csv",
-        "--out",
-        tmp_path / "out.csv",
-        "--overlay",
-        tmp_path / "o.png",
-    )
-    assert "3 candidates scored" in stdout
+    # Paths of the machine where the detector ran.
+    rows = ["filename,x,y", r"D:\slides\1.tiff,100,120", r"\\server\slides\2.tiff,390,5"]
+    (tmp_path / "c.csv").write_text("\n".join([*rows, r"D:\slides\1.tiff,3,200"]) + "\n")
+    words = ["classify.py", tmp_path / "m.onnx", "--slide", tmp_path]
+    words += ["--candidates", tmp_path / "c.csv", "--out", tmp_path / "out.csv"]
+    words += ["--overlay", tmp_path / "o.png"]
+    for _ in range(2):  # the second time over what is there
+        assert "3 candidates scored" in windows(tmp_path, *words, without="torch onnx")
     model = session.Classifier(tmp_path / "m.onnx", "cpu")
     expected = np.concatenate(
         [model.score(tmp_path / f"{i}.tiff", x, y) for i, x, y in ((1, 100, 120), (2, 390, 5))]
@@ -109,42 +145,217 @@ def test_the_second_stage_runs(tmp_path):
     written = [line.split(",") for line in (tmp_path / "out.csv").read_text().splitlines()[1:]]
     assert np.allclose([float(row[3]) for row in written[:2]], expected, atol=1e-5)
     assert Image.open(tmp_path / "o.png").size[0] > 100
-    assert "runs (CPUExecutionProvider)" in command("classify.py", "classify", "--doctor")
+    said = windows(tmp_path, "classify.py", "--doctor", without="torch onnx")
+    assert "runs (CPUExecutionProvider)" in said
+
+
+def test_the_demo_dataset_is_painted_by_processes_of_spawn(tmp_path):
+    code = "from demo import synthetic; synthetic.build({!r}, images_per_domain=1)"
+    windows(tmp_path, "-c", code.format(str(tmp_path / "demo")))
+    assert len(list((tmp_path / "demo").glob("*.tiff"))) == 5
+    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".part")] == []
 
 
 @pytest.mark.slow
 def test_a_run_from_data_to_model(tmp_path):
-    """data.py, train.py (one process), probe.py, evaluate.py and export.py on small images."""
+    """Every command on small images: a store filled by processes, a run that is stopped and
+    continued, probes, report, model and card; then all of it again over what is there.
+    """
     source = onnx_models.dataset(tmp_path / "data", images=12, each=6)
     given = ("--data", source, "--images", tmp_path / "data")
     runs = ("--runs", tmp_path / "runs", "--device", "cpu")
-    assert "cases" in command("data.py", "torch", source, "--images", tmp_path / "data")
-    small = ("--lora", "--epochs", 1, "--epoch-size", 16, "--batch-size", 8)
-    command("train.py", "torch", *given, *runs, *small)
-    command("probe.py", "torch", *given, *runs)
-    command(
-        "evaluate.py", "torch", tmp_path / "runs", "--out", tmp_path / "report", "--replicates", 100
+    said = windows(
+        tmp_path, "data.py", source, "--images", tmp_path / "data", "--cache", "--workers", 2
     )
-    for metrics in sorted((tmp_path / "runs").rglob("metrics.json")):
-        model = tmp_path / f"{metrics.parent.parent.name}.onnx"
-        command("export.py", "torch", metrics.parent, "--out", model, "--patches", 8)
-        parity = json.loads(model.with_suffix(".parity.json").read_text())["parity"]
-        assert parity["problems"] == []
+    assert "12 images" in said
+    short = ("--lora", "--epochs", 2, "--epoch-size", 16, "--batch-size", 8)
+    train = ("train.py", *given, *runs, *short)
+    windows(tmp_path, "-c", STOPPED_AFTER_AN_EPOCH, *train[1:], status=130)
+    (checkpoint,) = (tmp_path / "runs").rglob("checkpoint.safetensors")
+    windows(tmp_path, *train, "--resume")
+    assert not checkpoint.exists()
+    windows(tmp_path, "probe.py", *given, *runs, "--probe", "uni", "knn")
+    report = ("--out", tmp_path / "report", "--replicates", 100)
+    for _ in range(2):
+        windows(tmp_path, "evaluate.py", tmp_path / "runs", *report)
+        for metrics in sorted((tmp_path / "runs").rglob("metrics.json")):
+            model = tmp_path / f"{metrics.parent.parent.name}.onnx"
+            windows(tmp_path, "export.py", metrics.parent, "--out", model, "--patches", 8, "--card")
+            parity = json.loads(model.with_suffix(".parity.json").read_text("utf-8"))["parity"]
+            assert parity["problems"] == []
+            assert "µm/px" in model.with_suffix(".md").read_text("utf-8")
     assert len(list(tmp_path.glob("*.onnx"))) == 2
+
+
+STOPPED_AFTER_AN_EPOCH = """
+import checkpoint, common, train
+save = checkpoint.Progress.save
+def stop(*arguments):
+    save(*arguments)
+    raise KeyboardInterrupt
+checkpoint.Progress.save = stop
+common.command(train.main)
+"""
+
+
+# ---------------------------------------------------------------- files
+
+
+def busy(times, code=32):
+    """os.replace of a Windows on which the file is open for the first `times` tries."""
+    replace, tries = os.replace, []
+
+    def attempt(source, target):
+        tries.append(target)
+        if len(tries) <= times:
+            error = PermissionError(13, "Access is denied", str(target))
+            error.winerror = code
+            raise error
+        replace(source, target)
+
+    return attempt, tries
+
+
+@pytest.mark.parametrize("code", [5, 32, 1224])
+def test_a_file_that_is_open_for_a_moment_is_waited_for(code, tmp_path, monkeypatch):
+    attempt, tries = busy(2, code)
+    monkeypatch.setattr(os, "replace", attempt)
+    monkeypatch.setattr(common.time, "sleep", lambda seconds: None)
+    (tmp_path / "a").write_text("old")
+    common.write_text(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "new" and len(tries) == 3
+
+
+def test_a_file_that_stays_open_is_one_line_and_stays_as_it_was(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(os, "replace", busy(99)[0])
+    monkeypatch.setattr(common.time, "sleep", lambda seconds: None)
+    (tmp_path / "a").write_text("old")
+
+    def main():
+        common.write_text(tmp_path / "a", "new")
+
+    with pytest.raises(SystemExit) as stop:
+        common.command(main)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'a'}: {common.CLOSE_IT}\n"
+    assert (tmp_path / "a").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_file_that_cannot_be_removed_is_one_line(capsys):
+    def main():
+        error = PermissionError(13, "…", "m.onnx")
+        error.winerror = 1224
+        raise error
+
+    with pytest.raises(SystemExit):
+        common.command(main)
+    assert capsys.readouterr().err == f"error: m.onnx: {common.CLOSE_IT}\n"
+
+
+def test_a_missing_permission_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "replace", busy(1, code=None)[0])
+    monkeypatch.setattr(common.time, "sleep", lambda seconds: pytest.fail("waited"))
+    with pytest.raises(PermissionError):
+        common.replace(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("name", ["con", "NUL", "aux.tiff", "Com1", "lpt9.x.y"])
+def test_no_folder_is_named_like_a_device(name):
+    assert common.file_name(name) == f"_{name}"
+    assert common.file_name(f"{name}a") == f"{name}a" or "." in name
+
+
+def test_outputs_that_differ_in_case_are_one_file_on_macos(tmp_path, monkeypatch):
+    one, other = tmp_path / "out.csv", tmp_path / "OUT.csv"
+    common.check_output("--out", one, [other])
+    monkeypatch.setattr(common.sys, "platform", "darwin")
+    with pytest.raises(common.UserError, match="reads or writes this file"):
+        common.check_output("--out", one, [other])
+
+
+# ---------------------------------------------------------------- what the code says
+
+
+def sources():
+    for file in [*HERE.glob("*.py"), *HERE.glob("*/*.py"), *HERE.glob("*/*/*.py")]:
+        if file.relative_to(HERE).parts[0] not in ("tests", "bench", ".venv"):
+            yield file, ast.parse(file.read_text(encoding="utf-8"))
+
+
+# What may be another thing on another system.
+MATTERS = re.compile(
+    r"\bsys\.platform|\bos\.(name|open|dup2|replace|rename|sysconf|umask|getpid|symlink)\b|\"/dev"
+    r"|\bsignal\.|\bsubprocess\.|\bmultiprocessing\b|\bmmap|\bcommon\.replace\b|\.rename\("
+    r"|ctypes\.CDLL|\bmps\b|is_windows_path|replace\(\"\\\\|/sys/|O_BINARY|torch\.distributed\.init"
+)
+
+
+def test_every_place_where_the_platform_matters_is_listed():
+    listed = set(re.findall(r"`([\w/]+\.py)`", (HERE / "docs/platforms.md").read_text("utf-8")))
+    found = set()
+    for file, _ in sources():
+        text = file.read_text(encoding="utf-8")
+        name = file.relative_to(HERE).as_posix()
+        if MATTERS.search(text) and not name.startswith("examples/"):
+            found.add(name)
+    assert found - listed == set()
+    assert {name for name in listed if not (HERE / name).exists()} == set()
+
+
+def test_every_text_file_is_opened_with_its_encoding():
+    """Without one, Windows reads and writes cp1252."""
+    without = []
+    for file, tree in sources():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and opens_text(node):
+                if "encoding" not in {keyword.arg for keyword in node.keywords}:
+                    without.append(f"{file.relative_to(HERE)}:{node.lineno}")
+    assert without == []
+
+
+def opens_text(call):
+    """Whether a call is open(…) of a text file, .read_text() or .write_text(text)."""
+    name = getattr(call.func, "id", None)
+    if isinstance(call.func, ast.Attribute):
+        if call.func.attr == "read_text":
+            return not call.args
+        return call.func.attr == "write_text" and len(call.args) == 1
+    if name != "open" or ast.unparse(call.args[0]) == "os.devnull":
+        return False
+    words = [node.value for mode in call.args[1:2] for node in ast.walk(mode) if is_text(node)]
+    return not any("b" in word for word in words)
+
+
+def is_text(node):
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+@pytest.mark.parametrize(
+    "code, found",
+    [
+        ("open(p)", True),
+        ("open(p, 'w')", True),
+        ("open(p, 'rb')", False),
+        ("Path(p).read_text()", True),
+        ("common.write_text(p, t)", False),
+        ("file.write_text(t)", True),
+    ],
+)
+def test_such_openings_are_found(code, found):
+    assert opens_text(ast.parse(code, mode="eval").body) == found
 
 
 def test_no_file_of_the_project_needs_a_module_that_windows_lacks():
     """Imports at the top of a file; inside of a function, one may be tried."""
-    for file in [*HERE.glob("*.py"), *HERE.glob("*/*.py"), *HERE.glob("dataset/formats/*.py")]:
-        if file.parent.name in ("tests", "bench"):
-            continue
-        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+    missing = "fcntl grp posix pty pwd resource syslog termios tty".split()
+    for file, tree in sources():
+        for node in tree.body:
             names = []
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
                 names = [node.module or ""]
-            assert not set(names) & set(MODULES), f"{file}, line {node.lineno}"
+            assert not set(names) & set(missing), f"{file}, line {node.lineno}"
 
 
 def test_windows_tries_the_gpu_without_devices_in_dev(monkeypatch):
