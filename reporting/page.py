@@ -65,20 +65,9 @@ def write(finished, problems, args, means=None):
         elif isinstance(part, Picture) and part.name:
             for kind, content in part.files.items():
                 files[f"{part.name}.{kind}"] = content
-    files["index.html"] = page(
-        parts, problems, results.notes(finished), len(finished), title(finished)
-    )
+    files["index.html"] = page(parts, problems, results.notes(finished), len(finished))
     folder.write(args.out, "runs", files)
     return Path(args.out) / "index.html"
-
-
-def title(finished):
-    """What the runs tell apart, if it is the same in all."""
-    pairs = {run.classes for run in finished}
-    if len(pairs) > 1:
-        return "Patch classification"
-    negative, positive = pairs.pop()
-    return f"{positive} against {negative}"
 
 
 def embedded(path):
@@ -353,13 +342,13 @@ def _escaped(text):
     return html.escape(common.printable(text))
 
 
-def page(parts, problems, notes, count, title):
+def page(parts, problems, notes, count):
     """The self-contained HTML page: pictures inside, no script, nothing from elsewhere.
 
     parts: Table, Picture and Text in their order; problems: (path, what) of runs that do not count;
-    notes: sentences; count: number of runs; title: what they tell apart."""
+    notes: sentences; count: number of runs."""
     runs = common.counted(count, "finished run")
-    body = [f"<h1>{_escaped(title)}: {runs}</h1>"]
+    body = [f"<h1>Mitotic figure classification: {runs}</h1>"]
     if problems:
         items = [
             f"<li><code>{_escaped(os.fspath(path))}</code>: {_escaped(what)}</li>"
@@ -390,7 +379,7 @@ def page(parts, problems, notes, count, title):
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<link rel="icon" href="data:,"><title>{_escaped(title)}</title>'
+        '<link rel="icon" href="data:,"><title>Mitotic figure classification</title>'
         f"<style>{STYLE}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n"
     )
 

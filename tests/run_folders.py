@@ -87,11 +87,7 @@ def make(
     )
     config = {
         "flags": flags,
-        "data": {
-            "name": table.name,
-            "fingerprint": table.fingerprint(),
-            "classes": list(table.classes),
-        },
+        "data": {"name": table.name, "fingerprint": table.fingerprint()},
         "encoder": {"name": model},
         "environment": {},
     }

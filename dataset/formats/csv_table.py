@@ -16,7 +16,6 @@ from dataset.formats import files
 from dataset.formats.cells import (
     AMBIGUOUS,
     IMAGE_SUFFIXES,
-    MITOSIS,
     MITOTIC,
     OTHER,
     Table,
@@ -526,12 +525,11 @@ def own_categories(table, names):
             label = table.content.rows[place][table.content.column["label"]].strip()
             written.setdefault(canonical(label), label)
     values = set(table.names)
-    mitosis = tuple(names) == MITOSIS  # 1 and true are mitotic figures, as in `labels_of`
-    if mitosis and values <= {"0", "1"}:
+    if values <= {"0", "1"}:
         labels = ["0", "1"]
         if "." in "".join(written.values()):
             labels = ["0.0", "1.0"]
-    elif mitosis and {value.lower() for value in values} <= {"true", "false"}:
+    elif {value.lower() for value in values} <= {"true", "false"}:
         labels = ["False", "True"]
         if "".join(values).islower():
             labels = ["false", "true"]
@@ -545,7 +543,7 @@ def own_categories(table, names):
 
 def write(table, path, scores, names, categories):
     """The rows with the columns probability and class; categories: what the column of labels
-    becomes, [label 0's, label 1's], or None to leave it."""
+    becomes, [hard negative's, mitotic figure's], or None to leave it."""
     column, first = table.content.column, table.content.first
     rows = [list(row) for row in table.content.rows]
     header = rows[first]

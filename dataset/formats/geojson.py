@@ -22,7 +22,7 @@ from dataset.formats.cells import (
 )
 
 ONE_IMAGE = True
-COLOURS = {1: (220, 30, 40), 0: (40, 110, 220)}  # RGB of a cell by its label
+COLOURS = {1: (220, 30, 40), 0: (40, 110, 220)}  # RGB of a mitotic figure, of a look-alike
 # Objects of QuPath that are no cells, whatever their size.
 REGION_OBJECTS = ("root", "tile", "tma_core", "tma core")
 SHAPES = (
