@@ -33,7 +33,7 @@ from onnx_model import doctor, reading
 from onnx_model.session import Classifier
 from reporting import metrics
 from reporting.overlay import Marks, view_around
-from scoring import folder, match, plan
+from scoring import area, count, folder, match, plan
 
 LISTED = 5  # problems that are named one by one
 NAMED = 20  # slides of a folder that could not be scored
@@ -149,6 +149,13 @@ def parse_arguments():
         "exit status 1 then (default: an error before anything is written)",
     )
     parser.add_argument(
+        "--area",
+        metavar="A",
+        help="count the mitotic figures per mm² of it: tissue, or a GeoJSON file with the tumour's "
+        "outlines; for folders a folder of such files, of the slides' names (default: the densest "
+        "2.37 mm² alone, if the µm/px is known)",
+    )
+    parser.add_argument(
         "--overlay", metavar="PNG", help="draw the scored candidates of the (first) slide"
     )
     parser.add_argument(
@@ -185,6 +192,8 @@ def check_outputs(args, images):
     images  that the candidates lie on
     """
     inputs = [args.model, f"{args.model}.data", args.slide, args.candidates, *images]
+    if args.area not in (None, area.TISSUE):
+        inputs.append(args.area)
     outputs = [("--out", args.out)]
     if args.overlay:
         outputs.append(("--overlay", args.overlay))
@@ -242,6 +251,30 @@ def look_at(job):
         line = look.suspicion(np.stack(patches))
         if line:
             say(f"warning: {line}")
+
+
+def area_of(args, job, labels):
+    """The area.Area of the one slide of a plan; UserError if none can be."""
+    if args.area is None:
+        return area.Area()
+    check_mitotic(labels)
+    if not job.readers:
+        return area.Area()
+    if len(job.readers) > 1:
+        raise UserError(
+            f"--area is of one slide, and the candidates lie on {len(job.readers)}; score a folder "
+            "of files, one per slide"
+        )
+    if args.area == area.TISSUE:
+        return area.of_slide(job.readers[0], of_tissue=True)
+    return area.of_slide(job.readers[0], args.area)
+
+
+def check_mitotic(labels):
+    if not area.are_mitotic(labels):
+        raise UserError(
+            f"--area counts mitotic figures, and the class 1 of this model is {labels[1]}"
+        )
 
 
 def score_all(classifier, job, args):
@@ -317,10 +350,18 @@ def classify(args):
     say_left_out(job.problems)
     for note in formats.check_write(candidates, args.out, images, scales, args.format):
         say(note)
+    counted_on = area_of(args, job, classifier.labels)
     look_at(job)
 
     probability = np.full(len(candidates), np.nan, np.float32)
     probability[job.rows], seconds = score_all(classifier, job, args)
+    counted, regions = None, []
+    if len(job.readers) == 1 and area.are_mitotic(classifier.labels):
+        counted = area.count_figures(
+            job.readers[0], job, probability[job.rows], threshold, counted_on
+        )
+        if args.area is not None:
+            regions = area.regions_of(counted)
     formats.write(
         candidates,
         args.out,
@@ -331,6 +372,7 @@ def classify(args):
         args.format,
         images,
         scales,
+        regions,
     )
     if args.overlay:
         overlay(args.overlay, job, probability[job.rows], threshold, classifier.labels)
@@ -342,6 +384,8 @@ def classify(args):
         f"{scored - positive} {classifier.labels[0]} (threshold {threshold:.4g}); "
         f"{scored / max(seconds, 1e-9):.1f} candidates/s"
     )
+    if counted is not None:
+        print(count.text(counted))
     elsewhere = images.count(None)
     if elsewhere:
         print(f"{elsewhere} candidates lie on other images and are left as they were")
@@ -363,6 +407,11 @@ def check_folders(args):
         )
     if args.overlay:
         raise UserError("--overlay draws one slide: score it alone, with its file of candidates")
+    if args.area not in (None, area.TISSUE) and not Path(args.area).is_dir():
+        raise UserError(
+            f"--area {args.area}: for folders, tissue or a folder of GeoJSON files, of the slides' "
+            "names"
+        )
     out, candidates = Path(args.out).resolve(), Path(args.candidates).resolve()
     if out == Path(args.slide).resolve() or out == candidates or candidates in out.parents:
         raise UserError(
@@ -376,7 +425,10 @@ def classify_folder(args):
     """Score a folder of slides → exit status: 1 if anything could not be scored."""
     threshold = threshold_of(args)
     check_folders(args)
-    tasks = folder.tasks_of(args.slide, args.candidates)
+    of_tissue, outlines = args.area == area.TISSUE, args.area
+    if of_tissue:
+        outlines = None
+    tasks = folder.tasks_of(args.slide, args.candidates, outlines)
     if not any(task.file for task in tasks):
         raise UserError(f"--candidates {args.candidates}: holds no file of candidates")
     devices = args.device.split(",")
@@ -384,12 +436,15 @@ def classify_folder(args):
     if threshold is None:
         threshold = classifiers[0].threshold
     labels = classifiers[0].labels
+    if args.area is not None:
+        check_mitotic(labels)
     settings = folder.Settings(
         threshold,
         args.mpp,
         args.relabel,
         args.skip,
         args.format,
+        of_tissue,
         labels,
         folder.fingerprint_of_model(args.model),
         args.workers,

@@ -22,7 +22,7 @@ import common
 from common import UserError
 from dataset import annotations, dicom, draws, formats, look, slides
 from onnx_model import reading
-from scoring import match, plan
+from scoring import area, count, match, plan
 
 REPORT, LOCK = "report.csv", ".lock"
 COLUMNS = (
@@ -32,6 +32,14 @@ COLUMNS = (
     "candidates",
     "scored",
     "figures",
+    "area_mm2",
+    "area_of",
+    "area_figures",
+    "per_mm2",
+    "densest_figures",
+    "densest_mm2",
+    "densest_x",
+    "densest_y",
     "seconds",
     "notes",
     "error",
@@ -49,13 +57,14 @@ PREPARED = 2  # slides that are opened ahead, for each device
 
 
 class Settings(NamedTuple):
-    """What the user chose; the first five change the results."""
+    """What the user chose; what stands before `workers` changes the results."""
 
     threshold: float
     mpp: float | None
     relabel: bool
     skip: bool
     kind: str | None
+    tissue: bool  # figures are counted per mm² of tissue
     labels: list
     model: str  # fingerprint of the file
     workers: int
@@ -70,13 +79,15 @@ class Task(NamedTuple):
     path: Path | None  # of the slide's file
     file: str
     problem: str = ""  # why it cannot be scored
+    outline: Path | None = None  # of the tumour
 
 
 # ---------------------------------------------------------------- which file belongs to which slide
 
 
-def tasks_of(slide_folder, candidate_folder):
-    """All slides and all files of candidates below two folders → list of Task, by name.
+def tasks_of(slide_folder, candidate_folder, outline_folder=None):
+    """All slides and all files of candidates below two folders → list of Task, by name; with the
+    outlines of tumours (GeoJSON) below a third.
 
     A file belongs to the slide of its name, whatever the suffixes; of several, to the one that lies
     in folders of the same names. A file that bears no slide's name belongs to the one image that it
@@ -84,6 +95,7 @@ def tasks_of(slide_folder, candidate_folder):
     index = annotations.ImageFiles(slide_folder)
     names = {opened: name for name, opened in index.slides.items()}
     files_of, tasks = {}, []
+    outlines = outlines_of(outline_folder, index)
     for file in candidate_files(candidate_folder):
         try:
             files_of.setdefault(slide_of(file, index, candidate_folder), []).append(file)
@@ -97,7 +109,7 @@ def tasks_of(slide_folder, candidate_folder):
             tasks.append(Task(name, path, "", "there is no file of candidates for it"))
         if len(files) > 1:
             problem = f"{' and '.join(files[:3])} are all candidates of it; keep one of them"
-        tasks += [Task(name, path, file, problem) for file in files]
+        tasks += [Task(name, path, file, problem, outlines.get(opened)) for file in files]
     return sorted(tasks, key=lambda task: (task.slide or task.file, task.file))
 
 
@@ -110,6 +122,27 @@ def candidate_files(folder):
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):
                 found.append(Path(inner, name).relative_to(folder).as_posix())
     return sorted(found)
+
+
+def outlines_of(folder, index):
+    """{slide, by its path below its folder: file of the tumour's outlines}; UserError if a file
+    belongs to no slide, or two to one.
+    """
+    found = {}
+    if folder is None:
+        return found
+    for file in candidate_files(folder):
+        if not file.lower().endswith((".geojson", ".geojson.gz")):
+            continue
+        opened, _ = index.find(stem_of(file), file)
+        if opened is None:
+            raise UserError(f"--area {folder}: there is no slide of the name of {file}")
+        if opened in found:
+            raise UserError(f"--area {folder}: two files are of the name of {opened}")
+        found[opened] = Path(folder, file)
+    if not found:
+        raise UserError(f"--area {folder}: holds no .geojson file")
+    return found
 
 
 def slide_of(file, index, folder):
@@ -158,9 +191,11 @@ def fingerprint_of(task, settings):
     for path in files_of_slide(task.path):
         status = path.stat()
         states.append([path.name, status.st_size, status.st_mtime_ns])
-    told = [settings.model, *settings[:5], settings.labels, states]
+    told = [settings[: Settings._fields.index("workers")], states]
     digest.update(json.dumps(told).encode())
     digest.update(Path(settings.candidates, task.file).read_bytes())
+    if task.outline is not None:
+        digest.update(b"outline" + task.outline.read_bytes())
     return digest.hexdigest()[:32]
 
 
@@ -253,7 +288,7 @@ class Work:
     def __init__(self, task):
         self.task, self.error, self.notes, self.left_out = task, None, [], []
         self.candidates, self.images, self.job = None, [], plan.Plan()
-        self.fingerprint = ""
+        self.fingerprint, self.area = "", area.Area()
         self.cells = reading.Cells([], [], [], [])
 
     def prepare(self, settings, metadata):
@@ -276,6 +311,8 @@ class Work:
         if settings.relabel:
             formats.check_relabel(self.candidates, settings.labels, path, settings.kind)
         self.job = plan.plan(self.candidates, self.images, [], metadata, settings.mpp)
+        if not self.images:  # the slide of no candidates is looked at, too
+            self.job.add_reader(metadata, self.task.path, settings.mpp)
         if self.job.problems and not settings.skip:
             raise UserError(plan.in_one_line(self.job.problems))
         self.left_out += self.job.problems
@@ -286,6 +323,8 @@ class Work:
             self.notes += [f"it {note}" for note in slides.facts(reader.slide).notes]
             if reader.warning:
                 self.notes.append(reader.warning)
+            if reader.mpp is not None:
+                self.area = area.of_slide(reader, self.task.outline, settings.tissue)
         failed = None
         if settings.skip:
             failed = self._failed
@@ -326,6 +365,19 @@ class Work:
         """Write the output → its numbers."""
         probability = np.full(len(self.candidates), np.nan, np.float32)
         probability[self.job.rows] = self.cells.probability
+        numbers, regions = {}, []
+        if self.job.readers and area.are_mitotic(settings.labels):
+            counted = area.count_figures(
+                self.job.readers[0],
+                self.job,
+                self.cells.probability,
+                settings.threshold,
+                self.area,
+            )
+            numbers = count.record(counted)
+            numbers["area_figures"] = numbers.pop("figures")
+            if self.area != area.Area():
+                regions = area.regions_of(counted)
         formats.write(
             self.candidates,
             self.output(settings),
@@ -336,6 +388,7 @@ class Work:
             settings.kind,
             self.images,
             self.job.scales(),
+            regions,
         )
         if self.left_out:
             self.notes.append(f"left out: {plan.in_one_line(self.left_out)}")
@@ -344,11 +397,21 @@ class Work:
             self.notes += filter(None, [suspicion])
         scales = [f"{reader.mpp:.6g}" for reader in self.job.readers if reader.mpp is not None]
         return {
+            **{name: shown(value) for name, value in numbers.items()},
             "mpp": "".join(scales[:1]),
             "candidates": len(self.candidates) - self.images.count(None),
             "scored": int((~np.isnan(probability)).sum()),
             "figures": int((probability >= settings.threshold).sum()),
         }
+
+
+def shown(value):
+    """A number of the report as text; unknown ones are empty."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return str(value)
 
 
 def called(path):

@@ -287,6 +287,95 @@ def test_candidates_outside_a_slide(model, tmp_path):
     assert "left out: candidate line 3 at (9000, 9000) lies outside" in first["notes"]
 
 
+# ---------------------------------------------------------------- counts per mm²
+
+SQUARE_MM2 = (SIDE * 0.25 / 1000) ** 2
+
+
+def outline(path, side, name="Tumor"):
+    """A square of `side` px at the corner as an outline of QuPath's."""
+    ring = [[0, 0], [side, 0], [side, side], [0, side], [0, 0]]
+    feature = {
+        "type": "Feature",
+        "geometry": {"type": "Polygon", "coordinates": [ring]},
+        "properties": {"classification": {"name": name}},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": [feature]}))
+
+
+def hotspots(path):
+    """The regions that a scored GeoJSON shows: [(box, measurements)]."""
+    found = []
+    for feature in json.loads(path.read_text())["features"]:
+        if feature["properties"]["classification"]["name"] == "mitotic hotspot":
+            ring = np.array(feature["geometry"]["coordinates"][0])
+            found.append(((*ring.min(0), *ring.max(0)), feature["properties"]["measurements"]))
+    return found
+
+
+def test_figures_per_mm2_of_tissue(model, tmp_path):
+    """The pictures are tissue all over, and smaller than the 2.37 mm²."""
+    make(tmp_path, 3)
+    more = ("--area", "tissue", "--threshold", 0.01)
+    assert small.call(classify, *words(model, tmp_path, *more)) == 0
+    for row in report(tmp_path / "out"):
+        assert row["area_of"] == "tissue" and row["figures"] == row["area_figures"]
+        assert float(row["area_mm2"]) == pytest.approx(SQUARE_MM2, rel=0.01)
+        per_mm2 = int(row["figures"]) / float(row["area_mm2"])
+        assert float(row["per_mm2"]) == pytest.approx(per_mm2, rel=1e-4)
+        assert row["densest_figures"] == row["figures"] and int(row["figures"]) > 0
+        assert float(row["densest_x"]) == float(row["densest_y"]) == SIDE / 2
+    ((box, measured),) = hotspots(tmp_path / "out/batch0/s02.geojson")
+    assert box == (0, 0, SIDE, SIDE) and measured["mitotic figures"] == int(row["figures"])
+    # Scored again, what was written keeps one such region, and its cells are the cells.
+    again = formats.read_candidates(tmp_path / "out/batch0/s02.geojson")
+    assert len(again) == 9
+    slide, out = tmp_path / "slides/batch0/s02", tmp_path / "again.geojson"
+    single = ("--slide", slide, "--candidates", again.path, "--out", out, "--device", "cpu", *more)
+    assert small.call(classify, model, *single) == 0
+    assert hotspots(out) == [(box, measured)]
+    # Without --area the densest field alone is counted, and no region is added.
+    assert small.call(classify, *words(model, tmp_path, out="plain")) == 0
+    assert hotspots(tmp_path / "plain/batch0/s02.geojson") == []
+    assert {row["area_mm2"] for row in report(tmp_path / "plain")} == {""}
+
+
+def test_figures_per_mm2_of_a_tumour(model, tmp_path, capsys):
+    names = make(tmp_path, 2)
+    outline(tmp_path / "tumours/batch0/s00.geojson", 384)
+    more = ("--area", tmp_path / "tumours", "--threshold", 1e-6)
+    assert small.call(classify, *words(model, tmp_path, *more)) == 0
+    rows = {row["slide"]: row for row in report(tmp_path / "out")}
+    first, second = (rows[name] for name in names)
+    given = formats.read_candidates(tmp_path / "candidates/batch0/s00.csv")
+    inside = int(((given.x < 384) & (given.y < 384)).sum())
+    assert 0 < inside < 9 and first["figures"] == "9" and first["area_figures"] == str(inside)
+    assert float(first["area_mm2"]) == pytest.approx(SQUARE_MM2 * (3 / 4) ** 2, rel=1e-3)
+    assert first["area_of"] == "tumour" and second["area_mm2"] == ""
+    # The same slide alone; another outline is another result.
+    capsys.readouterr()
+    single = ("--slide", tmp_path / "slides" / names[0], "--candidates", given.path, "--device")
+    file = tmp_path / "tumours/batch0/s00.geojson"
+    last = ("--area", file, "--threshold", 1e-6)
+    assert small.call(classify, model, *single, "cpu", "--out", tmp_path / "o.csv", *last) == 0
+    assert f"{inside} mitotic figures on 0.01 mm² of tumour" in capsys.readouterr().out
+    outline(file, 320)
+    assert small.call(classify, *words(model, tmp_path, *more)) == 0
+    assert "(1 of them before)" in capsys.readouterr().out
+    # What cannot be meant is an error before the work.
+    for bad, text in (
+        (file, "tissue or a folder"),
+        (tmp_path / "slides", "holds no .geojson file"),
+        (tmp_path / "candidates", "holds no .geojson file"),
+    ):
+        assert small.call(classify, *words(model, tmp_path, "--area", bad, out="no")) == 2
+        assert text in capsys.readouterr().err
+    outline(tmp_path / "tumours/other.geojson", 384)
+    assert small.call(classify, *words(model, tmp_path, *more, out="no")) == 2
+    assert "there is no slide of the name of other.geojson" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- pairs
 
 

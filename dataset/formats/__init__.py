@@ -217,13 +217,15 @@ def write(
     kind: str | None = None,
     images: list | None = None,
     scales: dict | None = None,
+    regions: list = (),
 ) -> int:
     """Write candidates to `path` with probability [n] (NaN: not scored) and class names[0 | 1] →
     how many of them the file does not hold.
 
     relabel: also put the class where the format keeps its own (category_id, agreedClass, label).
     kind: the format, see `kind_of`. Where it is another than the candidates': images, the file of
-    the slide of each candidate or None, and scales, {that file: µm/px or None}."""
+    the slide of each candidate or None, and scales, {that file: µm/px or None}. regions: of the one
+    slide, (class, name, box in level-0 px, {measurement: number}), which GeoJSON alone shows."""
     path = Path(path)
     if path.exists() and path.samefile(candidates.path):
         raise UserError(
@@ -234,12 +236,20 @@ def write(
     for p in probability:
         scores.append(None if math.isnan(p) else (float(p), int(p >= threshold)))
     target = kind_of(candidates, path, kind)
+    module, more = FORMATS[target], {}
+    if regions and module is geojson:
+        left, top = _offset(next(image for image in images if image is not None))
+        more["regions"] = [
+            (name, title, (x1 - left, y1 - top, x2 - left, y2 - top), measured)
+            for name, title, (x1, y1, x2, y2), measured in regions
+        ]
     if target != candidates.format:
-        module = FORMATS[target]
         fresh.check(candidates, module, path, images, scales)
-        return fresh.create(candidates, module, path, scores, names, relabel, images, scales)
+        return fresh.create(
+            candidates, module, path, scores, names, relabel, images, scales, **more
+        )
     categories = own_classes(candidates, names) if relabel else None
-    FORMATS[candidates.format].write(candidates, path, scores, names, categories)
+    module.write(candidates, path, scores, names, categories, **more)
     return 0
 
 

@@ -65,7 +65,7 @@ def check(candidates, module, path, images, scales):
     return []
 
 
-def create(candidates, module, path, scores, names, relabel, images, scales):
+def create(candidates, module, path, scores, names, relabel, images, scales, **more):
     """Write the candidates in the format `module` → how many it could not hold.
 
     scores   (probability, label) or None, of each candidate
@@ -73,6 +73,7 @@ def create(candidates, module, path, scores, names, relabel, images, scales):
     relabel  whether the new class takes the place of the candidates' own
     images   the file of each candidate's slide; None: on another image
     scales   {file of a slide: µm/px or None}
+    more     for the format's own `create`
     """
     one_image, scored = (getattr(module, name, False) for name in ("ONE_IMAGE", "SCORED"))
     pictures, places, cells, left = [], {}, [], 0
@@ -98,7 +99,7 @@ def create(candidates, module, path, scores, names, relabel, images, scales):
         cells.append(
             Cell(places[key], x, y, candidates.given_ids[i], own, _finite(detector), score)
         )
-    module.create(path, pictures, cells, names)
+    module.create(path, pictures, cells, names, **more)
     return left
 
 

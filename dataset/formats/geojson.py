@@ -23,6 +23,7 @@ from dataset.formats.cells import (
 
 ONE_IMAGE = True
 COLOURS = {1: (220, 30, 40), 0: (40, 110, 220)}  # RGB of a mitotic figure, of a look-alike
+HOTSPOT_COLOUR = (240, 180, 0)  # of the regions that `write` adds
 # Objects of QuPath that are no cells, whatever their size.
 REGION_OBJECTS = ("root", "tile", "tma_core", "tma core")
 SHAPES = (
@@ -244,9 +245,10 @@ def own_categories(table, names):
     return None
 
 
-def write(table, path, scores, names, categories):
+def write(table, path, scores, names, categories, regions=()):
     """The file with a measurement and the class in each scored feature; all else stays. A scored
-    MultiPoint becomes one feature per point, because each gets a class of its own."""
+    MultiPoint becomes one feature per point, because each gets a class of its own. regions: see
+    `region`; those of an earlier run are replaced."""
     by_feature = {}
     for (i, j), score in zip(table.places, scores):
         if score is not None:
@@ -273,6 +275,11 @@ def write(table, path, scores, names, categories):
         return result
 
     features = rewritten(_features(table.path, content))
+    added = {kind for kind, *_ in regions}
+    features = [
+        f for f in features if class_name(_properties(f).get("classification")) not in added
+    ]
+    features += [region(*one) for one in regions]
     if isinstance(content, dict) and content.get("type") == "FeatureCollection":
         content = {**content, "features": features}
     else:
@@ -310,8 +317,22 @@ def _scored(feature, score, names):
     return {**feature, "properties": properties}
 
 
-def create(path, pictures, cells, names):
-    """A new file of points; see `fresh`."""
+def region(kind, name, box, measurements):
+    """A rectangle as a feature. box: left, top, right, bottom in px as the file has them."""
+    left, top, right, bottom = box
+    ring = [[left, top], [right, top], [right, bottom], [left, bottom], [left, top]]
+    properties = {
+        "objectType": "annotation",
+        "name": name,
+        "classification": {"name": kind, "color": list(HOTSPOT_COLOUR)},
+        "measurements": measurements,
+    }
+    geometry = {"type": "Polygon", "coordinates": [ring]}
+    return {"type": "Feature", "geometry": geometry, "properties": properties}
+
+
+def create(path, pictures, cells, names, regions=()):
+    """A new file of points and of regions; see `fresh`, and `region`."""
     left, top = 0, 0
     if pictures and pictures[0].width is not None:
         left, top = slides.bounds_offset(pictures[0].path)
@@ -329,4 +350,5 @@ def create(path, pictures, cells, names):
         if cell.score is not None:
             feature = _scored(feature, cell.score, names)
         features.append(feature)
+    features += [region(*one) for one in regions]
     files.write_json(path, {"type": "FeatureCollection", "features": features})
