@@ -22,6 +22,7 @@ import common
 from common import UserError
 
 PREDICTION_COLUMNS = ("set", "id", "case", "domain", "label", "logit", "probability")
+GROUP_COLUMNS = ("scanner", "species")  # behind them, where the data name any; may be blank
 # Everything that a run, or an export into its folder, writes: what --force clears.
 WRITTEN = (
     "metrics.json",
@@ -357,9 +358,10 @@ def _clear(path):
 
 def write_predictions(path, rows):
     """Write predictions.csv, all digits. rows: dict of equally long arrays, one per
-    PREDICTION_COLUMNS.
+    PREDICTION_COLUMNS, and of GROUP_COLUMNS those that there are.
     """
-    columns = [rows[name] for name in PREDICTION_COLUMNS]
+    groups = [name for name in GROUP_COLUMNS if name in rows]
+    columns = [rows[name] for name in (*PREDICTION_COLUMNS, *groups)]
     if len({len(column) for column in columns}) != 1:
         raise ValueError("the columns differ in length")
     with (
@@ -367,14 +369,21 @@ def write_predictions(path, rows):
         open(temporary, "w", newline="", encoding="utf-8") as file,
     ):
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(PREDICTION_COLUMNS)
-        for *texts, label, logit, probability in zip(*columns):
-            writer.writerow([*texts, int(label), repr(float(logit)), repr(float(probability))])
+        writer.writerow([*PREDICTION_COLUMNS, *groups])
+        for row in zip(*columns):
+            texts, (label, logit, probability), own = row[:4], row[4:7], row[7:]
+            numbers = int(label), repr(float(logit)), repr(float(probability))
+            writer.writerow([*texts, *numbers, *own])
 
 
 def predictions(sets):
     """Columns for write_predictions of [(name of the set, Annotations, its rows, their logits)]."""
-    columns = {name: [] for name in PREDICTION_COLUMNS}
+    sets = list(sets)
+    groups = []
+    for name in GROUP_COLUMNS:
+        if any(getattr(table, name) is not None for _, table, _, _ in sets):
+            groups.append(name)
+    columns = {name: [] for name in (*PREDICTION_COLUMNS, *groups)}
     for name, table, rows, logits in sets:
         logits = np.asarray(logits, np.float64)
         columns["set"].extend([name] * len(rows))
@@ -384,6 +393,9 @@ def predictions(sets):
         columns["label"].extend(table.label[rows])
         columns["logit"].extend(logits)
         columns["probability"].extend(1 / (1 + np.exp(-logits.clip(-700, 700))))
+        for group in groups:
+            values = getattr(table, group)
+            columns[group].extend([""] * len(rows) if values is None else values[rows])
     return {name: np.asarray(values) for name, values in columns.items()}
 
 
@@ -394,7 +406,13 @@ def add_predictions(path, columns):
     """
     old = read_predictions(path)
     keep = ~np.isin(old["set"], np.unique(columns["set"]))
-    both = {name: np.concatenate([old[name][keep], columns[name]]) for name in PREDICTION_COLUMNS}
+    both = {}
+    for name in (*PREDICTION_COLUMNS, *GROUP_COLUMNS):
+        if name in old or name in columns:
+            parts = []
+            for part in (old, columns):
+                parts.append(part.get(name, np.full(len(part["set"]), "")))
+            both[name] = np.concatenate([parts[0][keep], parts[1]])
     write_predictions(path, both)
     return both
 
@@ -478,22 +496,28 @@ def print_metrics(rows):
 
 
 def read_predictions(path):
-    """predictions.csv as a dict of arrays; UserError naming the line if it is damaged."""
+    """predictions.csv as a dict of arrays: PREDICTION_COLUMNS, and those of GROUP_COLUMNS that it
+    has; UserError naming the line if it is damaged.
+    """
     rows, number = [], 1
     try:
         with open(path, newline="", encoding="utf-8") as file:
             reader = csv.reader(file)
-            if tuple(next(reader, ())) != PREDICTION_COLUMNS:
+            header = tuple(next(reader, ()))
+            groups = header[len(PREDICTION_COLUMNS) :]
+            known = tuple(name for name in GROUP_COLUMNS if name in groups)
+            if header != (*PREDICTION_COLUMNS, *known):
                 raise UserError(
                     f"{path}: not a predictions file (columns {', '.join(PREDICTION_COLUMNS)} "
                     "expected)"
                 )
             for number, row in enumerate(reader, start=2):
                 try:
-                    *texts, label, logit, probability = row
-                    if len(texts) != 4 or label not in ("0", "1"):
+                    *texts, label, logit, probability = row[: len(PREDICTION_COLUMNS)]
+                    if len(row) != len(header) or label not in ("0", "1"):
                         raise ValueError
-                    rows.append((*texts, int(label), float(logit), float(probability)))
+                    numbers = int(label), float(logit), float(probability)
+                    rows.append((*texts, *numbers, *row[len(PREDICTION_COLUMNS) :]))
                 except ValueError:
                     raise UserError(
                         f"{path}, line {number}: not a row of predictions; the file is damaged"
@@ -506,9 +530,8 @@ def read_predictions(path):
         raise UserError(f"{path}: no such file") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: not a readable CSV file ({error})") from None
-    columns = list(zip(*rows)) or [()] * len(PREDICTION_COLUMNS)
-    types = (str, str, str, str, np.int8, np.float64, np.float64)
+    columns = list(zip(*rows)) or [()] * len(header)
+    types = (str, str, str, str, np.int8, np.float64, np.float64, *[str] * len(groups))
     return {
-        name: np.array(column, dtype=kind)
-        for name, column, kind in zip(PREDICTION_COLUMNS, columns, types)
+        name: np.array(column, dtype=kind) for name, column, kind in zip(header, columns, types)
     }

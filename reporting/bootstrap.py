@@ -186,6 +186,25 @@ def replicate(repeats, replicates=REPLICATES, seed=0, thresholds=None):
     return parts, len(names)
 
 
+def replicate_folds(repeats, replicates=REPLICATES, seed=0):
+    """replicate() of a cross-validation, whose repeats have test sets of different cases: these are
+    drawn in each test set on its own. The number of cases is that of all test sets.
+    """
+    single = []
+    for number, repeat in enumerate(repeats):
+        single.append(replicate([repeat], replicates, seed + number))
+    parts = {}
+    for name in METRICS:
+        observed = float(np.mean([of_fold[name][0] for of_fold, _ in single]))
+        values = np.mean([of_fold[name][1] for of_fold, _ in single], axis=0)
+        left = []  # without a case, one of the means changes
+        for of_fold, _ in single:
+            own, _, without = of_fold[name]
+            left.append(observed + (without - own) / len(single))
+        parts[name] = observed, values, np.concatenate(left)
+    return parts, sum(cases for _, cases in single)
+
+
 def leave_one_out(cases):
     """Counts with each case left out in turn: [cases, cases]; at most 2,000 rows, evenly spread."""
     out = np.unique(np.linspace(0, cases - 1, min(cases, 2000)).astype(int))

@@ -110,8 +110,8 @@ def _parser():
 
 def cells(command):
     """The runs that one command makes, as dicts: what must agree with the flags of a run ("data",
-    "model", "method", "by", "seed", "frac", "fold", "domain", and of COMPARED what the command
-    gives), "runs": their folder, "probe", "label": the name of their folder if it has no additions.
+    "model", "method", what flags.split_grid gives, and of COMPARED what the command gives), "runs":
+    their folder, "probe", "label": the name of their folder if it has no additions.
     """
     position = next(i for i, word in enumerate(command) if word.endswith(".py"))
     words = command[position + 1 :]
@@ -127,21 +127,19 @@ def cells(command):
         "data": args.data or "demo",
         "model": args.model,
         "method": method,
-        "by": args.split,
-        "seed": args.seed,
+        "domain": None,
+        "leave_out": None,
     }
     fixed |= {name: given[name] for name in COMPARED if name in given}
     if not given.keys() & set(NAMED):
         fixed["label"] = f"{args.model}-{method}"
     runs = []
     for probe in probes:
-        for domain in args.domain or [None]:
-            for frac in args.frac:
-                for fold in args.fold:
-                    cell = fixed | {"frac": frac, "fold": fold, "domain": domain}
-                    if probe:
-                        cell["probe"] = probe
-                    runs.append(cell)
+        for split in flags.split_grid(args):
+            cell = fixed | {key: value for key, value in split.items() if key != "val_frac"}
+            if probe:
+                cell["probe"] = probe
+            runs.append(cell)
     return runs
 
 
@@ -173,7 +171,7 @@ def _is_cell(cell, run_flags, label, source):
                 return False
             continue
         if key == "label":
-            current = label.replace(f"-by{cell['by']}", "")
+            current = label.replace(f"-by{cell['by']}", "").replace(f"-{cell['folds']}folds", "")
             if cell.get("probe", "uni") != "uni":
                 value = f"{value}-{cell['probe']}"
         if str(current) != str(value) and not _same_number(current, value):
@@ -245,7 +243,11 @@ def grid(text, roots):
             seconds += float(np.median(known))
         else:
             untimed += 1
-        place = f"domain {cell['domain']}" if cell["domain"] else f"frac {cell['frac']:g}"
+        place = f"frac {cell['frac']:g}"
+        if cell["domain"] or cell["leave_out"]:
+            place = f"domain {cell['domain']}"
+            if cell["leave_out"]:
+                place = f"all but {cell['leave_out']}"
         left[state][f"{model}-{method} on {data}, {place}"].append(str(cell["fold"]))
 
     keys = sorted({key for key, _ in counts})

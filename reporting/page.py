@@ -11,7 +11,7 @@ from PIL import Image
 
 import common
 from common import UserError
-from reporting import figures, folder, results, tables
+from reporting import figures, folder, groups, results, tables
 from reporting.gallery import gallery
 
 PAPER_TABLES = {"ccmct": "Table 3", "midog2022": "Table 4"}
@@ -53,6 +53,9 @@ def write(finished, problems, args, means=None):
             parts += means_parts(data, *means[data])
 
     files = {"results.csv": folder.csv_text(results.results(finished))}
+    by_group = groups.rows(finished)
+    if by_group:
+        files["groups.csv"] = folder.csv_text(by_group)
     if tests:
         files["tests.csv"] = folder.csv_text(tests)
     rows = [row for of_data, _ in (means or {}).values() for row in of_data]
@@ -118,7 +121,9 @@ def dataset_parts(data, finished, paper, args, tests):
         runs = [run for run in finished if (run.by, run.seed) == (by, seed)]
         plain = [run for run in runs if not run.domain]
         by_domain = [run for run in runs if run.domain]
-        if plain:
+        if by == results.LEFT_OUT:
+            parts += left_out_section(name, where, runs)
+        elif plain:
             parts += section(name, where, plain, paper, args, tests)
         if by_domain:
             parts += cross_section(name, where, by_domain, paper)
@@ -172,6 +177,7 @@ def section(name, where, finished, paper, args, tests):
         tests += [{"data": first.data, "split": first.by, "frac": largest, **row} for row in pairs]
     title = f"{where}: decisions and probabilities, {share}"
     parts.append(tables.decisions_table(f"decisions_{name}", title, named, first.classes[1]))
+    parts += groups.group_tables(name, where, named)
     title = f"{where}: AUROC by share of the training data"
     parts.append(tables.scaling_table(f"scaling_{name}", title, finished))
     datasets = sorted({name for run in finished for name in run.hashes} - {"split", "test"})
@@ -264,6 +270,14 @@ def training_picture(name, where, share, named):
         Picture(f"training_{name}", caption, figures.images(figures.training(logs))),
         *notes,
     ]
+
+
+def left_out_section(name, where, finished):
+    """Runs with --leave-out, at the largest fraction."""
+    largest = max(run.frac for run in finished)
+    finished = [run for run in finished if run.frac == largest]
+    title = f"{where}: trained on all domains but one"
+    return [groups.left_out_table(f"left_out_{name}", title, finished)]
 
 
 def cross_section(name, where, finished, paper):

@@ -27,9 +27,10 @@ SUMMARY = (
 )
 # Flags in which repeats of one model may differ: the tables group by them, or they do not change
 # the method.
-GROUPED = {"frac", "fold", "domain", "weights", "adapter", "dtype"}
+GROUPED = {"frac", "fold", "domain", "leave_out", "weights", "adapter", "dtype"}
 # What a run started from, in config.json's "encoder".
 BASES = {"weights_hash": "weights", "adapter_hash": "adapter"}
+LEFT_OUT = "left-out domain"  # Finished.by of runs with --leave-out
 LOG_COLUMNS = ("epoch", "train_loss", "val_loss", "val_auroc")
 
 
@@ -79,12 +80,26 @@ class Finished:
         return self.flags.get("seed") or 0
 
     @property
+    def left_out(self):
+        return self.flags.get("leave_out")
+
+    @property
+    def folds(self):
+        return self.flags.get("folds")
+
+    @property
     def by(self):
+        """How the test set was chosen, in words that keep runs of other ways apart."""
+        if self.folds:
+            return f"{self.folds} folds"
+        if self.left_out:
+            return LEFT_OUT
         return self.flags["by"]
 
     def group(self):
         """What the repeats that are averaged have in common: everything but the fold."""
-        return self.data, self.label, self.by, self.seed, self.domain or "", self.frac
+        place = self.domain or self.left_out or ""
+        return self.data, self.label, self.by, self.seed, place, self.frac
 
     def tests(self):
         """Names of the test sets: "test", other domains, other datasets."""
@@ -194,6 +209,8 @@ def _checked_flags(flags):
     for key, fits, what in (
         ("seed", _is_whole, "a whole number from 0"),
         ("domain", _is_text, "a name or null"),
+        ("leave_out", _is_text, "a name or null"),
+        ("folds", lambda v: _is_whole(v) and v > 1, "a whole number from 2"),
         ("val_frac", lambda v: _is_number(v) and 0 < v <= 1, "a number above 0, up to 1"),
         ("fit", lambda v: v in ("resize", "pad"), "resize or pad"),
         ("mpp", lambda v: _is_number(v) and v > 0, "a number above 0 or null"),
@@ -253,8 +270,10 @@ def _check_settings(flags, split):
     """UserError if config.json and split.json tell of different splits."""
     settings = split.get("settings", {})
     _expect(isinstance(settings, dict), "split.json: settings", settings, "an object")
-    for key in ("fold", "frac", "domain", "seed", "by", "val_frac"):
-        if key in flags and key in settings and flags[key] != settings[key]:
+    for key in ("fold", "frac", "domain", "seed", "by", "val_frac", "folds", "leave_out"):
+        optional = key in ("folds", "leave_out") and settings
+        both = key in flags and key in settings
+        if (both or optional) and flags.get(key) != settings.get(key):
             raise UserError(f"config.json and split.json do not agree on {key}; one is damaged")
 
 
@@ -409,6 +428,8 @@ def _label(path, flags):
         label = path.parent.name
     if flags["by"] != "case":
         label = label.replace(f"-by{flags['by']}", "")
+    if flags.get("folds"):
+        label = label.replace(f"-{flags['folds']}folds", "")
     return label
 
 
@@ -458,7 +479,7 @@ SHARED = (
     ("annotations of its dataset", lambda run: run.data, lambda run: run.fingerprint),
     (
         "test set",
-        lambda run: (run.data, run.by, run.seed, run.domain),
+        lambda run: (run.data, run.by, run.seed, run.domain, run.left_out, run.folds and run.fold),
         lambda run: run.hashes["test"],
     ),
     (
@@ -468,6 +489,7 @@ SHARED = (
             run.by,
             run.seed,
             run.domain,
+            run.left_out,
             run.frac,
             run.fold,
             run.flags.get("val_frac"),
@@ -629,6 +651,7 @@ def results(finished):
                 "frac": run.frac,
                 "fold": run.fold,
                 "train_domain": run.domain or "",
+                "left_out": run.left_out or "",
                 "set": name,
                 "train": len(run.split["ids"]["train"]),
                 "val": len(run.split["ids"]["val"]),

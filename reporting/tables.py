@@ -576,11 +576,14 @@ def trusted(named, replicates):
     trust = {}
     for label, repeats in named.items():
         tests = [run.rows("test") for run in repeats]
-        ids = tests[0][0]
+        ids, replicate = tests[0][0], bootstrap.replicate
         if any(not np.array_equal(test[0], ids) for test in tests):
-            # collect() keeps one test set per section; a table by domain may still come here
-            continue
-        parts, cases = bootstrap.replicate([(y, p, case) for _, y, p, case, _ in tests], replicates)
+            if not repeats[0].folds:
+                # collect() keeps one test set per section; a table by domain may still come here
+                continue
+            ids = np.concatenate([test[0] for test in tests])
+            replicate = bootstrap.replicate_folds
+        parts, cases = replicate([(y, p, case) for _, y, p, case, _ in tests], replicates)
         if not np.isfinite(parts["auroc"][0]):
             continue
         trust[label] = {

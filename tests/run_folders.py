@@ -52,12 +52,15 @@ def make(
     tests=(),
     seconds=60.0,
     draw=None,
+    folds=None,
+    leave_out=None,
     **flags,
 ):
     """Write a finished run and return its path; strength: how far apart the two classes' scores
     are; draw: seed that the split is really drawn with, while flags and split say `seed`; flags:
     more of them."""
-    split = data.make_split(table, fold, frac, domain, seed if draw is None else draw, by)
+    drawn = seed if draw is None else draw
+    split = data.make_split(table, fold, frac, domain, drawn, by, 1.0, folds, leave_out)
     path = runs.run_path(
         root,
         table.name,
@@ -66,8 +69,10 @@ def make(
         frac,
         fold,
         domain,
-        list(suffixes) + ([f"by{by}"] if by != "case" else []),
+        [*suffixes, *([f"by{by}"] if by != "case" else []), *([f"{folds}folds"] if folds else [])],
+        leave_out=leave_out,
     )
+    flags |= {key: split.settings[key] for key in ("folds", "leave_out") if key in split.settings}
     flags = (
         {
             "data": table.name,
@@ -101,6 +106,8 @@ def make(
     sets += [(name, table, ids) for name, ids in split.others.items()]
     sets += [(other.name, other, other.id) for other in tests]
     columns = {key: [] for key in runs.PREDICTION_COLUMNS}
+    if table.scanner is not None:
+        columns["scanner"] = []
     for name, own, ids in sets:
         rows = own.rows(ids)
         shared = hard[rows] if own is table else rng.normal(size=len(rows))
@@ -117,6 +124,10 @@ def make(
             ("probability", 1 / (1 + np.exp(-logit))),
         ):
             columns[key].extend(values)
+        if table.scanner is not None:
+            columns["scanner"].extend(
+                [""] * len(rows) if own.scanner is None else own.scanner[rows]
+            )
     path.mkdir(parents=True)
     common.write_json(path / "config.json", config)
     split.settings |= {"seed": seed, "val_frac": flags["val_frac"]}

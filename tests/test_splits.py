@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -502,3 +503,126 @@ def test_one_class_cannot_be_sampled():
         data.Sampler(a, a.id[a.label == 1])
     with pytest.raises(UserError, match="no annotation 'zz'"):
         data.Sampler(a, ["zz"])
+
+
+# ---------------------------------------------------------------- splits of the field
+
+
+def unequal(cases=30, domains=("x", "y", "z")):
+    """Cases of very different sizes and shares of the positive class."""
+    rng = np.random.default_rng(3)
+    a = made(rng.integers(4, 90, cases).tolist(), domains)
+    share = rng.uniform(0.05, 0.6, cases)
+    a.label = (rng.random(len(a)) < share[a.codes("case")[1]]).astype(np.int8)
+    return a
+
+
+def test_every_case_is_in_one_fold_of_a_cross_validation():
+    a = unequal(90)
+    splits = [data.make_split(a, fold, folds=5) for fold in range(5)]
+    tested = [case for split in splits for case in split.cases["test"]]
+    assert sorted(tested) == sorted(set(a.case))
+    for split in splits:
+        rows = a.rows(split.test)
+        for domain in "xyz":
+            for label in (0, 1):
+                whole = (a.domain == domain) & (a.label == label)
+                assert 0.15 < whole[rows].sum() / whole.sum() < 0.25
+        assert split.settings["folds"] == 5 and not data.overlap(a, split)["cases"]
+        sizes = len(split.train) + len(split.val) + len(split.test)
+        assert sizes == len(a) and 0.14 < len(split.val) / sizes < 0.18
+    order = np.random.default_rng(0).permutation(len(a))
+    again = data.make_split(a.take(order), 2, folds=5)
+    assert again.test.tolist() == splits[2].test.tolist()
+    assert data.make_split(a, 2, folds=5, seed=1).test.tolist() != again.test.tolist()
+    assert splits[1].test.tolist() != data.make_split(a, 1).test.tolist()
+
+
+def test_folds_within_a_domain():
+    a = unequal()
+    split = data.make_split(a, 1, folds=3, domain="y")
+    assert set(a.domain[a.rows(split.test)]) == {"y"} and set(split.others) == {"x", "z"}
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"folds": 5, "fold": 5}, "--folds 5 has the folds 0 to 4"),
+        ({"folds": 1}, "--folds 1: a number from 2"),
+        ({"folds": 5, "by": "annotation"}, "--folds and --split annotation"),
+        ({"folds": 40}, "has 30 cases; at least 40"),
+        ({"leave_out": "q"}, "--leave-out q: is not in it"),
+        ({"leave_out": "x", "folds": 5}, "--leave-out goes with none of"),
+        ({"leave_out": "x", "domain": "y"}, "--leave-out goes with none of"),
+        ({"by": "given"}, "has no column split .* ccmct, midogpp, amibr have them"),
+    ],
+)
+def test_splits_that_are_not_possible(options, words):
+    with pytest.raises(UserError, match=words):
+        data.make_split(unequal(), **options)
+
+
+def test_leaving_a_domain_out():
+    a = unequal()
+    splits = [data.make_split(a, fold, leave_out="y") for fold in (0, 1)]
+    for split in splits:
+        assert sorted(split.test) == sorted(a.id[a.domain == "y"]) and not split.others
+        assert set(a.domain[a.rows(split.train)]) == {"x", "z"}
+        assert set(a.domain[a.rows(split.val)]) == {"x", "z"}
+    assert splits[0].val.tolist() != splits[1].val.tolist()
+    with pytest.raises(UserError, match="no other domain"):
+        data.make_split(made([30] * 6), leave_out="all")
+    a.domain[np.flatnonzero(a.case == "c000")[0]] = "y"
+    with pytest.raises(UserError, match="case c000 is in this domain and in another"):
+        data.make_split(a, leave_out="y")
+
+
+def test_the_split_that_the_data_give(tmp_path):
+    a = unequal()
+    number = a.codes("case")[1]
+    a.split = np.array(["Train", "train ", "Test"])[number % 3]
+    split = data.make_split(a, by="given")
+    assert sorted(split.test) == sorted(a.id[number % 3 == 2])
+    assert data.make_split(a, 1, by="given").test.tolist() == split.test.tolist()
+    assert data.make_split(a, 1, by="given").val.tolist() != split.val.tolist()
+    split.save(tmp_path / "split.json")
+    assert data.load_split(tmp_path / "split.json", a).settings["by"] == "given"
+
+    a.split = np.array(["train", "valid", "held-out", "train"])[number % 4]
+    for fold in (0, 1):  # validation is given too
+        assert sorted(data.make_split(a, fold, by="given").val) == sorted(a.id[number % 4 == 1])
+    a.split[0] = "test2"
+    with pytest.raises(UserError, match="'test2' in 1 rows; it must be train, val or test"):
+        data.make_split(a, by="given")
+    a.split[:] = "train"
+    with pytest.raises(UserError, match="calls nothing test"):
+        data.make_split(a, by="given")
+    a.split = np.where(np.arange(len(a)) % 2, "train", "test")
+    with pytest.raises(UserError, match="the split leaks: case"):
+        data.make_split(a, by="given")
+
+
+def test_a_column_split_is_read_from_the_table(tmp_path):
+    rows = [
+        "path,label,case,split",
+        *(f"{k}.png,{k % 2},c{k // 4},{'train' if k < 16 else 'test'}" for k in range(20)),
+    ]
+    (tmp_path / "t.csv").write_text("\n".join(rows) + "\n")
+    a = data.load_dataset(tmp_path / "t.csv")
+    assert data.make_split(a, by="given").cases["test"] == ["c4"]
+    assert small.call(data, tmp_path / "t.csv", "--split", "given", "--fold", 0) == 0
+
+
+def test_the_report_on_a_cross_validation(tmp_path, capsys):
+    a = unequal(domains=("x", "y"))
+    rows = ["path,label,case,domain"]
+    rows += [f"{i}.png,{y},{c},{d}" for i, y, c, d in zip(a.id, a.label, a.case, a.domain)]
+    (tmp_path / "t.csv").write_text("\n".join(rows) + "\n")
+    assert small.call(data, tmp_path / "t.csv", "--folds", 3) == 0
+    out = capsys.readouterr().out
+    assert [line.split()[0] for line in out.splitlines() if " 1 " in line[:14]] == ["0", "1", "2"]
+    assert "no case is on two sides" in out
+    assert small.call(data, tmp_path / "t.csv", "--leave-out", "x", "y") == 0
+    out = capsys.readouterr().out
+    assert "train on all domains but x, test on it" in out and "domains but y" in out
+    assert small.call(data, tmp_path / "t.csv", "--folds", 3, "--fold", 3) == 2
