@@ -71,7 +71,7 @@ def overview(finished):
                 side,
             )
             values[key].append(run.sets[name])
-            repeats[key].add((run.domain, run.fold))
+            repeats[key].add((run.domain, run.left_out, run.fold))
 
     tables_of = defaultdict(list)
     for key in sorted(values):

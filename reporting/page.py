@@ -110,6 +110,8 @@ def dataset_parts(data, finished, paper, args, tests):
 
     for by, seed in sorted({(run.by, run.seed) for run in finished}, key=main_first):
         name, where = data, f"{data}, split by {by}"
+        if by == results.LEFT_OUT:
+            where = f"{data}, one domain left out"
         if by != "case":
             name += f"_by_{by}"
         if seed:

@@ -30,7 +30,7 @@ SUMMARY = (
 GROUPED = {"frac", "fold", "domain", "leave_out", "weights", "adapter", "dtype"}
 # What a run started from, in config.json's "encoder".
 BASES = {"weights_hash": "weights", "adapter_hash": "adapter"}
-LEFT_OUT = "left-out domain"  # Finished.by of runs with --leave-out
+LEFT_OUT = "left out"  # Finished.by of runs with --leave-out
 LOG_COLUMNS = ("epoch", "train_loss", "val_loss", "val_auroc")
 
 
