@@ -237,7 +237,7 @@ def gallery(annotations, patches, path, seed=0, columns=8, stain=0.0):
         views = [original, *(augmented.movedim(1, -1) * 255 + 0.5).to(torch.uint8).numpy()]
         top = 22 + line * (side + 4)
         draw.text((6, top + 40), str(domain)[:22] or "–", fill="black")
-        draw.text((6, top + 56), "mitotic figure" if label else "look-alike", fill="black")
+        draw.text((6, top + 56), annotations.classes[label][:22], fill="black")
         for column, view in enumerate(views):
             small = Image.fromarray(view).resize((side, side), Image.Resampling.BOX)
             sheet.paste(small, (left + column * (side + 4), top))
@@ -265,11 +265,13 @@ def main():
     if not 0 <= args.stain_jitter < 1:
         raise UserError(f"--stain-jitter {args.stain_jitter}: give a number from 0 to below 1")
     annotations = flags.from_arguments(args)
-    flags.need_images(annotations, args.mpp)
+    flags.need_images(annotations, args.mpp, crop=args.crop)
     names = set(annotations.image.tolist()) - set(annotations.missing)
     inputs = [annotations.image_path(name) for name in names]
     common.check_output("--gallery", args.gallery, [args.data, *inputs])
-    patches = Patches(annotations, fit=args.fit, mpp=args.mpp, source_mpp=args.source_mpp)
+    patches = Patches(
+        annotations, fit=args.fit, mpp=args.mpp, source_mpp=args.source_mpp, crop=args.crop
+    )
     gallery(annotations, patches, args.gallery, args.seed, stain=args.stain_jitter)
     print(f"{args.gallery}: written")
 

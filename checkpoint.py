@@ -17,6 +17,7 @@ import models
 import runs
 import weights as published
 from common import UserError
+from dataset.formats.cells import are_class_names
 from reporting import metrics
 
 # ---------------------------------------------------------------- tensors of a run
@@ -244,6 +245,7 @@ ENTRIES = {
         "targets": lambda v: v is None or (isinstance(v, list) and all(map(_text, v))),
         "layer": _whole,
         "size": _whole,
+        "crop": _whole,
         "fold": _whole,
         "mpp": _positive,
         "frac": _share,
@@ -256,11 +258,13 @@ ENTRIES = {
         "mpp": _scale,
         "mixed_mpp": lambda v: v is None or (isinstance(v, dict) and all(map(_whole, v.values()))),
         "patch": lambda v: _whole(v) and v != 0,
+        "classes": lambda v: v is None or are_class_names(v),
     },
     "encoder": dict.fromkeys(("name", "licence", "weights_hash"), _text),
     "source": {
         **dict.fromkeys(("data", "images", "classes", "profile", "positive", "negative"), _text),
         **dict.fromkeys(("columns", "fit", "revision"), _text),
+        "crop": _whole,
         "mpp": _positive,
         "source_mpp": _positive,
     },

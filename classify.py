@@ -11,7 +11,7 @@ In a program of your own:
     from classify import Classifier
     classifier = Classifier("model.onnx", device="auto")
     probability = classifier.score("slide.svs", x, y)     # centres in level-0 px
-    mitotic = probability >= classifier.threshold
+    positive = probability >= classifier.threshold
 
 For patches that you read yourself: classifier(patches), uint8 [N, size, size, 3], RGB, at
 classifier.mpp µm/px.
@@ -114,7 +114,7 @@ def parse_arguments():
     parser.add_argument(
         "--threshold",
         metavar="P",
-        help="probability from which a candidate is a mitotic figure (default: the model's)",
+        help="probability from which a candidate is of the model's class 1 (default: the model's)",
     )
     parser.add_argument(
         "--mpp", type=float, metavar="M", help="µm/px of the slide (default: what its file says)"

@@ -141,7 +141,7 @@ def _counts(annotations, known, number):
         )
     if len(domains) == 1:
         rows = rows[1:]
-    header = ["domain", "labelled images", "cases", "mitotic figures", "hard negatives"]
+    header = ["domain", "labelled images", "cases", *reversed(annotations.classes)]
     lines = [common.table(rows, header, right=(1, 2, 3, 4)), ""]
     sizes = np.bincount(annotations.codes("case")[1])
     lines.append(
@@ -152,8 +152,8 @@ def _counts(annotations, known, number):
         labelled = len(np.unique(annotations.image))
         without = labelled - len(np.unique(annotations.image[label == 1]))
         lines.append(
-            f"{without:,} labelled images hold no mitotic figure, {number - labelled:,} images "
-            "are not labelled"
+            f"{without:,} labelled images hold no {annotations.classes[1]}, "
+            f"{number - labelled:,} images are not labelled"
         )
     return "\n".join(lines)
 
@@ -294,7 +294,7 @@ def _planned(annotations, grid, domain, left_out):
         if frac == max(choices["frac"] for choices in grid):
             leaks.append(overlap(annotations, split))
         rows.append([fold, f"{frac:g}", *_split_cells(annotations, split)])
-    what = "mitotic figures + hard negatives (cases)"
+    what = f"{annotations.classes[1]} + {annotations.classes[0]} (cases)"
     title = f"planned splits: {what}"
     if domain:
         title = f"train on {domain}, test on it and on "
@@ -403,9 +403,13 @@ def fetch(args):
 
 
 def build_cache(annotations, args):
-    flags.need_images(annotations, args.mpp)
+    flags.need_images(annotations, args.mpp, crop=args.crop)
     patches = Patches(
-        annotations, mpp=args.mpp, source_mpp=args.source_mpp, cache=args.cache or None
+        annotations,
+        mpp=args.mpp,
+        source_mpp=args.source_mpp,
+        cache=args.cache or None,
+        crop=args.crop,
     )
     path = build_store(patches, args.workers)
     text = f"training reads {path}.npy"

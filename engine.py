@@ -24,7 +24,7 @@ WATCH = 16  # steps between looks at the loss: each look waits for the device
 CROPS_IN_MEMORY = 4 << 30  # bytes of validation patches that are kept decoded
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingSettings(runs.Settings):
     """The flags that change the result of training end to end."""
 
@@ -39,7 +39,7 @@ class TrainingSettings(runs.Settings):
     tissue: bool
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRASettings(TrainingSettings):
     """The flags that change the result of LoRA."""
 
@@ -50,12 +50,6 @@ class LoRASettings(TrainingSettings):
     dora: bool
     rslora: bool
     adapter: str | None = None  # folder of the adapter to start from
-
-    def flags(self):
-        flags = super().flags()
-        if self.adapter is None:  # runs of earlier versions have no such entry
-            del flags["adapter"]
-        return flags
 
 
 def learning_rate(step, total, peak):

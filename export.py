@@ -53,6 +53,7 @@ import models
 import runs
 from common import UserError
 from dataset import splits
+from dataset.formats.cells import MITOSIS
 from dataset.patches import Patches
 from encoders.table import SIZE
 from onnx_model import doctor, graph, parity, session
@@ -61,7 +62,6 @@ from reporting import card, ensemble, metrics, results
 LIMIT = 2**31 - 2**24  # bytes of one protobuf, less room for the graph
 FEWEST = 64  # patches to compare on, if the dataset has as many
 BYTES = {"fp32": 4, "fp16": 2, "int8": 1}  # of a parameter
-LABELS = ["hard negative", "mitotic figure"]
 HERE = Path(__file__).resolve().parent
 
 
@@ -184,13 +184,14 @@ def read_patches(annotations, choices, rows, count, name, size):
         others = pick(others, annotations.label, min(count, FEWEST) - len(rows))
         name += f" ({len(rows)}, and {len(others)} others)"
         rows = np.concatenate([rows, others])
-    flags.need_images(annotations, choices.mpp, quiet=True)
+    flags.need_images(annotations, choices.mpp, quiet=True, crop=choices.crop)
     reader = Patches(
         annotations,
         size=size,
         fit=choices.fit or "resize",
         mpp=choices.mpp,
         source_mpp=choices.source_mpp,
+        crop=choices.crop,
     )
     return reader.read(rows), annotations.label[rows].astype(np.int8), rows, name
 
@@ -322,7 +323,7 @@ def describe(run, config, model, args, decision):
         "fold": choices.get("fold"),
         "domain": choices.get("domain"),
         **reading(config),
-        "labels": LABELS,
+        "labels": data.get("classes") or list(MITOSIS),
         "threshold": {"value": threshold, "rule": rule},
         "temperature": temperature,
         "metrics": stored.get("sets", stored),
@@ -340,6 +341,7 @@ def reading(config):
         "mixed_mpp": mixed_mpp(config),
         "resampled": bool(choices.get("mpp")),
         "patch": config["data"].get("patch") or size,
+        "crop": choices.get("crop"),  # as "patch": larger patches are cut to their middle
         "fit": choices.get("fit") or "resize",
     }
 
@@ -349,7 +351,8 @@ def describe_adapter(model, args):
     threshold = labels = None
     if model.head is not None:
         value, rule, _ = decide(None, args.threshold)
-        threshold, labels = {"value": value, "rule": rule}, LABELS
+        threshold = {"value": value, "rule": rule}
+        labels = lora.head_classes(args.adapter) or list(MITOSIS)
     return describe_model(model, args) | {
         "method": "lora",
         "dataset": None,
@@ -897,7 +900,8 @@ def write_adapter(args):
     if config["flags"]["method"] != "lora":
         raise UserError(f"{args.run}: was trained without --lora and has no adapter to write")
     spec = model.encoder.spec
-    lora.save_peft(model.encoder, folder, spec.repo or spec.name, head=model.head)
+    classes = config["data"].get("classes")
+    lora.save_peft(model.encoder, folder, spec.repo or spec.name, model.head, classes)
     print(
         f"{folder}: adapter of {len(lora.adapted(model.encoder))} layers in peft's format, and the "
         f"head in {lora.HEAD}, for {spec.name}, embedding {model.encoder.pool}"

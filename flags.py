@@ -51,6 +51,13 @@ def add_arguments(parser, positional=False):
         help="patches smaller than the encoder reads are resized, or padded (default: resize)",
     )
     group.add_argument(
+        "--crop",
+        type=int,
+        metavar="PX",
+        help="read the middle PX px of each patch alone, enlarged to what the encoder reads: the "
+        "cell fills the patch (default: all of it)",
+    )
+    group.add_argument(
         "--mpp",
         type=float,
         metavar="0.25",
@@ -168,7 +175,7 @@ def add_run_arguments(parser):
         default=[],
         metavar="D2",
         help="whole datasets as further test sets, also of a finished run; --classes, --columns, "
-        "--fit and --mpp apply to them, --images and --source-mpp do not. "
+        "--fit, --crop and --mpp apply to them, --images and --source-mpp do not. "
         "D2:label=A,positive=B,images=DIR reads one in a way of its own: columns, positive, "
         "negative, classes, profile, images",
     )
@@ -210,6 +217,7 @@ class Source:
     negative: str | None = None
     columns: str | None = None
     fit: str | None = None
+    crop: int | None = None
     mpp: float | None = None
     source_mpp: float | None = None
 
@@ -298,6 +306,13 @@ def _check_ranges(args):
     for flag, value in (("--mpp", args.mpp), ("--source-mpp", args.source_mpp)):
         if value is not None and not (math.isfinite(value) and 0.01 <= value <= 100):
             raise UserError(f"{flag} {value}: give µm/px between 0.01 and 100")
+    crop = getattr(args, "crop", None)
+    if crop is not None and not 8 <= crop <= 4096:
+        raise UserError(f"--crop {crop}: give a number of px from 8 to 4096")
+    if crop and args.fit == "pad":
+        raise UserError(
+            f"--crop {crop} enlarges patches, --fit pad does not: leave one of them out"
+        )
 
 
 def _classes(args):
@@ -310,7 +325,7 @@ def _classes(args):
         return formats.parse_classes(args.classes)
     if args.positive:
         other = _labels(args.negative) if args.negative else None
-        return {"mitotic": _labels(args.positive), "other": other}
+        return {"mitotic": _labels(args.positive), "other": other, "own_names": True}
     return None
 
 
@@ -321,9 +336,10 @@ def _labels(text):
     return labels
 
 
-def need_images(annotations, mpp=None, quiet=False):
-    """For commands that read pixels: UserError if the images are missing, broken, or not those that
-    the annotations mean; prints what else is odd about them unless `quiet`.
+def need_images(annotations, mpp=None, quiet=False, crop=None):
+    """For commands that read pixels: UserError if the images are missing, broken, not those that
+    the annotations mean, or ready-made patches of fewer than `crop` px; prints what else is odd
+    about them unless `quiet`.
 
     mpp: µm/px that patches are resampled to, if they are.
     """
@@ -333,17 +349,20 @@ def need_images(annotations, mpp=None, quiet=False):
             f"{annotations.root}; give their folder with --images"
         )
     images.check(annotations, mpp, quiet)
+    if crop and annotations.kind == "patches":
+        images.check_crop(annotations, crop)
 
 
-def facts(annotations, fit="resize", mpp=None, source_mpp=None, size=224):
+def facts(annotations, fit="resize", mpp=None, source_mpp=None, size=224, crop=None):
     """What a model needs to know about the data it was trained on.
 
     {"mpp": µm/px of the images, or None if unknown or different by more than 2%; "patch": side in
-    px actually used of ready-made patches, else None; "pixels": fingerprint of the patches}. If the
-    images have different µm/px, also "mixed_mpp": {µm/px as text: number of images}.
+    px actually used of ready-made patches, `crop` if there is one, else None; "pixels": fingerprint
+    of the patches}. If the images have different µm/px, also "mixed_mpp": {µm/px as text: number of
+    images}.
     """
-    patch = None
-    if annotations.kind == "patches":
+    patch = crop
+    if annotations.kind == "patches" and not crop:
         patch = images.patch_side(annotations, fit, size)
     # Unlabelled images count too if the annotation file knows all: runs of version 1.0 and earlier
     # hold this mean.
@@ -355,7 +374,7 @@ def facts(annotations, fit="resize", mpp=None, source_mpp=None, size=224):
     scale = None
     if known and max(known) <= images.SAME_SCALE * min(known):
         scale = round(sum(known) / len(known), 6)
-    patches = Patches(annotations, size=size, fit=fit, mpp=mpp, source_mpp=source_mpp)
+    patches = Patches(annotations, size, fit, mpp, source_mpp, crop=crop)
     content = {"mpp": scale, "patch": patch, "pixels": patches.fingerprint(times=False)}
     if known and scale is None:
         counts = collections.Counter(f"{value:.3g}" for value in sorted(known))
@@ -413,7 +432,7 @@ def further(args, annotations, quiet=False):
         if own is not args:
             folder = folder or own.images
         other = from_arguments(own, name, folder, quiet)
-        need_images(other, args.mpp, quiet)
+        need_images(other, args.mpp, quiet, args.crop)
         if other.name in [test.name for test in tests]:
             raise UserError(
                 f"--test: two datasets are called {other.name}; rename one of the files"

@@ -18,12 +18,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import common
 from common import UserError
+from dataset.formats.cells import are_class_names
 from encoders.layers import Linear, linear
 
 TARGETS = ("qkv", "proj", "fc1", "fc2")
@@ -357,11 +358,13 @@ HARMLESS |= {"ensure_weight_tying"}
 PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
-def save_peft(encoder: nn.Module, folder, base: str = "", head: nn.Linear | None = None) -> None:
+def save_peft(
+    encoder: nn.Module, folder, base: str = "", head: nn.Linear | None = None, classes=None
+) -> None:
     """Write the adapter in peft's format, for timm's model with the same names of layers.
 
     base: name of the model, for the reader. head: written beside it as head.safetensors, which peft
-    ignores and load_head reads.
+    ignores and load_head reads. classes: names of the labels 0 and 1, which go into its header.
     """
     layers = adapted(encoder)
     if not layers:
@@ -395,8 +398,9 @@ def save_peft(encoder: nn.Module, folder, base: str = "", head: nn.Linear | None
     else:
         state = {"head.weight": head.weight, "head.bias": head.bias}
         state = {name: value.detach().float().cpu() for name, value in state.items()}
+        metadata = {"classes": json.dumps(classes)} if classes else None
         with common.atomic(folder / HEAD) as temporary:
-            save_file(state, temporary)
+            save_file(state, temporary, metadata=metadata)
     common.write_json(folder / CONFIG, config)
 
 
@@ -501,6 +505,23 @@ def load_head(folder) -> tuple[torch.Tensor, torch.Tensor] | None:
     if len(weight) == 2:
         weight, bias = weight[1:] - weight[:1], bias[1:] - bias[:1]
     return weight, bias
+
+
+def head_classes(folder) -> list | None:
+    """Names of the labels 0 and 1 in the header of an adapter's head.safetensors, None if it does
+    not say them.
+    """
+    file = Path(folder) / HEAD
+    if not file.is_file():
+        return None
+    try:
+        with safe_open(file, framework="pt") as handle:
+            names = json.loads((handle.metadata() or {}).get("classes", "null"))
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not readable ({error})") from None
+    if names is not None and not are_class_names(names):
+        raise UserError(f"{file}: the class names in its header are damaged")
+    return names
 
 
 def adapter_hash(folder) -> str:

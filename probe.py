@@ -36,7 +36,7 @@ PROBES = {
     "uni": "logistic regression of UNI's evaluation: 1/C * |W| / 2, the norm not squared (the "
     "paper's)",
     "l2": "logistic regression with squared L2, C chosen on the validation set",
-    "knn": "share of mitotic figures among the nearest neighbours by cosine (not exportable)",
+    "knn": "share of label 1 among the nearest neighbours by cosine (not exportable)",
     "prototype": "few shots: the nearer of two class means",
 }
 # The flags that only one kind of probe has.
@@ -84,7 +84,7 @@ def arguments():
     return parser.parse_args()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ProbeSettings(runs.Settings):
     """The flags that change a probe's result."""
 
@@ -112,6 +112,7 @@ def settings_of(args, probe, split, encoder, dtype):
         pool=encoder.pool,
         layer=args.layer,
         size=models.unusual_size(encoder),
+        crop=args.crop,
         fit=args.fit,
         mpp=args.mpp,
         dtype=models.name_of(dtype),
@@ -167,7 +168,7 @@ def main():
     rank, _ = engine.launched()
     device = engine.process_device(args.device)
     annotations = flags.from_arguments(args, quiet=rank > 0)
-    flags.need_images(annotations, args.mpp, quiet=rank > 0)
+    flags.need_images(annotations, args.mpp, rank > 0, args.crop)
     tests = flags.further(args, annotations, quiet=rank > 0)
     splits = flags.splits(args, annotations, tests, quiet=rank > 0)
     dtype = models.resolve_dtype(args.dtype, device, models.find_encoder(args.model))
@@ -177,7 +178,12 @@ def main():
     model = models.PatchClassifier(encoder, tta=args.tta).to(device)
     size = encoder.size
     patches = Patches(
-        annotations, size=size, fit=args.fit, mpp=args.mpp, source_mpp=args.source_mpp
+        annotations,
+        size=size,
+        fit=args.fit,
+        mpp=args.mpp,
+        source_mpp=args.source_mpp,
+        crop=args.crop,
     )
     jobs = []
     if rank == 0:
@@ -187,7 +193,7 @@ def main():
     X = all_embeddings(model, annotations, patches, args, dtype)
     features = []
     for other in tests:
-        reader = Patches(other, size=size, fit=args.fit, mpp=args.mpp)
+        reader = Patches(other, size=size, fit=args.fit, mpp=args.mpp, crop=args.crop)
         features.append((other, all_embeddings(model, other, reader, args, dtype)))
     if rank > 0:
         return
@@ -211,7 +217,7 @@ def main():
 
 def plan(args, annotations, splits, encoder, dtype):
     """The Jobs of all probes and splits; UserError if an existing run was done differently."""
-    facts = flags.facts(annotations, args.fit, args.mpp, args.source_mpp, encoder.size)
+    facts = flags.facts(annotations, args.fit, args.mpp, args.source_mpp, encoder.size, args.crop)
     jobs = []
     source = flags.source(args) | {"revision": args.revision}
     domains = np.unique(annotations.domain)
@@ -294,6 +300,8 @@ def all_embeddings(model, annotations, patches, args, dtype):
         parts.append(f"layer{args.layer}")
     if models.unusual_size(encoder):
         parts.append(f"{encoder.size}px")
+    if args.crop:
+        parts.append(f"crop{args.crop}")
     if args.tta:
         parts.append("tta")
     path = Path(args.runs) / "embeddings" / annotations.name / "-".join(parts)
@@ -450,7 +458,7 @@ def logits_of(job, features, rows, X, labels):
 
 
 def knn_logits(features, X, labels, train, rows, k):
-    """Log-odds of the mitotic figures among the k training rows nearest by cosine, one of each
+    """Log-odds of label 1 among the k training rows nearest by cosine, one of each
     class added.
     """
 

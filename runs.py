@@ -45,9 +45,12 @@ SETS = {"val": "validation set", "test": "test set"}
 # ---------------------------------------------------------------- settings
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The flags that change a run's result, by their names in config.json's "flags"."""
+    """The flags that change a run's result, by their names in config.json's "flags".
+
+    Fields with a default came later: runs of earlier versions do not have them, and mean it.
+    """
 
     data: str  # name of the dataset
     model: str
@@ -61,19 +64,20 @@ class Settings:
     weights: str | None
     pool: str | None
     layer: int | None
-    size: int | None  # px of the patches that the encoder reads; None: as published
     fit: str
     mpp: float | None
     dtype: str
-    folds: int | None = dataclasses.field(default=None, kw_only=True)  # of a cross-validation
-    leave_out: str | None = dataclasses.field(default=None, kw_only=True)  # domain
+    size: int | None = None  # px of the patches that the encoder reads; None: as published
+    crop: int | None = None  # px of a patch that are shown; None: all
+    folds: int | None = None  # of a cross-validation
+    leave_out: str | None = None  # domain
 
     def flags(self):
-        """config.json's "flags"; runs of earlier versions have no "size", "folds", "leave_out"."""
+        """config.json's "flags", without what is at its default (see above)."""
         flags = dataclasses.asdict(self)
-        for name in ("size", "folds", "leave_out"):
-            if flags[name] is None:
-                del flags[name]
+        for field in dataclasses.fields(self):
+            if flags[field.name] == field.default:
+                del flags[field.name]
         return flags
 
     @property
@@ -93,6 +97,8 @@ class Settings:
             parts.append(f"layer{self.layer}")
         if self.size:
             parts.append(f"{self.size}px")
+        if self.crop:
+            parts.append(f"crop{self.crop}")
         if tta:
             parts.append("tta")
         if self.by != "case":
@@ -112,7 +118,12 @@ def configuration(settings, annotations, facts, encoder, source, **base):
     """
     return {
         "flags": settings.flags(),
-        "data": {"name": annotations.name, "fingerprint": annotations.fingerprint(), **facts},
+        "data": {
+            "name": annotations.name,
+            "fingerprint": annotations.fingerprint(),
+            "classes": list(annotations.classes),
+            **facts,
+        },
         "encoder": {
             "name": settings.model,
             "licence": encoder.licence,
@@ -160,8 +171,8 @@ def differing(old, new):
             if part == "flags" and key in ("weights", "adapter"):
                 continue  # compared by their hash: where they lie does not matter
             unsaid = not (before.get(key) and after.get(key))
-            if part == "data" and key in ("pixels", "mixed_mpp") and unsaid:
-                continue  # runs of version 1.0 and earlier do not tell
+            if part == "data" and key in ("pixels", "mixed_mpp", "classes") and unsaid:
+                continue  # runs of earlier versions do not tell
             # Through JSON, so that tuples equal lists and NumPy's numbers equal Python's.
             was = json.dumps(before.get(key), default=common.plain, sort_keys=True)
             now = json.dumps(after.get(key), default=common.plain, sort_keys=True)

@@ -211,6 +211,7 @@ def settings_of(args, split, base, dtype, adapter):
         pool=args.pool,
         layer=args.layer,
         size=models.unusual_size(base),
+        crop=args.crop,
         fit=args.fit,
         mpp=args.mpp,
         dtype=models.name_of(dtype),
@@ -271,7 +272,7 @@ def main():
 
     # Data and weights: everything that can be wrong with them is found before the training.
     annotations = flags.from_arguments(args, quiet=quiet)
-    flags.need_images(annotations, args.mpp, quiet)
+    flags.need_images(annotations, args.mpp, quiet, args.crop)
     tests = flags.further(args, annotations, quiet)
     splits = flags.splits(args, annotations, tests, quiet)
     if args.weights == "random" and not quiet:
@@ -282,7 +283,7 @@ def main():
     base = load_base(args, dtype, device)
     if args.lora:
         engine.adapt(base, **adapter)  # once, to see that the adapters fit
-    facts = flags.facts(annotations, args.fit, args.mpp, args.source_mpp, base.size)
+    facts = flags.facts(annotations, args.fit, args.mpp, args.source_mpp, base.size, args.crop)
     patches = Patches(
         annotations,
         size=base.size,
@@ -290,6 +291,7 @@ def main():
         mpp=args.mpp,
         source_mpp=args.source_mpp,
         jitter=args.jitter,
+        crop=args.crop,
     )
 
     # One run after the other.
@@ -485,7 +487,13 @@ def further_tests(args, settings, tests, path, device, dtype):
     autocast = dtype if dtype != torch.float32 else None
     predicted = []
     for other in pending:
-        reader = Patches(other, size=model.encoder.size, fit=settings.fit, mpp=settings.mpp)
+        reader = Patches(
+            other,
+            size=model.encoder.size,
+            fit=settings.fit,
+            mpp=settings.mpp,
+            crop=settings.crop,
+        )
         title = other.name if engine.rank() == 0 else None
         logits = engine.predict_together(
             model, reader, len(other), settings.batch_size, autocast, title

@@ -59,7 +59,7 @@ def fit_head(model, count):
     train, test = (
         generator.permutation(annotations.rows(ids))[:count] for ids in (split.train, split.test)
     )
-    reader = Patches(annotations, size=model.encoder.size, fit=choices.fit)
+    reader = Patches(annotations, size=model.encoder.size, fit=choices.fit, crop=choices.crop)
     embeddings = models.predict(
         model, reader.read(train), output="embedding", progress="fitting the head"
     )

@@ -417,8 +417,8 @@ class Annotations:
     """Annotations of a dataset: arrays of equal length N, and what is known of their images.
 
     id, image, case, domain: str. image is the path below `root`. x, y: float64, px at level 0, the
-    centre (NaN for ready-made patches). label: int8, 1 mitotic figure, 0 hard negative. The table
-    is sorted by image."""
+    centre (NaN for ready-made patches). label: int8, 0 or 1, called as `classes` says. The table is
+    sorted by image."""
 
     id: np.ndarray
     image: np.ndarray
@@ -442,6 +442,7 @@ class Annotations:
     all_images: list = field(default_factory=list)  # labelled and unlabelled
     missing: list = field(default_factory=list)  # images that are not below root
     notes: list = field(default_factory=list)
+    classes: tuple = cells.MITOSIS  # names of the labels 0 and 1
     _cache: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __len__(self):
@@ -583,6 +584,7 @@ def load_dataset(
         scanner=optional(scanners, str),
         species=optional(species, str),
         split=optional(splits, str),
+        classes=_class_names(table, known, classes),
     )
 
 
@@ -599,6 +601,13 @@ def _known_by_header(source):
         if wanted <= header:
             return name
     return None
+
+
+def _class_names(table, known, classes):
+    """Names of the labels 0 and 1: a known dataset's, unless the user says what its labels mean."""
+    if known and KNOWN[known].classes and classes is KNOWN[known].labels:
+        return KNOWN[known].classes
+    return table.classes
 
 
 def _profile(source, known, classes):

@@ -207,6 +207,17 @@ def patch_side(annotations, fit="resize", size=PATCH):
     return sides.most_common(1)[0][0]
 
 
+def check_crop(annotations, crop):
+    """UserError if a ready-made patch has fewer than `crop` px at one of its sides."""
+    for name in annotations.codes("image")[0].tolist():
+        width, height = image_size(annotations, name)
+        if min(width, height) < crop:
+            raise UserError(
+                f"{annotations.name}: --crop {crop}: {name} is {width} x {height} px; give at most "
+                f"{min(width, height)}"
+            )
+
+
 def _patch_sizes(facts, problems):
     sizes = Counter(fact[:2] for fact in facts.values())
     if len(sizes) > 1:

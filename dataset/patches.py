@@ -42,10 +42,12 @@ class Patches:
     """uint8 RGB patches of an annotation table, by row number.
 
     fit: what becomes of ready-made patches smaller than `size`: "resize" (to size, keeping the
-    aspect ratio) or "pad" (white). Larger ones are cropped at the centre. mpp: resample images to
-    these microns per pixel; source_mpp: those of the images, if neither the annotations nor the
-    files give them. jitter: the Sampler's, as far as it is used. cache: folder of the store of
-    crops (default: $MITOSIS_CACHE, else .crops beside the images); False: never use one.
+    aspect ratio) or "pad" (white). Larger ones are cropped at the centre. crop: a patch shows so
+    many px (of the ready-made file; at `mpp`; or of level 0) and is enlarged to `size`. mpp:
+    resample images to these microns per pixel; source_mpp: those of the images, if neither the
+    annotations nor the files give them. jitter: the Sampler's, as far as it is used. cache: folder
+    of the store of crops (default: $MITOSIS_CACHE, else .crops beside the images); False: never use
+    one.
 
     An existing store is used if it is fresh; one line says that a stale or damaged one is not.
     read_sample, the reading of training, builds a store if the images cannot be read at random
@@ -61,12 +63,14 @@ class Patches:
         workers=4,
         cache=None,
         jitter=0.0,
+        crop=None,
     ):
         if fit not in ("resize", "pad"):
             raise UserError(f"--fit {fit}: resize or pad")
         self.annotations = annotations
         self.size = size
         self.fit = fit
+        self.crop = crop
         self.mpp = mpp
         self.source_mpp = source_mpp
         self.workers = workers
@@ -138,12 +142,38 @@ class Patches:
 
     def wide(self, image, size):
         """Side at level 0 of a window of `size` px on an image (its number in self.images)."""
+        side = self.shown(size)
         if self.mpp is None:
-            return size
+            return side
         if (image, size) not in self._wide:
             source = self.source_mpp or (self.annotations.mpp or {}).get(str(self.images[image]))
-            self._wide[image, size] = slides.source_size(self.path(image), size, self.mpp, source)
+            self._wide[image, size] = slides.source_size(self.path(image), side, self.mpp, source)
         return self._wide[image, size]
+
+    def shown(self, size):
+        """Side in px, at `mpp` if that is given, of the square that a window of `size` px shows; if
+        --crop enlarges it, an even number more than the crop, so that both have one centre.
+        """
+        if not self.crop:
+            return size
+        return self.crop + 2 * math.ceil(self.crop * (size - self.size) / (2 * self.size))
+
+    def enlarged(self, pixels, size):
+        """The middle of uint8 [shown(size), …] enlarged by size / crop → [size, size, 3].
+
+        A margin shows what the patch itself shows, at the same places: the patch is its middle.
+        """
+        side = self.crop * size / self.size  # not a whole number for a margin
+        start = (len(pixels) - side) / 2
+        box = (start, start, start + side, start + side)
+        image = Image.fromarray(pixels)
+        return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+    def _resampled(self, window, size):
+        """A window of level 0, uint8 [wide, wide, 3], as [size, size, 3]."""
+        if not self.crop:
+            return slides.resample(window, size)
+        return self.enlarged(slides.resample(window, self.shown(size)), size)
 
     def path(self, image):
         """Path of an image (its number in self.images)."""
@@ -168,10 +198,10 @@ class Patches:
                 x0, y0 = left - layout["left"][crop], top - layout["top"][crop]
                 if 0 <= min(x0, y0) and max(x0, y0) + wide <= layout["side"]:
                     window = crops[crop, y0 : y0 + wide, x0 : x0 + wide]
-                    patches[i] = slides.resample(window, size)
+                    patches[i] = self._resampled(window, size)
                     return
             slide = slides.open_slide(self.path(image))
-            patches[i] = slides.resample(slide.window(left, top, wide), size)
+            patches[i] = self._resampled(slide.window(left, top, wide), size)
 
         # Reading and decoding release the interpreter's lock, so threads help.
         if self.workers > 1:
@@ -186,6 +216,8 @@ class Patches:
         """One ready-made file as uint8 [size, size, 3]."""
         slide = slides.open_slide(path)
         width, height = slide.width, slide.height
+        if self.crop:
+            return self._ready_made_crop(path, min(width, height), size)
         # 1. A square with the whole file in it, white around it.
         wide = max(width, height)
         if self.fit == "pad":
@@ -206,10 +238,26 @@ class Patches:
             patch = np.pad(patch, (border, border, (0, 0)), mode="reflect")
         return patch
 
+    def _ready_made_crop(self, path, shorter, size):
+        """The middle of a ready-made file, enlarged; a margin is the file's own as far as it goes,
+        then reflected. shorter: its shorter side in px.
+        """
+        if shorter < self.crop:
+            raise UserError(f"{path}: is smaller than the {self.crop} px of --crop")
+        side = self.shown(size)
+        inner = min(side, shorter - (shorter - self.crop) % 2)  # its centre is the crop's, too
+        slide = slides.open_slide(path)
+        pixels = slides.read(path, slide.width / 2, slide.height / 2, inner)
+        border = ((side - inner) // 2,) * 2
+        pixels = np.pad(pixels, (border, border, (0, 0)), mode="reflect")
+        return self.enlarged(pixels, size)
+
     def fingerprint(self, times=True):
         """Hash of what the pixels depend on: the images' content and how patches are cut, with each
         image's scale. times: see images.content."""
         settings = [FINGERPRINT, self.size, self.fit]
+        if self.crop:
+            settings.append(f"crop {self.crop}")
         if self.annotations.kind == "points":
             settings += [self.wide(i, self.size) for i in range(len(self.images))]
         digest = hashlib.sha256(repr(settings).encode())

@@ -24,8 +24,8 @@ SAMPLE = np.dtype(
 
 
 class Sampler:
-    """The patches of each pseudo-epoch: half mitotic figures, and of the rest hard negatives and
-    random patches.
+    """The patches of each pseudo-epoch: half of label 1 (mitotic figures), and of the rest those of
+    label 0 (hard negatives) and random patches.
 
     ids: the training set. random_share: share of random patches (label 0), drawn uniformly from the
     training images; a position whose final window might contain any annotated mitotic figure is
@@ -73,8 +73,9 @@ class Sampler:
         self.negative = rows[annotations.label[rows] == 0]
         if not len(self.positive) or not len(self.negative):
             raise UserError(
-                f"{annotations.name}: the training set needs mitotic figures and hard negatives; "
-                f"it has {len(self.positive)} and {len(self.negative)}"
+                f"{annotations.name}: the training set needs both classes; it has "
+                f"{annotations.classes[1]}: {len(self.positive)}, {annotations.classes[0]}: "
+                f"{len(self.negative)}"
             )
         self.names, self.image_of = annotations.codes("image")
         self.images = np.unique(annotations.image[rows])
@@ -84,7 +85,7 @@ class Sampler:
             if random_share:
                 print(
                     f"{annotations.name}: ready-made patches have no random ones to draw: half "
-                    "mitotic figures, half hard negatives",
+                    f"{annotations.classes[1]}, half {annotations.classes[0]}",
                     flush=True,
                 )
         # A mitotic figure within half the diagonal may lie in the window, whatever the rotation.
@@ -115,7 +116,7 @@ class Sampler:
         if not len(self._allowed[0]):
             raise UserError(
                 f"{self.annotations.name}: the training images have no place for random patches "
-                "without a mitotic figure; use --random-share 0"
+                f"without an annotated {self.annotations.classes[1]}; use --random-share 0"
             )
         return self._allowed
 

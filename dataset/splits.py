@@ -390,8 +390,9 @@ def _fraction(annotations, rows, frac, rng, what):
     if len(order) == 0 or label.all() or not label.any():
         held = "one class only" if len(order) else "no annotation"
         raise UserError(
-            f"{annotations.name}, {what} holds {held} ({label.sum()} mitotic figures, "
-            f"{(label == 0).sum()} look-alikes); the dataset is too small for this split"
+            f"{annotations.name}, {what} holds {held} ({annotations.classes[1]}: {label.sum()}, "
+            f"{annotations.classes[0]}: {(label == 0).sum()}); the dataset is too small for this "
+            "split"
         )
     first = np.sort([np.argmax(label == 1), np.argmax(label == 0)])
     order = np.concatenate([order[first], np.delete(order, first)])

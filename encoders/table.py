@@ -15,7 +15,7 @@ LUNIT = (0.70322989, 0.53606487, 0.66096631), (0.21716536, 0.26081574, 0.2072346
 
 SAFE_OR_BIN = ("model.safetensors", "pytorch_model.bin")
 BIN_OR_SAFE = ("pytorch_model.bin", "model.safetensors")
-POOLS = ("cls", "mean", "cls+mean", "patch-center")
+POOLS = ("cls", "mean", "cls+mean", "patch-center", "cls+center")
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Encoder:
 def embed_dim(spec, pool):
     if pool == "attention":
         return spec.pooler
-    return 2 * spec.dim if pool == "cls+mean" else spec.dim
+    return 2 * spec.dim if pool in ("cls+mean", "cls+center") else spec.dim
 
 
 def flops(spec, size=None):

@@ -113,6 +113,7 @@ class ViT(nn.Module):
         cls+mean      both, one after the other                                    D = 2 dim
         patch-center  mean of the patch tokens around the cell: 4 × 4 of the       D = dim
                       grids of 14 × 14 and 16 × 16 (56 and 64 px), 8 × 8 of 28 × 28 (64 px)
+        cls+center    the class token, then patch-center                           D = 2 dim
         attention     all tokens, by AttentionPooler (CONCH)                       D = pooler
     `layer`: the number of blocks that run (1 … depth). Later blocks are not built; the final norm
     is still applied, so that embeddings of different layers have comparable scales.
@@ -186,11 +187,12 @@ class ViT(nn.Module):
         if self.pool == "attention":
             return self.pooler(x)
         patches = x[:, self.prefix :]
-        if self.pool == "patch-center":
+        if self.pool in ("patch-center", "cls+center"):
             start, side = self.centre
             rows = patches.unflatten(1, (self.grid, self.grid))
-            return rows[:, start : start + side, start : start + side].mean(dim=(1, 2))
-        mean = patches.mean(dim=1)
-        if self.pool == "mean":
+            mean = rows[:, start : start + side, start : start + side].mean(dim=(1, 2))
+        else:
+            mean = patches.mean(dim=1)
+        if self.pool in ("patch-center", "mean"):
             return mean
         return torch.cat([x[:, 0], mean], dim=-1)

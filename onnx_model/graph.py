@@ -137,7 +137,7 @@ def proto(g, size, input_type, outputs):
         shape, kind = ["N", size, size, 3], TensorProto.UINT8
     graph = helper.make_graph(
         g.nodes,
-        "mitotic figure classifier",
+        "patch classifier",
         [helper.make_tensor_value_info("patches", kind, shape)],
         [
             helper.make_tensor_value_info(name, TensorProto.FLOAT, dimensions)

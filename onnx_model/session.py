@@ -16,6 +16,7 @@ import onnxruntime
 
 import common
 from common import UserError
+from dataset.formats.cells import are_class_names
 from onnx_model import reading
 
 FORMAT = f"{common.NAME}-classifier"  # metadata_props["format"] of every exported model
@@ -392,6 +393,8 @@ def read_metadata(session, path):
     kind, shape = "tensor(float)", [3, size, size]
     if metadata["input"] == "uint8":
         kind, shape = "tensor(uint8)", [size, size, 3]
+    if metadata.get("crop") not in (None, metadata["patch"]):
+        raise damaged(path, "crop", metadata["crop"])
     if not are_scales(metadata.get("mixed_mpp")):
         raise damaged(path, "mixed_mpp", metadata["mixed_mpp"])
     has_head = "probability" in [output.name for output in session.get_outputs()]
@@ -420,12 +423,7 @@ def is_text(value):
 
 
 def are_labels(value):
-    return value is None or (
-        isinstance(value, list)
-        and len(value) == 2
-        and all(is_text(name) and name.strip() for name in value)
-        and value[0] != value[1]
-    )
+    return value is None or are_class_names(value)
 
 
 def are_scales(value):

@@ -104,16 +104,16 @@ def pool(g, encoder, x):
     def mean(patches):
         return g.op("ReduceMean", patches, g.ints(1), at="pool", keepdims=0)
 
-    if encoder.pool == "patch-center":
-        start, side = encoder.centre
-        rows = np.arange(encoder.grid**2).reshape(encoder.grid, encoder.grid)
-        rows = rows[start : start + side, start : start + side].ravel() + encoder.prefix
-        return mean(g.op("Gather", x, g.tensor("center", rows), at="pool", axis=1))
     if encoder.pool == "attention":
         return attention_pool(g, x, encoder.pooler)
     parts = []
     if "cls" in encoder.pool:
         parts.append(g.op("Gather", x, g.tensor("first", 0, np.int64), at="pool", axis=1))
+    if "center" in encoder.pool:
+        start, side = encoder.centre
+        rows = np.arange(encoder.grid**2).reshape(encoder.grid, encoder.grid)
+        rows = rows[start : start + side, start : start + side].ravel() + encoder.prefix
+        parts.append(mean(g.op("Gather", x, g.tensor("center", rows), at="pool", axis=1)))
     if "mean" in encoder.pool:
         start, end = g.ints(encoder.prefix), g.ints(encoder.prefix + encoder.grid**2)
         parts.append(mean(g.op("Slice", x, start, end, g.ints(1), at="pool")))

@@ -115,14 +115,14 @@ def auroc_of_draws(counts, y, p, case):
 
 
 def _wins(y, p, case, cases):
-    """[a, b]: twice the pairs of a mitotic figure of case a and a look-alike of case b in the right
+    """[a, b]: twice the pairs of a positive of case a and a negative of case b in the right
     order; ties count once.
     """
     order = np.argsort(p[y], kind="stable")
-    figure_score, figure_case = p[y][order], case[y][order]
+    positive_score, positive_case = p[y][order], case[y][order]
     order = np.argsort(p[~y], kind="stable")
     other_score, other_case = p[~y][order], case[~y][order]
-    # The look-alikes of each case, in the order of their scores.
+    # The negatives of each case, in the order of their scores.
     by_case = np.argsort(other_case, kind="stable")
     size = np.bincount(other_case, minlength=cases)
     ends = np.cumsum(size)
@@ -130,8 +130,8 @@ def _wins(y, p, case, cases):
     for b in np.flatnonzero(size):
         scores = other_score[by_case[ends[b] - size[b] : ends[b]]]
         for side in ("left", "right"):
-            beaten = np.searchsorted(scores, figure_score, side)
-            wins[:, b] += np.bincount(figure_case, beaten, cases)
+            beaten = np.searchsorted(scores, positive_score, side)
+            wins[:, b] += np.bincount(positive_case, beaten, cases)
     return wins
 
 

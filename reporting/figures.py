@@ -277,7 +277,7 @@ def roc_pr(curves):
 
 
 @styled
-def reliability(curves, positive=metrics.CLASSES[1]):
+def reliability(curves, positive):
     """Observed share of class 1 over its probability, repeats pooled; bins of fewer than 5 patches
     are left out. curves: as in roc_pr(); positive: name of class 1.
     """

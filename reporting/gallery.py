@@ -54,13 +54,14 @@ def gallery(finished, given):
     ids, y, _, _, domain = first.rows("test")
     p = np.mean([run.rows("test")[2] for run in repeats], axis=0)
     annotations, reading = dataset_of(first, given)
-    flags.need_images(annotations, first.flags.get("mpp"), quiet=True)
+    flags.need_images(annotations, first.flags.get("mpp"), True, first.flags.get("crop"))
     patches = Patches(
         annotations,
         size=first.flags.get("size") or PATCH,
         fit=first.flags.get("fit") or "resize",
         mpp=first.flags.get("mpp"),
         source_mpp=reading.source_mpp,
+        crop=first.flags.get("crop"),
     )
     sheet = draw_errors(patches, annotations.rows(ids), ids, y, p, domain)
     buffer = io.BytesIO()

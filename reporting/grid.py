@@ -27,6 +27,7 @@ NAMED = (
     "pool",
     "layer",
     "size",
+    "crop",
     "fit",
     "tta",
     "C",
@@ -36,7 +37,7 @@ NAMED = (
     "adapter",
 )
 # Flags that must agree with the run's if a command gives them.
-COMPARED = ("val_frac", "epochs", "epoch_size", "rank", "pool", "layer", "size")
+COMPARED = ("val_frac", "epochs", "epoch_size", "rank", "pool", "layer", "size", "crop")
 STATES = ("done", "running", "failed", "missing")
 
 

@@ -1,9 +1,9 @@
 """Metrics of predictions in NumPy, the choice of a threshold, the summary of a run.
 
-Labels are 0 (look-alike) and 1 (mitotic figure); weights are counts or any numbers from 0. NaN is
-an error everywhere. A metric that needs a missing class is NaN, and None in the summaries that go
-into JSON: there AUROC, balanced accuracy and weighted F1 need both classes, average precision and
-sensitivity need a mitotic figure."""
+Labels are 0 and 1, whatever the data call them (the positive class is label 1); weights are counts
+or any numbers from 0. NaN is an error everywhere. A metric that needs a missing class is NaN, and
+None in the summaries that go into JSON: there AUROC, balanced accuracy and weighted F1 need both
+classes, average precision and sensitivity need a positive."""
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -11,10 +11,6 @@ from numpy.typing import ArrayLike
 from common import UserError
 
 ECE_BINS = 15
-CLASSES = (
-    "look-alike",
-    "mitotic figure",
-)  # the names of labels 0 and 1 unless a dataset has others
 
 
 def checked(y, p, weight=None, what="probabilities"):
@@ -54,7 +50,7 @@ def checked(y, p, weight=None, what="probabilities"):
 
 
 def auroc(y: ArrayLike, p: ArrayLike, weight: ArrayLike | None = None) -> float:
-    """Area under the ROC curve: P(p of a mitotic figure > p of a look-alike) + P(equal) / 2.
+    """Area under the ROC curve: P(p of a positive > p of a negative) + P(equal) / 2.
 
     y: labels [N]; p: scores [N], any monotone function of the probability; weight: [N] or None.
     NaN unless both classes are present.
@@ -95,13 +91,13 @@ def tie_starts(p):
 
 
 def won_pairs(positive, negative, starts):
-    """Weighted number of pairs in which the mitotic figure has the higher score; ties count half.
+    """Weighted number of pairs in which the positive has the higher score; ties count half.
 
     positive, negative: weights of the two classes [N] in the order of rising scores; starts: where
     each group of equal scores starts (tie_starts).
     """
     last = np.r_[starts[1:], len(positive)] - 1
-    upto = np.cumsum(negative)[last]  # look-alikes up to and including each group
+    upto = np.cumsum(negative)[last]  # negatives up to and including each group
     below = np.r_[0.0, upto[:-1]]
     return (np.add.reduceat(positive, starts) * (below + upto)).sum() / 2
 
@@ -124,7 +120,7 @@ def counts_by_score(y, p, weight=None):
 
 def average_precision(y, p, weight=None):
     """Sum of precision × gain in recall over the distinct scores, from the highest. NaN without a
-    mitotic figure.
+    positive.
     """
     _, tp, fp = counts_by_score(y, p, weight)
     if not len(tp) or tp[-1] == 0:
@@ -149,25 +145,25 @@ def _ratio(a, b):
 
 
 def sensitivity(y, pred, weight=None):
-    """Share of the mitotic figures called mitotic; NaN if there is none."""
+    """Share of the positives called positive; NaN if there is none."""
     tp, _, fn, _ = confusion(y, pred, weight)
     return _ratio(tp, tp + fn)
 
 
 def specificity(y, pred, weight=None):
-    """Share of the look-alikes that are rejected; NaN if there is none."""
+    """Share of the negatives called negative; NaN if there is none."""
     _, fp, _, tn = confusion(y, pred, weight)
     return _ratio(tn, tn + fp)
 
 
 def precision(y, pred, weight=None):
-    """Share of mitotic figures among those called mitotic; 0 if none is."""
+    """Share of positives among those called positive; 0 if none is."""
     tp, fp, _, _ = confusion(y, pred, weight)
     return tp / (tp + fp) if tp + fp else 0.0
 
 
 def f1(y, pred, weight=None):
-    """2 tp / (2 tp + fp + fn) of the mitotic class; 0 if nothing is mitotic or called mitotic."""
+    """2 tp / (2 tp + fp + fn) of the positive class; 0 if nothing is positive or called so."""
     tp, fp, fn, _ = confusion(y, pred, weight)
     return _f1(tp, fp, fn)
 
@@ -217,7 +213,7 @@ def brier(y, p, weight=None):
 
 
 def reliability(y, p, bins=ECE_BINS, weight=None):
-    """(count, mean probability, share of mitotic figures), each [bins], in bins of equal width; NaN
+    """(count, mean probability, share of positives), each [bins], in bins of equal width; NaN
     in empty bins.
     """
     y, p, weight = checked(y, p, weight)
@@ -232,7 +228,7 @@ def reliability(y, p, bins=ECE_BINS, weight=None):
 
 
 def expected_calibration_error(y, p, bins=ECE_BINS, weight=None):
-    """Mean of |mean probability - share of mitotic figures| over bins of equal width, weighted by
+    """Mean of |mean probability - share of positives| over bins of equal width, weighted by
     their counts.
     """
     count, mean, share = reliability(y, p, bins, weight)

@@ -68,9 +68,20 @@ def write(finished, problems, args, means=None):
         elif isinstance(part, Picture) and part.name:
             for kind, content in part.files.items():
                 files[f"{part.name}.{kind}"] = content
-    files["index.html"] = page(parts, problems, results.notes(finished), len(finished))
+    files["index.html"] = page(
+        parts, problems, results.notes(finished), len(finished), title(finished)
+    )
     folder.write(args.out, "runs", files)
     return Path(args.out) / "index.html"
+
+
+def title(finished):
+    """What the runs tell apart, if it is the same in all."""
+    pairs = {run.classes for run in finished}
+    if len(pairs) > 1:
+        return "Patch classification"
+    negative, positive = pairs.pop()
+    return f"{positive} against {negative}"
 
 
 def embedded(path):
@@ -358,13 +369,13 @@ def _escaped(text):
     return html.escape(common.printable(text))
 
 
-def page(parts, problems, notes, count):
+def page(parts, problems, notes, count, title):
     """The self-contained HTML page: pictures inside, no script, nothing from elsewhere.
 
     parts: Table, Picture and Text in their order; problems: (path, what) of runs that do not count;
-    notes: sentences; count: number of runs."""
+    notes: sentences; count: number of runs; title: what they tell apart."""
     runs = common.counted(count, "finished run")
-    body = [f"<h1>Mitotic figure classification: {runs}</h1>"]
+    body = [f"<h1>{_escaped(title)}: {runs}</h1>"]
     if problems:
         items = [
             f"<li><code>{_escaped(os.fspath(path))}</code>: {_escaped(what)}</li>"
@@ -395,7 +406,7 @@ def page(parts, problems, notes, count):
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<link rel="icon" href="data:,"><title>Mitotic figure classification</title>'
+        f'<link rel="icon" href="data:,"><title>{_escaped(title)}</title>'
         f"<style>{STYLE}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n"
     )
 

@@ -12,6 +12,7 @@ import numpy as np
 import common
 import runs
 from common import UserError
+from dataset.formats.cells import MITOSIS, are_class_names
 from reporting import metrics
 
 FILES = ("config.json", "split.json", "predictions.csv", "metrics.json")
@@ -49,7 +50,7 @@ class Finished:
     threshold: float
     sets: dict  # name → summary
     seconds: float | None = None
-    classes: tuple = metrics.CLASSES  # names of the labels 0 and 1
+    classes: tuple = MITOSIS  # names of the labels 0 and 1
     source: dict = field(default_factory=dict)  # the flags that its data was read with
     hashes: dict = field(default_factory=dict)  # of the split and of the test sets
     settings: dict = field(default_factory=dict)  # what repeats must have in common
@@ -214,6 +215,7 @@ def _checked_flags(flags):
         ("val_frac", lambda v: _is_number(v) and 0 < v <= 1, "a number above 0, up to 1"),
         ("fit", lambda v: v in ("resize", "pad"), "resize or pad"),
         ("mpp", lambda v: _is_number(v) and v > 0, "a number above 0 or null"),
+        ("crop", lambda v: _is_whole(v) and 8 <= v <= 4096, "a whole number from 8 to 4096"),
     ):
         if flags.get(key) is not None:
             _expect(fits(flags[key]), place + key, flags[key], what)
@@ -231,7 +233,7 @@ def source_of(config):
         if value is None:
             continue
         place = f"config.json: source.{key}"
-        if key in ("mpp", "source_mpp"):
+        if key in ("mpp", "source_mpp", "crop"):
             _expect(_is_number(value) and value > 0, place, value, "a number above 0 or null")
         else:
             _expect(_is_text(value), place, value, "text or null")
@@ -239,12 +241,12 @@ def source_of(config):
 
 
 def _class_names(data):
-    """Names of the labels 0 and 1 in a config.json's "data"; the usual ones if it has none."""
+    """Names of the labels 0 and 1 in a config.json's "data"; those of the mitosis data sets if it
+    has none, as in runs of earlier versions."""
     names = data.get("classes")
     if names is None:
-        return metrics.CLASSES
-    fits = isinstance(names, list) and len(names) == 2 and all(map(_is_text, names))
-    _expect(fits, "config.json: data.classes", names, "two names")
+        return MITOSIS
+    _expect(are_class_names(names), "config.json: data.classes", names, "two different names")
     return tuple(names)
 
 

@@ -13,7 +13,6 @@ import numpy as np
 import common
 from dataset.annotations import KNOWN
 from reporting import bootstrap, figures
-from reporting.metrics import CLASSES
 
 # In the order of the paper's tables.
 METHODS = {"full": "end-to-end", "probe": "linear probe", "lora": "LoRA"}
@@ -344,10 +343,9 @@ def decisions_table(name, title, named, positive):
     header = ["model", "av. precision", "Brier", "ECE"]
     for threshold in ("0.5", "t"):
         header += [f"{key} at {threshold}" for key in (*decisions[:3], "F1")]
-    described = "mitotic class" if positive == CLASSES[1] else f"class {positive}"
     note = (
-        f"Sensitivity, precision and F1 of the {described}; t: the threshold of the best F1 on "
-        "validation."
+        f"Sensitivity, precision and F1 of the class {positive}; t: the threshold of the best F1 "
+        "on validation."
     )
     return Table(name, title, [*header, "t"], rows, [note])
 

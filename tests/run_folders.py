@@ -92,7 +92,11 @@ def make(
     )
     config = {
         "flags": flags,
-        "data": {"name": table.name, "fingerprint": table.fingerprint()},
+        "data": {
+            "name": table.name,
+            "fingerprint": table.fingerprint(),
+            "classes": list(table.classes),
+        },
         "encoder": {"name": model},
         "environment": {},
     }

@@ -28,6 +28,7 @@ import flags
 import models
 import probe
 import runs
+from dataset.formats.cells import MITOSIS
 from onnx_model import graph, nodes, parity, session, vit
 from reporting import ensemble, metrics, results
 
@@ -717,7 +718,7 @@ def test_a_runs_adapter_goes_out_and_comes_back(made, tmp_path, monkeypatch, cap
         probability = torch.sigmoid(unmerged.classify(embedding)).numpy()
     model = session.Classifier(tmp_path / "m.onnx", "cpu")
     assert np.abs(model(images) - probability).max() <= 1e-5
-    assert (model.mpp, model.threshold, model.labels) == (0.25, 0.5, export.LABELS)
+    assert (model.mpp, model.threshold, model.labels) == (0.25, 0.5, list(MITOSIS))
     assert model.metadata["licence"] == "MIT" and "on unknown data" in model.describe()
 
     (tmp_path / "peft" / "head.safetensors").unlink()

@@ -98,7 +98,7 @@ def test_every_axis_has_a_label_and_every_line_a_look_of_its_own():
     drawn = [
         figures.scaling(lines),
         figures.roc_pr(curves),
-        figures.reliability(curves),
+        figures.reliability(curves, "mitotic figure"),
         figures.cross_domain(matrices, domains),
         figures.leak([("uni LoRA, 100%", 0.8, 0.9)]),
     ]

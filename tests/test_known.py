@@ -100,6 +100,7 @@ def test_amibr_by_its_name(root):
     a = flags.load_dataset("amibr")
     assert (a.name, a.known, a.kind, len(a)) == ("amibr", "amibr", "patches", 12)
     assert a.root == root / "amibr/AMi-Br" and not a.missing
+    assert a.classes == ("normal", "atypical")
     assert sorted(set(a.case)) == [
         "MIDOG21-002.tiff",
         "MIDOG21-060.tiff",
@@ -129,6 +130,9 @@ def test_a_file_of_a_known_name_with_columns_of_the_users(root):
 def test_atnorm_lies_beside_amibr(root):
     br, md = flags.load_dataset("atnorm-br"), flags.load_dataset("atnorm-md")
     assert (br.name, br.label.tolist(), br.share) == ("atnorm-br", [1, 0, 0], None)
+    assert br.classes == md.classes == ("normal", "atypical")
+    chosen = {"mitotic": ["Normal"], "other": ["Atypical"]}
+    assert flags.load_dataset("atnorm-br", classes=chosen).classes == ("Atypical", "Normal")
     assert md.root == root / "amibr/AtNorM-MD"
     found = {image.split("/")[-1]: share for image, share in zip(md.image, md.share.tolist())}
     assert found == pytest.approx({"1.png": 0.6, "2.png": 0, "3.png": 0.2})

@@ -300,6 +300,7 @@ def test_pools(patch, middle):
             "mean": tokens[:, 3:].mean(1),
             "cls+mean": torch.cat([tokens[:, 0], tokens[:, 3:].mean(1)], 1),
             "patch-center": grid[:, middle, middle].mean((1, 2)),
+            "cls+center": torch.cat([tokens[:, 0], grid[:, middle, middle].mean((1, 2))], 1),
         }
         for pool, value in expected.items():
             network = filled(spec, pool=pool)

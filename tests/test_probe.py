@@ -362,6 +362,7 @@ def test_kill_9_in_the_extraction(tmp_path, table, capsys):
         (["--pool", "mean"], "wide-mean", 256),
         (["--pool", "cls+mean"], "wide-cls+mean", 512),
         (["--pool", "patch-center"], "wide-patch-center", 256),
+        (["--pool", "cls+center"], "wide-cls+center", 512),
         (["--layer", 1], "wide-cls-layer1", 256),
         (["--tta"], "wide-cls-tta", 256),
     ],

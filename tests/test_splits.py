@@ -499,7 +499,7 @@ def test_jitter_and_accept():
 
 def test_one_class_cannot_be_sampled():
     a = made([40] * 10)
-    with pytest.raises(UserError, match="needs mitotic figures and hard negatives"):
+    with pytest.raises(UserError, match="needs both classes"):
         data.Sampler(a, a.id[a.label == 1])
     with pytest.raises(UserError, match="no annotation 'zz'"):
         data.Sampler(a, ["zz"])

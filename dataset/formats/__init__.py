@@ -63,9 +63,9 @@ def read(
     folder per class.
 
     classes: {"mitotic": [...], "other": [...] or None}, the class ids or names of each label (see
-    `parse_classes`). profile: a name of PROFILES. columns: {"path": "dataset_uid", ...}, see
-    `parse_columns`. UserError: unknown format, damaged file, labels that do not say which class is
-    which."""
+    `parse_classes`); with "own_names": True also numbers are names that the outputs show. profile:
+    a name of PROFILES. columns: {"path": "dataset_uid", ...}, see `parse_columns`. UserError:
+    unknown format, damaged file, labels that do not say which class is which."""
     path = Path(path)
     if profile is not None and profile not in PROFILES:
         raise UserError(f"--profile {profile}: unknown; known are {', '.join(PROFILES)}")
@@ -90,6 +90,7 @@ def read(
     else:
         labels = cells.class_labels(path, names, classes, profile)
     cells.labelled(table, labels)
+    table.classes = cells.class_names(table.names, labels, classes)
     cells.check_scale(table)
     cells.unique_ids(table, path.name)
     return table

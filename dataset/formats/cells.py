@@ -1,9 +1,9 @@
 """The table of cells that every format is read into, the rule what a cell is, class names, and
 checks of single values.
 
-Labels are 1 (mitotic figure) and 0 (hard negative, the look-alike). They are never guessed: they
-follow from class names that everybody reads the same way, from a named profile, or from what the
-user says."""
+Labels are 1 and 0; in the mitosis data sets mitotic figure and hard negative (the look-alike). They
+are never guessed: they follow from class names that everybody reads the same way, from a named
+profile, or from what the user says. What the two are called comes with the data (`class_names`)."""
 
 import math
 import re
@@ -15,8 +15,13 @@ from common import UserError
 
 MAX_COORDINATE = 1e7  # px; the largest scans have some 4e5
 MAX_TEXT = 512  # characters of a name, case, domain or id
+MAX_JOINED = 4  # classes of one label whose names are written out
 # px, side of a shape's bounding box. Boxes of mitotic figures have 50 px; 256 px are 64 µm at 40x.
 MAX_CELL = 256
+
+# What the mitosis data sets call the labels 0 and 1, and so does all that does not say it: runs and
+# models of before class names came with the data.
+MITOSIS = ("hard negative", "mitotic figure")
 
 # SlideRunner's class ids differ between data sets: profile → (mitotic figure, hard negative).
 PROFILES = {
@@ -159,6 +164,7 @@ class Table:
     mpp: dict = field(default_factory=dict)  # image → µm/px
     notes: list = field(default_factory=list)  # what a user should know
     licence: str = None
+    classes: tuple = MITOSIS  # names of the labels 0 and 1
     content: object = None  # what the file held, for writing it back
     given_ids: list = None  # of candidates, whose `ids` are their titles: the file's, or None
 
@@ -301,7 +307,8 @@ def labelled(table, labels):
             share_of(*votes, labels, label) for votes, label in zip(table.votes, table.labels)
         ]
     if not rows:
-        message = f"{table.path}: holds no annotation of a mitotic figure or hard negative"
+        named = ", ".join(shown(table.category_name(category)) for category in list(labels)[:8])
+        message = f"{table.path}: holds no annotation of its classes with a label ({named})"
         if table.regions:
             message += f"; shapes of more than {MAX_CELL} px count as regions, not as cells"
         raise UserError(message)
@@ -445,15 +452,13 @@ def _chosen_labels(where, names, classes, flag):
                 if plain(value) != plain(names[category]):
                     by_number.add(category)
                 if labels.setdefault(category, label) != label:
-                    raise UserError(
-                        f"{where}: class {category} would be both mitotic figure and hard negative"
-                    )
+                    raise UserError(f"{where}: class {category} would have both labels, 1 and 0")
     if classes["other"] is None:
         rest = [category for category in names if category not in labels]
         if len(rest) != 1:
             raise UserError(
                 f"{where}: besides {', '.join(classes['mitotic'])} there are {len(rest)} other "
-                f"classes (classes: {listed(names)}); name the hard negatives with --negative"
+                f"classes (classes: {listed(names)}); name those of label 0 with --negative"
             )
         labels[rest[0]] = 0
     # A number may be a slip; who names a class in words means it ("mitosis" against "atypical
@@ -466,6 +471,56 @@ def _chosen_labels(where, names, classes, flag):
                 f"opposite of what {flag} says; its classes are {listed(names)}"
             )
     return labels
+
+
+def class_names(names, labels, classes=None):
+    """(name of label 0, name of label 1) as the data say it.
+
+    names: {class id: name or None}; labels: {class: 1 or 0}; classes: what the user says, see
+    formats.read, or None. The mitosis data sets write theirs in many ways, which all become
+    MITOSIS, and so do classes without a name that --classes calls mitotic and other."""
+    sides = [[c for c, label in labels.items() if label == side] for side in (0, 1)]
+    if classes is None or all(
+        _is_mitosis(names, side, meaning, classes) for side, meaning in zip(sides, (OTHER, MITOTIC))
+    ):
+        return MITOSIS
+    joined = []
+    for side in sides:
+        called = list(dict.fromkeys(_printable(names.get(c)) or _printable(c) for c in side))
+        if len(called) > MAX_JOINED:
+            called[MAX_JOINED - 1 :] = [f"{len(called) - MAX_JOINED + 1} others"]
+        joined.append(" or ".join(called))
+    if joined[0].casefold() == joined[1].casefold():  # told apart by their ids alone
+        joined = [f"{name} ({_printable(side[0])})" for name, side in zip(joined, sides)]
+    return tuple(joined)
+
+
+def _is_mitosis(names, side, meaning, classes):
+    """Whether all classes of one label are what `meaning` says, or have no name and were called so
+    by --classes."""
+    for category in side:
+        name = names.get(category)
+        word = name if name is not None and name.strip() else category
+        number = re.fullmatch(r"[+-]?[\d.]*|true|false", canonical(word).lower(), re.ASCII)
+        called_so = number and not classes.get("own_names")
+        if not called_so and plain(word) not in meaning:
+            return False
+    return True
+
+
+def _printable(name):
+    """A class name as it can stand in every output: one line, printable, of at most 60 characters;
+    "" if nothing is left."""
+    words = " ".join(str(name if name is not None else "").split())
+    return shown("".join(c if c.isprintable() else "?" for c in words))
+
+
+def are_class_names(value):
+    """Whether a value of a JSON file is a pair of class names, [of label 0, of label 1]."""
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    texts = all(isinstance(name, str) and name.isprintable() and name.strip() for name in value)
+    return texts and value[0] != value[1]
 
 
 def categories_of(table, names):

@@ -1,11 +1,12 @@
 """The MIDOG challenge's JSON, which its detectors write: "Multiple points" in millimetres.
 
 Each point has a name and a probability, which scoring replaces; the detector's own is kept as
-detector_probability. The file names no image."""
+detector_probability. The file names no image. The names are the challenge's own two, or those of a
+model of other classes."""
 
 from common import UserError
 from dataset.formats import files
-from dataset.formats.cells import Table, canonical
+from dataset.formats.cells import MITOSIS, Table, canonical
 
 ONE_IMAGE = SCALED = SCORED = True
 NAMES = ("non-mitotic figure", "mitotic figure")  # the challenge's own, by label
@@ -52,12 +53,15 @@ def read(source):
 
 
 def own_categories(table, names):
-    """None: a point always gets the challenge's own two names."""
+    """None: a point always gets the name of its class."""
     return None
 
 
 def write(table, path, scores, names, categories):
-    """The file with the new probabilities, and the challenge's own two names by class."""
+    """The file with the new probabilities, and by class the challenge's own two names, or those of
+    a model that tells other classes apart."""
+    if tuple(names) == MITOSIS:
+        names = NAMES
     content = dict(table.content)
     points = content["points"] = [dict(point) for point in content["points"]]
     for place, score in zip(table.places, scores):
@@ -65,7 +69,7 @@ def write(table, path, scores, names, categories):
             probability, label = score
             if "probability" in points[place]:  # the detector's, unless it was scored before
                 points[place].setdefault("detector_probability", points[place]["probability"])
-            points[place].update(probability=probability, name=NAMES[label])
+            points[place].update(probability=probability, name=names[label])
     files.write_json(path, content)
 
 

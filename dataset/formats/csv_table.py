@@ -16,6 +16,7 @@ from dataset.formats import files
 from dataset.formats.cells import (
     AMBIGUOUS,
     IMAGE_SUFFIXES,
+    MITOSIS,
     MITOTIC,
     OTHER,
     Table,
@@ -525,11 +526,12 @@ def own_categories(table, names):
             label = table.content.rows[place][table.content.column["label"]].strip()
             written.setdefault(canonical(label), label)
     values = set(table.names)
-    if values <= {"0", "1"}:
+    mitosis = tuple(names) == MITOSIS  # 1 and true are mitotic figures, as in `labels_of`
+    if mitosis and values <= {"0", "1"}:
         labels = ["0", "1"]
         if "." in "".join(written.values()):
             labels = ["0.0", "1.0"]
-    elif {value.lower() for value in values} <= {"true", "false"}:
+    elif mitosis and {value.lower() for value in values} <= {"true", "false"}:
         labels = ["False", "True"]
         if "".join(values).islower():
             labels = ["false", "true"]
@@ -543,7 +545,7 @@ def own_categories(table, names):
 
 def write(table, path, scores, names, categories):
     """The rows with the columns probability and class; categories: what the column of labels
-    becomes, [hard negative's, mitotic figure's], or None to leave it."""
+    becomes, [label 0's, label 1's], or None to leave it."""
     column, first = table.content.column, table.content.first
     rows = [list(row) for row in table.content.rows]
     header = rows[first]

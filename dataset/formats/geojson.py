@@ -22,7 +22,7 @@ from dataset.formats.cells import (
 )
 
 ONE_IMAGE = True
-COLOURS = {1: (220, 30, 40), 0: (40, 110, 220)}  # RGB of a mitotic figure, of a look-alike
+COLOURS = {1: (220, 30, 40), 0: (40, 110, 220)}  # RGB of a cell by its label
 HOTSPOT_COLOUR = (240, 180, 0)  # of the regions that `write` adds
 # Objects of QuPath that are no cells, whatever their size.
 REGION_OBJECTS = ("root", "tile", "tma_core", "tma core")

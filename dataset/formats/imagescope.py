@@ -77,7 +77,7 @@ def _centre(where, region):
 
 def write(table, path, scores, names, categories):
     """The file with the attributes "probability" and "class" in each scored region; categories:
-    what its text becomes, [hard negative's, mitotic figure's], or None to leave it."""
+    what its text becomes, [label 0's, label 1's], or None to leave it."""
     root = copy.deepcopy(table.content)
     regions = [region for _, region in _regions(root)]
     for place, score in zip(table.places, scores):

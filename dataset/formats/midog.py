@@ -182,7 +182,7 @@ def _read_facts(table, content):
 
 def write(table, path, scores, names, categories):
     """The file with "probability" and "class" in each scored annotation; categories: what
-    category_id becomes, [hard negative's, mitotic figure's], or None to leave it."""
+    category_id becomes, [label 0's, label 1's], or None to leave it."""
     content = dict(table.content)
     annotations = content["annotations"] = [dict(record) for record in content["annotations"]]
     ids = {canonical(record["id"]): record["id"] for record in content.get("categories", ())}

@@ -148,7 +148,7 @@ def _read_slides(table, connection, sized):
 
 def write(table, path, scores, names, categories):
     """A copy of the database with the table Predictions, which SlideRunner ignores. categories:
-    what agreedClass becomes, [hard negative's, mitotic figure's], or None to leave it."""
+    what agreedClass becomes, [label 0's, label 1's], or None to leave it."""
     numbers = categories
     if numbers is None:
         numbers = [_number_of(table, name) for name in names]
