@@ -454,15 +454,16 @@ def classify_folder(args):
     slides.keep_open(4 * len(devices))
     start = time.perf_counter()
     rows, before = folder.run(classifiers, tasks, settings)
-    seconds = time.perf_counter() - start
+    seconds = max(time.perf_counter() - start, 1e-9)
 
     done = [row for row in rows if not row["error"]]
     scored, figures = (sum(int(row[name]) for row in done) for name in ("scored", "figures"))
+    new = scored - sum(int(row["scored"]) for row in before)
     print(
         f"{args.out}: {len(done)} of {common.counted(len(rows), 'slide')} scored "
-        f"({before} of them before), {scored} candidates, {figures} {labels[1]}, "
-        f"{scored - figures} {labels[0]} (threshold {threshold:.4g}); {seconds:.1f} s; report: "
-        f"{settings.out / folder.REPORT}"
+        f"({len(before)} of them before), {scored} candidates, {figures} {labels[1]}, "
+        f"{scored - figures} {labels[0]} (threshold {threshold:.4g}); {new / seconds:.1f} "
+        f"candidates/s; report: {settings.out / folder.REPORT}"
     )
     failed = [row for row in rows if row["error"]]
     for row in failed[:NAMED]:

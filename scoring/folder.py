@@ -507,8 +507,8 @@ def remove_leftovers(tasks, settings):
 
 
 def run(classifiers, tasks, settings):
-    """Score what is not finished → (the lines of the report in order, how many were finished
-    before). UserError: the folder is in use, or its report is none of this command."""
+    """Score what is not finished → (the lines of the report in order, those of them that were
+    finished before). UserError: the folder is in use, or its report is none of this command."""
     for name in (REPORT, LOCK):
         if any(output_name(task.file, settings.kind) == name for task in tasks if task.file):
             raise UserError(
@@ -524,7 +524,8 @@ def run(classifiers, tasks, settings):
         rows = {task: report.finished(task, settings) for task in tasks}
         todo = [task for task in tasks if rows[task] is None]
         remove_leftovers(tasks, settings)
-        report.begin(row for row in rows.values() if row is not None)
+        before = [row for row in rows.values() if row is not None]
+        report.begin(before)
         try:
             with common.progress(total=len(todo), desc="slides", unit="slides") as bar:
                 score_folder(classifiers, todo, settings, report, bar)
@@ -533,4 +534,4 @@ def run(classifiers, tasks, settings):
         report.write_in_order()
     finally:
         lock.release()
-    return report.rows, len(tasks) - len(todo)
+    return report.rows, before
