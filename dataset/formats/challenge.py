@@ -93,12 +93,14 @@ def content_of(x, y, probability, threshold, mpp):
 
 
 def create(path, pictures, cells, names):
-    """A new file of points; see `fresh`."""
+    """A new file of points; see `fresh`. The names of the classes are those that `write` gives."""
+    if tuple(names) == MITOSIS:
+        names = NAMES
     points = []
     for cell in cells:
         probability, label = cell.score
         points += content_of([cell.x], [cell.y], [probability], 0, pictures[0].mpp)["points"]
-        points[-1]["name"] = NAMES[label]
+        points[-1]["name"] = names[label]
         if cell.detector is not None:
             points[-1]["detector_probability"] = cell.detector
     files.write_json(path, {**content_of([], [], [], 0, None), "points": points})
