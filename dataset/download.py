@@ -442,8 +442,8 @@ def _members(archive, content):
         out = info.filename.startswith("/") or ".." in parts or re.search(r"[\\:\0]", info.filename)
         if out or len(parts) < 2 or stat.S_ISLNK(info.external_attr >> 16):
             raise UserError(
-                f"{archive}: {info.filename[:80]!r} is a link or leads out of the folder; nothing "
-                "is unpacked"
+                f"{archive}: {info.filename[:80]!r} is a link, or lies outside of the archive's "
+                "own folder; nothing is unpacked"
             )
         if not any(part.startswith(".") for part in parts):
             members[PurePosixPath(*parts[1:])] = info

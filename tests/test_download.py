@@ -11,6 +11,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -371,3 +372,78 @@ def test_the_command(tmp_path):
         and not run.stdout
     )
     assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- archives
+
+
+def archive(path, files, **links):
+    """A ZIP archive of {name: bytes}; links: {name: target}, as symbolic links."""
+    with zipfile.ZipFile(path, "w") as content:
+        for name, data in files.items():
+            content.writestr(name, data)
+        for name, target in links.items():
+            info = zipfile.ZipInfo(f"top/{name}.png")
+            info.external_attr = 0o120777 << 16
+            content.writestr(info, target)
+    return path
+
+
+def test_an_archive_is_fetched_and_unpacked(server, tmp_path):
+    """Images and tables, without the top folder, scripts and hidden files; a second time, and after
+    an interruption, only what is missing."""
+    picture = png(20)
+    files = {"top/a/1.png": picture, "top/table.csv": b"x,y\n", "top/b/2.PNG": picture}
+    files |= {"top/train.py": b"import os", "top/.git/3.png": picture, "top/a/.4.png": picture}
+    source = archive(tmp_path / "source.zip", files)
+    server.content["x.zip"] = source.read_bytes()
+    server.moods["x.zip"] = ["breaks"]
+    out = tmp_path / "out"
+    for _ in range(2):
+        get(server, out)
+        found = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
+        assert found - {".download.lock"} == {"x.zip", "a/1.png", "table.csv", "b/2.PNG"}
+        assert (out / "a/1.png").read_bytes() == picture
+        (out / "a/1.png").write_bytes(picture[:40])
+
+
+@pytest.mark.parametrize(
+    "name", ["../1.png", "/etc/1.png", "top/../../1.png", "C:/x/1.png", "a\\..\\1.png", "1.png"]
+)
+def test_nothing_is_unpacked_outside_of_the_folder(tmp_path, name):
+    path = archive(tmp_path / "x.zip", {"top/0.png": b"0", name: b"1"})
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match="outside of the archive's own folder; nothing"):
+        download.unpack(path, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_links_and_bombs_are_not_unpacked(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(UserError, match="is a link"):
+        download.unpack(archive(tmp_path / "x.zip", {}, link="/etc/passwd"), out)
+    monkeypatch.setattr(download, "MAX_UNPACKED", 1000)
+    with pytest.raises(UserError, match="GB unpacked, .* nothing is unpacked"):
+        download.unpack(archive(tmp_path / "y.zip", {"t/1.png": bytes(1001)}), out)
+    assert not list(out.iterdir())
+
+
+def test_damaged_archives_are_noticed(tmp_path):
+    path = archive(tmp_path / "x.zip", {f"t/{k}.png": png(30) for k in range(3)})
+    whole = path.read_bytes()
+    assert download.damage(path, "x.zip") is None
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :]
+    for bad in (whole[:-1], whole[:middle], flipped, b"PK\3\4" + bytes(50)):
+        path.write_bytes(bad)
+        assert download.damage(path, "x.zip") == "not a complete ZIP archive"
+        with pytest.raises(UserError, match="damaged"):
+            download.unpack(path, tmp_path)
+
+
+def test_the_addresses_of_amibr():
+    found = download.addresses("amibr")
+    assert sorted(found) == ["AMI-BR.csv", "AMi-Br_Benchmark.zip"]
+    for url in found.values():  # a commit, so that the files stay what they are
+        assert re.search(r"^https://(raw|codeload)\.github.*/[0-9a-f]{40}", url)
