@@ -416,6 +416,10 @@ def test_source(args, text):
     return name, argparse.Namespace(**vars(args) | reading)
 
 
+def _lower(names):
+    return [name.casefold() for name in names]
+
+
 def further(args, annotations, quiet=False):
     """The datasets of --test.
 
@@ -438,6 +442,13 @@ def further(args, annotations, quiet=False):
                 f"--test: two datasets are called {other.name}; rename one of the files"
             )
         tests.append(other)
+        if not quiet and _lower(other.classes) != _lower(annotations.classes):
+            print(
+                f"note: {other.name} tells {' from '.join(other.classes[::-1])}, "
+                f"{annotations.name} {' from '.join(annotations.classes[::-1])}: its labels may "
+                "mean something else",
+                flush=True,
+            )
         problem = runs.one_class_line(other.name, other.label)
         if problem and not quiet:
             print(f"problem: {problem}", flush=True)

@@ -123,7 +123,7 @@ def dataset_parts(data, finished, paper, args, tests):
         name, where = data, f"{data}, split by {by}"
         if by == results.LEFT_OUT:
             where = f"{data}, one domain left out"
-        if by != "case":
+        if by not in ("case", results.LEFT_OUT):
             name += f"_by_{by}"
         if seed:
             name += f"_seed{seed}"

@@ -132,7 +132,7 @@ def test_a_domain_left_out(tissue, tmp_path):
     assert len(found) == 6 and not problems and {run.by for run in found} == {"left out"}
     out = tmp_path / "report"
     assert call(evaluate, tmp_path / "runs", "--out", out, "--replicates", 100) == 0
-    text = (out / "left_out_tissue_by_left_out.md").read_text()
+    text = (out / "left_out_tissue.md").read_text()
     lines = [
         line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| uni")
     ]

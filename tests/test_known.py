@@ -1,6 +1,7 @@
 """The known datasets of atypical mitotic figures: read by name, without a flag for columns or
 labels; votes; scanners and species; cases that they share."""
 
+import argparse
 import csv
 import os
 from pathlib import Path
@@ -235,6 +236,38 @@ def test_which_datasets_share_cases(root):
     assert leak(m25, np.flatnonzero(m25.domain == "tumour 0"), md) is None
     assert leak(amibr, slice(None), md) is None and leak(amibr, slice(None), br) is None
     assert leak(br, slice(None), md) is None  # both call their patches 1, 2, 3
+
+
+def planned(*words):
+    """The further test sets and the splits that these flags of train.py and probe.py give."""
+    parser = argparse.ArgumentParser()
+    flags.add_arguments(parser)
+    flags.add_split_arguments(parser)
+    flags.add_run_arguments(parser)
+    args = parser.parse_args(words)
+    annotations = flags.from_arguments(args)
+    tests = flags.further(args, annotations)
+    return tests, flags.splits(args, annotations, tests)
+
+
+def test_training_and_testing_on_shared_cases_is_refused(root, capsys):
+    both = ("--data", "midog25", "--test", "amibr")
+    with pytest.raises(UserError, match="amibr shares 1 case with .* --shared-cases allow"):
+        for fold in "01234":  # case 002 is trained on in all but the test set's
+            planned(*both, "--folds", "4", "--fold", fold)
+    tests, _ = planned(*both, "--leave-out", "tumour 0")  # with its cases 002 and 003
+    assert [test.name for test in tests] == ["amibr"]
+    assert "note" not in capsys.readouterr().out
+    planned(*both, "--leave-out", "tumour 1", "--shared-cases", "allow")
+    assert "note: amibr shares 1 case" in capsys.readouterr().out
+    # Known test sets are read in their own way, whatever is said of --data.
+    own = ("--data", str(root / "amibr/AMI-BR.csv"), "--positive", "True", "--test", "atnorm-br")
+    columns = "path={dataset}_{uid}.png,case={dataset}-{slide},label=majority_atypical"
+    (test,), _ = planned(*own, "--columns", columns)
+    assert test.label.tolist() == [1, 0, 0] and test.classes == ("normal", "atypical")
+    assert "note: atnorm-br tells atypical from normal, AMI-BR True from False" in (
+        capsys.readouterr().out
+    )
 
 
 def test_numbers_of_strangers_prove_nothing(tmp_path):
