@@ -81,6 +81,8 @@ def report(annotations, args):
     say(f"licence      {annotations.licence or 'not stated'}")
     if annotations.kind == "points":
         say(f"µm/px        {_scales(annotations, problems)}")
+    for line in _columns(annotations):
+        say(line)
     say(f"fingerprint  {annotations.fingerprint()}\n")
     say(_counts(annotations, known, number))
 
@@ -117,6 +119,21 @@ def _scales(annotations, problems):
     for value, number in scales.items():
         texts.append(f"{'unknown' if value is None else value} ({number:,} images)")
     return ", ".join(texts) or "unknown, the images are missing"
+
+
+def _columns(annotations):
+    """Lines on the columns that few datasets have: scanners, species, experts' votes, a split."""
+    lines = []
+    for name in ("scanner", "species", "split"):
+        if getattr(annotations, name) is not None:
+            words, word = annotations.codes(name)
+            counts = zip(words.tolist(), np.bincount(word).tolist())
+            texts = [f"{word or 'unknown'} ({count:,})" for word, count in counts]
+            lines.append(f"{name:<12} {', '.join(texts[:12])}")
+    if annotations.share is not None:
+        agreed = np.isin(annotations.share, (0, 1)).mean()
+        lines.append(f"votes        the experts agree on {agreed:.1%} of the annotations")
+    return lines
 
 
 def _counts(annotations, known, number):

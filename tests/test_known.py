@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small
 from PIL import Image
 
 import data
@@ -36,7 +37,7 @@ def images(folder, names):
 
 
 def amibr(root, count=12):
-    """AMi-Br as its repositories have it: six cases of two, the last two of which are of the
+    """AMi-Br as its repositories have it: six cases of two, three of them (060, 120, 28) of the
     published test set."""
     slides = [
         ("MIDOG21", "002.tiff"),
@@ -191,6 +192,12 @@ def test_counts_are_compared_with_the_published_ones(root, capsys):
     a = flags.load_dataset("amibr")
     (line,) = data.compare_with_published(a)
     assert line == "all: 832 / 2,888 on 3,720 images: DIFFERS, here 6 / 6 on 12 images"
+    assert small.call(data, "amibr", "--split", "given", "--fold", 0) == 0
+    out = capsys.readouterr().out
+    assert "scanner      unknown (6), Aperio CS2 (2), Hamamatsu S360 (2), Hamamatsu XR (2)" in out
+    assert "the experts agree on 75.0% of the annotations" in out
+    row = next(line.split() for line in out.splitlines() if line.split()[:2] == ["0", "1"])
+    assert " ".join(row) == "0 1 2 + 2 (2) 1 + 1 (1) 3 + 3 (3) 33.3 / 16.7 / 50.0"
 
 
 @pytest.mark.parametrize("name, cases", [("ccmct", 11), ("midogpp", 111), ("amibr", 56)])
