@@ -307,7 +307,10 @@ class Conch(torch.nn.Module):
         grid = grid.permute(0, 2, 3, 1).flatten(1, 2).to(pos.dtype)
         state["pos_embed"] = torch.cat([pos[:, :1], grid], dim=1)
         large.load_state_dict(state)
-        tokens = large.to(x.dtype).forward_features(x)
+        return self.pool(large.to(x.dtype).forward_features(x))
+
+    def pool(self, tokens):
+        """Tokens [B, T, 1024] → embedding [B, 768]."""
         pooler = self.attn_pool_contrast
         query = pooler.to_q(pooler.ln_q(pooler.query)).view(8, 96)
         keys, values = pooler.to_kv(pooler.ln_k(tokens)).chunk(2, dim=-1)

@@ -1,4 +1,6 @@
-"""DINOv3 and Swin transformers beyond their numbers: adapters, training, precision, compilers."""
+"""DINOv3, Swin transformers and CONCH beyond their numbers: adapters, training, precision,
+compilers.
+"""
 
 import copy
 import dataclasses
@@ -35,22 +37,34 @@ def pair(name, folder, monkeypatch, bias=True):
     if spec.stages:
         spec = dataclasses.replace(spec, stages=STAGES, depth=sum(STAGES))
         theirs = references.fill(references.swin_model(name, STAGES))
+    elif spec.pooler:  # at 224 px, for which its file has positions
+        spec = dataclasses.replace(spec, depth=2, size=224)
+        theirs = references.fill(references.Conch(2))
     else:
         spec = dataclasses.replace(spec, depth=2)
         theirs = references.fill(references.dinov3_timm(name, 2, bias))
     monkeypatch.setitem(models.ENCODERS, name, spec)
     save_file(theirs.state_dict(), folder / "model.safetensors")
-    return models.load_encoder(name, folder), theirs
+    return models.load_encoder(name, folder / "model.safetensors"), theirs
 
 
 def embedding(name, theirs, x):
+    if name == "conch-v1.5":
+        return theirs.pool(theirs.trunk.forward_features(x))
     tokens = theirs.forward_features(x)
     return tokens.mean((1, 2)) if "swin" in name or "trans" in name else tokens[:, 0]
 
 
-@pytest.mark.parametrize("name", ["dinov3-s", "dinov3-s-plus", "ctranspath", "swin-t"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("dinov3-s", "dinov3-s-plus", "ctranspath", "swin-t"),
+        pytest.param("conch-v1.5", marks=pytest.mark.slow),
+    ],
+)
 def test_lora_equals_peft_on_timms_model(name, tmp_path, monkeypatch):
-    """Embedding and gradients of the adapters in float64; then merged into plain layers.
+    """Embedding and gradients of the adapters in float64; then merged into plain layers. CONCH's
+    pooler is not adapted and passes the gradients on.
 
     DINOv3 without biases of queries and values, as timm publishes it: with them, timm reads the
     weight of qkv past peft's wrapper, and an adapter there changes nothing.
@@ -66,7 +80,8 @@ def test_lora_equals_peft_on_timms_model(name, tmp_path, monkeypatch):
     with torch.no_grad():
         for layer_name, layer in lora.adapted(ours):
             layer.lora_B.normal_(0, 0.1)
-            parts = [f"base_model.model.{layer_name}"]
+            trunk = "trunk." if name == "conch-v1.5" else ""
+            parts = [f"base_model.model.{trunk}{layer_name}"]
             if name == "dinov3-s-plus" and layer_name.endswith("fc1"):  # two layers in timm
                 parts = [f"{parts[0]}_g", f"{parts[0]}_x"]
             others = [named[part] for part in parts]
