@@ -382,6 +382,42 @@ def test_the_openvino_lines(tissue, tmp_path, monkeypatch):
     assert names["mitotic"].tolist() == (expected >= model.threshold).tolist()
 
 
+def node_modules():
+    """The folder with onnxruntime-node, from $NODE_PATH or beside the checkout; None: not here."""
+    if shutil.which("node") is None:
+        return None
+    for folder in (*os.environ.get("NODE_PATH", "").split(os.pathsep), HERE / "node_modules"):
+        if folder and (Path(folder) / "onnxruntime-node").is_dir():
+            return Path(folder).resolve()
+    return None
+
+
+@pytest.mark.skipif(node_modules() is None, reason="no node with onnxruntime-node ($NODE_PATH)")
+@pytest.mark.parametrize("family", ["gelu", "dinov3", "swin"])
+def test_the_lines_for_node(family, tmp_path, monkeypatch):
+    """Fused attention, rotary positions and windows; the same probabilities as in Python."""
+    register(monkeypatch)
+    write_model(tmp_path / "model.onnx", classifier(family))
+    model, images = session.Classifier(tmp_path / "model.onnx", "cpu"), patches(5)
+    (tmp_path / "model.parity.json").write_text(json.dumps(model.metadata))
+    (tmp_path / "patches.bin").write_bytes(images.tobytes())
+    expected = model(images)
+    assert np.ptp(expected) > 0.1
+    (code,) = blocks("javascript")
+    done = subprocess.run(
+        ["node", "-e", code],
+        cwd=tmp_path,
+        env={**os.environ, "NODE_PATH": str(node_modules())},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(" ", 1) for line in done.stdout.splitlines()]
+    assert np.abs(np.array([float(p) for p, _ in rows]) - expected).max() <= 1e-5
+    called = (expected >= model.threshold).astype(int)
+    assert [name for _, name in rows] == [model.labels[label] for label in called]
+
+
 def test_every_block_is_python_and_every_flag_exists():
     for block in blocks("python"):
         compile(block, "README", "exec")
