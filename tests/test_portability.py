@@ -174,7 +174,7 @@ def test_a_run_from_data_to_model(tmp_path):
     (checkpoint,) = (tmp_path / "runs").rglob("checkpoint.safetensors")
     windows(tmp_path, *train, "--resume")
     assert not checkpoint.exists()
-    windows(tmp_path, "probe.py", *given, *runs, "--probe", "uni", "knn")
+    windows(tmp_path, "probe.py", *given, *runs)
     report = ("--out", tmp_path / "report", "--replicates", 100)
     for _ in range(2):
         windows(tmp_path, "evaluate.py", tmp_path / "runs", *report)
