@@ -2,6 +2,7 @@
 
     python evaluate.py runs/                             a table here, everything else in report/
     python evaluate.py runs/midog2022 --paper            the paper's values beside ours
+    python evaluate.py runs/ --threshold-rule balanced   decisions at a threshold from validation
     python evaluate.py runs/midog2022 --ensemble         also the mean of the folds of each model
     python evaluate.py runs/ --grid "sweeps/scaling.sh midog2022 uni virchow2"
                                                          done, failed, missing, time left
@@ -25,11 +26,13 @@ from common import UserError
 from dataset import splits
 from reporting import detection, ensemble, figures, folder, grid, metrics, page, results, tables
 from reporting.metrics import (  # noqa: F401  other programs use them as evaluate.…
+    accuracy,
     auroc,
     average_precision,
     balanced_accuracy,
     brier,
     choose_threshold,
+    cohen_kappa,
     expected_calibration_error,
     f1,
     of_predictions,
@@ -49,8 +52,16 @@ DETECTION_FILES = (
 )
 
 
-def overview(finished):
-    """The table of the terminal (at most 100 columns wide) as text, one per dataset and seed."""
+def overview(finished, rule=None):
+    """The table of the terminal (at most 100 columns wide) as text, one per dataset and seed.
+
+    rule: --threshold-rule if it was given; what it gains then stands in the place of weighted F1.
+    """
+    columns = {"bal. acc.": (None, "balanced_accuracy"), "w. F1": (None, "weighted_f1")}
+    if rule is not None:
+        columns = {**columns, "at t": ("at_threshold", "balanced_accuracy")}
+        del columns["w. F1"]
+    columns["AUROC"] = None, "auroc"
     values, repeats = defaultdict(list), defaultdict(set)
     for run in finished:
         for name in run.tests():
@@ -85,22 +96,28 @@ def overview(finished):
                 f"{frac:g}",
                 side[:10],
                 len(repeats[key]),
-                *(_mean_sd(values[key], name) for name in tables.METRICS),
+                *(_mean_sd(values[key], *column) for column in columns.values()),
             )
         )
     leaks = ""
     if any(run.by == "annotation" for run in finished):
         leaks = "; leaking: split by annotation"
-    header = ("model", "method", "frac", "test", "runs", "bal. acc.", "w. F1", "AUROC")
+    header = ("model", "method", "frac", "test", "runs", *columns)
     texts = []
     for title, rows in tables_of.items():
         heading = f"{title}: mean ± standard deviation over the runs{leaks}"
         texts.append(f"{common.printable(heading)}\n{common.table(rows, header, range(4, 8))}")
+    if rule is not None:
+        described = metrics.describe_rule(rule)
+        texts.append(f"at t: balanced accuracy at the threshold {described}")
     return "\n\n".join(texts)
 
 
-def _mean_sd(summaries, key):
-    """Mean±deviation of a metric, as narrow as a terminal needs it."""
+def _mean_sd(summaries, part, key):
+    """Mean±deviation of a metric, as narrow as a terminal needs it. part: of the summaries, or
+    None."""
+    if part is not None:
+        summaries = [summary[part] for summary in summaries]
     known = [summary[key] for summary in summaries if summary[key] is not None]
     if not known:
         return "-"
@@ -176,6 +193,12 @@ def arguments():
         default=2000,
         metavar="N",
         help="draws of the bootstrap (default: 2000)",
+    )
+    parser.add_argument(
+        "--threshold-rule",
+        metavar="RULE",
+        help="how the threshold of the decisions at t is chosen on validation: f1, balanced (best "
+        "balanced accuracy), sensitivity=0.9, or a probability (default: f1)",
     )
     parser.add_argument(
         "--no-gallery", action="store_true", help="no gallery of errors (it reads the images)"
@@ -276,17 +299,21 @@ def main():
     args = arguments()
     if args.replicates < 100:
         raise UserError(f"--replicates {args.replicates}: at least 100 are needed")
+    if args.threshold_rule and (args.grid is not None or args.detection is not None):
+        raise UserError("--threshold-rule goes with a report on runs, not with --grid, --detection")
     if args.grid is not None:
         print(grid.grid(args.grid, args.runs))
         return
     if args.detection is not None:
         detect(args)
         return
+    rule = args.threshold_rule or "f1"
+    metrics.parse_threshold(rule, rules=True, flag="--threshold-rule")
     folder.check(args.out, ("results.csv", "index.html"), args.figure)
     for path in args.figure:
         page.embedded(path)  # its mistakes before the work
     roots = args.runs or ["runs"]
-    finished, problems = results.collect(roots)
+    finished, problems = results.collect(roots, rule)
     for path, what in problems:
         print(f"not counted: {common.printable(path)}: {common.printable(what)}")
     if not finished:
@@ -294,7 +321,7 @@ def main():
             f"{', '.join(roots)}: no usable finished run; see above, or run train.py or probe.py "
             "first"
         )
-    print(overview(finished))
+    print(overview(finished, args.threshold_rule))
     for note in results.notes(finished):
         print(common.printable(note))
     means = None

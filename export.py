@@ -100,6 +100,9 @@ def decide(predictions, rule, calibrate=False):
     threshold = metrics.choose_threshold(labels, probability, target)
     if len(np.unique(labels)) < 2:
         text = "0.5, without validation predictions of both classes"
+    elif target == "balanced":
+        value = metrics.balanced_accuracy(labels, probability >= threshold)
+        text = f"highest balanced accuracy on validation ({value:.4f})"
     elif target == "f1":
         text = f"highest F1 on validation ({metrics.f1(labels, probability >= threshold):.4f})"
     else:
@@ -1006,8 +1009,8 @@ def parse_arguments():
         "--threshold",
         default="f1",
         metavar="RULE",
-        help="f1, sensitivity=0.9, or a probability; chosen on validation predictions (default: "
-        "f1)",
+        help="f1, balanced (best balanced accuracy), sensitivity=0.9, or a probability; chosen on "
+        "validation predictions (default: f1)",
     )
     parser.add_argument(
         "--calibrate",
@@ -1108,8 +1111,10 @@ def check_adapter(args):
         raise UserError("--calibrate needs the validation predictions of a run")
     if args.mpp is not None and not 0.01 < args.mpp < 100:
         raise UserError(f"--mpp {args.mpp:g}: not a plausible number of µm per px")
-    if args.threshold.startswith("sensitivity"):
-        raise UserError("--threshold sensitivity=… needs the validation predictions of a run")
+    if args.threshold == "balanced" or args.threshold.startswith("sensitivity"):
+        raise UserError(
+            f"--threshold {args.threshold} needs the validation predictions of a run; give a number"
+        )
     if args.precision == "int8" and lora.load_head(args.adapter) is None:
         raise UserError(
             f"--precision int8 is judged by its AUROC, and {args.adapter} has no head; choose fp32 "

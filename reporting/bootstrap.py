@@ -9,6 +9,7 @@ counts, everything made of tp, fp, fn, tn is linear in them, so all replicates a
 products. Models that are compared share their draws."""
 
 import math
+from collections import defaultdict
 
 import numpy as np
 
@@ -17,7 +18,12 @@ from reporting import metrics
 
 REPLICATES = 2000
 FEW_CASES = 20
-METRICS = ("auroc", "balanced_accuracy", "weighted_f1")
+DECISIONS = {
+    "balanced_accuracy": metrics.balanced_accuracy,
+    "weighted_f1": metrics.weighted_f1,
+    "accuracy": metrics.accuracy,
+    "kappa": metrics.cohen_kappa,
+}
 
 # Share of the 95% intervals of AUROC that held the true value, by number of cases:
 # python bench/metrics.py --coverage
@@ -136,7 +142,7 @@ def _wins(y, p, case, cases):
 
 
 def decisions_of_draws(counts, y, pred, case):
-    """{"balanced_accuracy": [R], "weighted_f1": [R]} of decisions `pred` [N] in each replicate; NaN
+    """{name of DECISIONS: [R]} of decisions `pred` [N] in each replicate; balanced accuracy is NaN
     where a class was not drawn.
     """
     y, pred = np.asarray(y).astype(bool), np.asarray(pred).astype(bool)
@@ -148,21 +154,28 @@ def decisions_of_draws(counts, y, pred, case):
     with np.errstate(invalid="ignore", divide="ignore"):
         balanced = (tp / (tp + fn) + tn / (tn + fp)) / 2
         f1, other = (np.nan_to_num(2 * a / (2 * a + fp + fn)) for a in (tp, tn))
-        weighted = (f1 * (tp + fn) + other * (tn + fp)) / (tp + fp + fn + tn)
-    return {"balanced_accuracy": balanced, "weighted_f1": weighted}
+        total = tp + fp + fn + tn
+        weighted = (f1 * (tp + fn) + other * (tn + fp)) / total
+        kappa = 2 * (tp * tn - fp * fn) / ((tp + fp) * (fp + tn) + (tp + fn) * (fn + tn))
+    return {
+        "balanced_accuracy": balanced,
+        "weighted_f1": weighted,
+        "accuracy": (tp + tn) / total,
+        "kappa": kappa,
+    }
 
 
-def replicate(repeats, replicates=REPLICATES, seed=0, thresholds=None):
+def replicate(repeats, replicates=REPLICATES, seed=0, thresholds=None, ranking=True):
     """Replicates of the mean over repeats → ({metric: (observed, values [R], left [cases])}, number
     of cases).
 
     repeats: list of (labels, probabilities, cases), one per repeat, with the same patches in the
-    same order. thresholds: one per repeat, None: 0.5. values: of the draws; left: with each case
-    left out in turn. The repeats share their draws: this resamples the cases of the test set, not
-    the training."""
+    same order. thresholds: one per repeat, None: 0.5. ranking: AUROC beside the metrics of
+    DECISIONS; it takes longest. values: of the draws; left: with each case left out in turn. The
+    repeats share their draws: this resamples the cases of the test set, not the training."""
     names, case = codes(repeats[0][2])
     counts = np.concatenate([draws(len(names), replicates, seed), leave_one_out(len(names))])
-    sums, observed = dict.fromkeys(METRICS, 0.0), dict.fromkeys(METRICS, 0.0)
+    sums, observed = defaultdict(float), defaultdict(float)
     first_cases = np.asarray(repeats[0][2], dtype=str)
     for (y, p, cases), threshold in zip(repeats, thresholds or [0.5] * len(repeats), strict=True):
         if not np.array_equal(np.asarray(cases, dtype=str), first_cases):
@@ -171,30 +184,29 @@ def replicate(repeats, replicates=REPLICATES, seed=0, thresholds=None):
             )
         pred = np.asarray(p) >= threshold
         of_draws = decisions_of_draws(counts, y, pred, case)
-        of_draws["auroc"] = auroc_of_draws(counts, y, p, case)
-        whole = {
-            "auroc": metrics.auroc(y, p),
-            "balanced_accuracy": metrics.balanced_accuracy(y, pred),
-            "weighted_f1": metrics.weighted_f1(y, pred),
-        }
-        for name in METRICS:
-            sums[name] = sums[name] + of_draws[name] / len(repeats)
+        whole = {name: metric(y, pred) for name, metric in DECISIONS.items()}
+        if ranking:
+            of_draws["auroc"] = auroc_of_draws(counts, y, p, case)
+            whole["auroc"] = metrics.auroc(y, p)
+        for name, drawn in of_draws.items():
+            sums[name] = sums[name] + drawn / len(repeats)
             observed[name] += whole[name] / len(repeats)
     parts = {}
-    for name in METRICS:
-        parts[name] = observed[name], sums[name][:replicates], sums[name][replicates:]
+    for name, drawn in sums.items():
+        parts[name] = observed[name], drawn[:replicates], drawn[replicates:]
     return parts, len(names)
 
 
-def replicate_folds(repeats, replicates=REPLICATES, seed=0):
+def replicate_folds(repeats, replicates=REPLICATES, seed=0, thresholds=None, ranking=True):
     """replicate() of a cross-validation, whose repeats have test sets of different cases: these are
     drawn in each test set on its own. The number of cases is that of all test sets.
     """
     single = []
     for number, repeat in enumerate(repeats):
-        single.append(replicate([repeat], replicates, seed + number))
+        own = None if thresholds is None else [thresholds[number]]
+        single.append(replicate([repeat], replicates, seed + number, own, ranking))
     parts = {}
-    for name in METRICS:
+    for name in single[0][0]:
         observed = float(np.mean([of_fold[name][0] for of_fold, _ in single]))
         values = np.mean([of_fold[name][1] for of_fold, _ in single], axis=0)
         left = []  # without a case, one of the means changes

@@ -136,7 +136,8 @@ def ensembles(finished):
         columns, reasons = average(runs)
         for name, reason in reasons.items():
             notes.append(f"{place(runs[0], label)}: no mean on {name}: {reason}")
-        summary = metrics.of_predictions(columns)
+        rule = metrics.parse_threshold(runs[0].rule, rules=True)
+        summary = metrics.of_predictions(columns, rule)
         means.append(Ensemble(runs, label, columns, summary["threshold"], summary["sets"]))
     return means, notes
 
@@ -208,11 +209,12 @@ def _trust(mean, name, replicates):
         ("", 0.5, None),
         ("_at_threshold", mean.threshold, chosen),
     ):
-        parts, cases = bootstrap.replicate([(y, p, case)], replicates, thresholds=[own])
-        members, _ = bootstrap.replicate(singles, replicates, thresholds=others)
         keys = ["balanced_accuracy"]
         if not end:
             keys.append("auroc")  # which no threshold changes
+        ranking = "auroc" in keys
+        parts, cases = bootstrap.replicate([(y, p, case)], replicates, 0, [own], ranking)
+        members, _ = bootstrap.replicate(singles, replicates, 0, others, ranking)
         for key in keys:
             known = mean.sets[name]["auroc"] is not None  # both classes are there
             observed, *draws = parts[key]

@@ -201,6 +201,24 @@ def _weighted_f1(tp, fp, fn, tn):
     return (_f1(tp, fp, fn) * (tp + fn) + _f1(tn, fn, fp) * (tn + fp)) / n
 
 
+def accuracy(y, pred, weight=None):
+    """Share of right decisions, which a frequent class dominates; NaN without any."""
+    tp, fp, fn, tn = confusion(y, pred, weight)
+    return _ratio(tp + tn, tp + fp + fn + tn)
+
+
+def cohen_kappa(y, pred, weight=None):
+    """Cohen's kappa, the agreement of decisions and labels beyond chance: 1 at best, 0 by chance.
+    NaN if all labels and decisions are of one and the same class.
+    """
+    return _kappa(*confusion(y, pred, weight))
+
+
+def _kappa(tp, fp, fn, tn):
+    # (observed - expected) / (1 - expected) agreement, both times n².
+    return _ratio(2 * (tp * tn - fp * fn), (tp + fp) * (fp + tn) + (tp + fn) * (fn + tn))
+
+
 # ---------------------------------------------------------------- probabilities
 
 
@@ -240,21 +258,37 @@ def expected_calibration_error(y, p, bins=ECE_BINS, weight=None):
 # ---------------------------------------------------------------- thresholds and summaries
 
 
-def parse_threshold(text, rules=False):
+RULES = {  # what `choose_threshold` looks for, in words
+    "f1": "the best F1",
+    "balanced": "the best balanced accuracy",
+}
+
+
+def parse_threshold(text, rules=False, flag="--threshold"):
     """The text of a flag --threshold → a probability, or with `rules` also the rule to choose one
-    by: "f1" | ("sensitivity", share). UserError for anything else, NaN included.
+    by: "f1" | "balanced" | ("sensitivity", share). UserError for anything else, NaN included.
     """
     allowed = "a probability between 0 and 1"
     if rules:
-        allowed += ", f1, or a share of the mitotic figures to find such as sensitivity=0.9"
+        allowed += f", {', '.join(RULES)}, or a share of class 1 to find such as sensitivity=0.9"
     kind, _, share = text.partition("=")
-    if rules and text == "f1":
-        return "f1"
+    if rules and text in RULES:
+        return text
     if rules and kind == "sensitivity" and 0 < _as_number(share) <= 1:
         return "sensitivity", float(share)
     if not 0 < _as_number(text) < 1:
-        raise UserError(f"--threshold {text}: give {allowed}")
+        raise UserError(f"{flag} {text}: give {allowed}")
     return float(text)
+
+
+def describe_rule(rule):
+    """What a threshold was chosen for, after "the threshold". rule: text of a flag."""
+    target = parse_threshold(rule, rules=True)
+    if isinstance(target, float):
+        return f"given as {target:g}"
+    if target in RULES:
+        return f"of {RULES[target]} on validation"
+    return f"that finds {100 * target[1]:g}% of class 1 on validation"
 
 
 def _as_number(text):
@@ -265,25 +299,32 @@ def _as_number(text):
 
 
 def choose_threshold(labels, probabilities, target="f1"):
-    """The threshold (p >= t is mitotic) of a rule on validation predictions → float.
+    """The threshold (p >= t is class 1) of a rule on validation predictions → float.
 
-    target: "f1", the highest F1 (of several the one nearest to 0.5); ("sensitivity", s), the
-    highest threshold that finds the share s of the mitotic figures. It lies halfway to the next
-    lower score, so that rounding of an exported model does not push the deciding patch over it. 0.5
-    where a class is missing."""
+    target: "f1" or "balanced", the highest F1 or balanced accuracy (of several thresholds the one
+    nearest to 0.5, of two equally near ones the higher); ("sensitivity", s), the highest threshold
+    that finds the share s of class 1; or a number, which is the threshold itself. A chosen one lies
+    halfway to the next lower score, so that rounding of an exported model does not push the
+    deciding patch over it. 0.5 where a class is missing."""
+    if isinstance(target, float):
+        return target
     score, tp, fp = counts_by_score(labels, probabilities)
     if not len(score) or tp[-1] == 0 or fp[-1] == 0:
         return 0.5
     score = score.astype(np.float64)
     half = (score + np.r_[score[1:], min(0.0, score[-1])]) / 2
     half = np.where(half > np.r_[score[1:], -np.inf], half, score)
-    if target == "f1":
-        value = 2 * tp / (tp[-1] + tp + fp)
-        best = np.flatnonzero(value >= value.max() - 1e-12)
+    if target in RULES:
+        if target == "f1":
+            value, slack = 2 * tp / (tp[-1] + tp + fp), 1e-12
+        else:  # sensitivity + specificity, as a whole number, so that ties are exact
+            value, slack = tp * fp[-1] - fp * tp[-1], 0
+        best = np.flatnonzero(value >= value.max() - slack)
         return float(half[best[np.argmin(np.abs(half[best] - 0.5))]])
     rule, share = target
     if rule != "sensitivity" or not 0 < share <= 1:
-        raise ValueError(f"target {target!r}: 'f1' or ('sensitivity', share in (0, 1])")
+        rules = ", ".join(map(repr, RULES))
+        raise ValueError(f"target {target!r}: {rules} or ('sensitivity', share in (0, 1])")
     return float(half[np.argmax(tp >= share * tp[-1] - 1e-9)])
 
 
@@ -291,15 +332,19 @@ def decided(labels, probabilities, threshold):
     """Metrics of the decisions p >= threshold, as a dict for JSON; None if a class is missing."""
     tp, fp, fn, tn = (int(k) for k in confusion(labels, np.asarray(probabilities) >= threshold))
     both = tp + fn > 0 and tn + fp > 0
-    balanced = weighted = None
+    balanced = weighted = right = kappa = None
     if both:
         balanced = (tp / (tp + fn) + tn / (tn + fp)) / 2
         # Not for one class alone: 1.000 for a model that calls everything that class.
         weighted = _weighted_f1(tp, fp, fn, tn)
+        right = (tp + tn) / (tp + fp + fn + tn)
+        kappa = _kappa(tp, fp, fn, tn)
     return {
         "threshold": float(threshold),
         "balanced_accuracy": balanced,
         "weighted_f1": weighted,
+        "accuracy": right,
+        "kappa": kappa,
         "sensitivity": _or_none(_ratio(tp, tp + fn)),
         "specificity": _or_none(_ratio(tn, tn + fp)),
         "precision": tp / (tp + fp) if tp + fp else 0.0,
@@ -341,12 +386,12 @@ def of_predictions(columns, target="f1"):
     """metrics.json of a run: the threshold chosen on the set "val" (0.5 without one), and the
     summary of each set.
 
-    columns: dict of equally long sequences, runs.PREDICTION_COLUMNS.
+    columns: dict of equally long sequences, runs.PREDICTION_COLUMNS; target: see choose_threshold.
     """
     sets, case = np.asarray(columns["set"], dtype=str), np.asarray(columns["case"], dtype=str)
     label, p = np.asarray(columns["label"]), np.asarray(columns["probability"], dtype=np.float64)
     val = sets == "val"
-    threshold = choose_threshold(label[val], p[val], target) if val.any() else 0.5
+    threshold = choose_threshold(label[val], p[val], target)
     summaries = {}
     for name in dict.fromkeys(sets.tolist()):
         rows = sets == name

@@ -190,13 +190,18 @@ def section(name, where, finished, paper, args, tests):
         tests += [{"data": first.data, "split": first.by, "frac": largest, **row} for row in pairs]
     title = f"{where}: decisions and probabilities, {share}"
     parts.append(tables.decisions_table(f"decisions_{name}", title, named, first.classes[1]))
+    title = f"{where}: decisions at 0.5 and at the threshold chosen on validation, {share}"
+    parts.append(tables.thresholds_table(f"thresholds_{name}", title, named, trust))
     parts += groups.group_tables(name, where, named)
     title = f"{where}: AUROC by share of the training data"
     parts.append(tables.scaling_table(f"scaling_{name}", title, finished))
     datasets = sorted({name for run in finished for name in run.hashes} - {"split", "test"})
     if datasets:
         title = f"{where}: tested on other datasets"
-        parts.append(tables.external_table(f"external_{name}", title, finished, datasets))
+        table = tables.external_table(
+            f"external_{name}", title, finished, datasets, args.replicates
+        )
+        parts.append(table)
 
     if len({run.frac for run in finished}) > 1:  # one share alone is no curve
         parts.append(scaling_picture(name, where, finished))

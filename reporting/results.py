@@ -50,6 +50,7 @@ class Finished:
     threshold: float
     sets: dict  # name → summary
     seconds: float | None = None
+    rule: str = "f1"  # what the threshold was chosen for on validation
     classes: tuple = MITOSIS  # names of the labels 0 and 1
     source: dict = field(default_factory=dict)  # the flags that its data was read with
     hashes: dict = field(default_factory=dict)  # of the split and of the test sets
@@ -351,11 +352,11 @@ def _read_json(path):
     return content
 
 
-def read_run(path):
+def read_run(path, rule="f1"):
     """The Finished run in the folder `path`; None if it is not finished (yet). UserError names what
-    is damaged."""
+    is damaged. rule: text of --threshold-rule, by which the threshold is chosen on validation."""
     try:
-        return _read_run(Path(path))
+        return _read_run(Path(path), rule)
     except UserError as error:
         message = str(error).removeprefix(f"{path}: ").removeprefix(f"{path}{os.sep}")
         raise UserError(f"{path}: {message}") from None
@@ -365,7 +366,7 @@ def read_run(path):
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _read_run(path):
+def _read_run(path, rule):
     """read_run(), with errors that do not name the folder yet."""
     config = _read_json(path / "config.json")
     if not {"flags", "data"} <= config.keys():
@@ -392,7 +393,7 @@ def _read_run(path):
     before = _stored_metrics(stored)
     columns, unfinished = _without_unfinished(columns, before.keys() | ids.keys() | others.keys())
     _check_predictions(columns)
-    result = metrics.of_predictions(columns)
+    result = metrics.of_predictions(columns, metrics.parse_threshold(rule, rules=True))
     _compare(result["sets"], before)
     _check_ids(columns, ids | others)
 
@@ -408,6 +409,7 @@ def _read_run(path):
         threshold=result["threshold"],
         sets=result["sets"],
         seconds=_seconds(path, stored),
+        rule=rule,
         classes=_class_names(data),
         source=source_of(config),
         unfinished=unfinished,
@@ -506,12 +508,13 @@ SHARED = (
 )
 
 
-def collect(roots):
-    """(runs that count, problems); problems: (path, what) of all that is left out below `roots`."""
+def collect(roots, rule="f1"):
+    """(runs that count, problems); problems: (path, what) of all that is left out below `roots`.
+    rule: see read_run."""
     finished, problems = [], []
     for path in find(roots):
         try:
-            run = read_run(path)
+            run = read_run(path, rule)
         except UserError as error:
             problems.append((path, str(error).removeprefix(f"{path}: ")))
             continue
@@ -666,5 +669,11 @@ def results(finished):
                 for key in ("sensitivity", "specificity", "precision", "f1"):
                     row[f"{key}_{part}"] = values[part][key]
             row["threshold"] = values["at_threshold"]["threshold"]
+            row["threshold_rule"] = run.rule
+            for key in ("balanced_accuracy", "weighted_f1"):
+                row[f"{key}_at_threshold"] = values["at_threshold"][key]
+            for key in ("accuracy", "kappa"):
+                for part in ("at_0.5", "at_threshold"):
+                    row[f"{key}_{part}"] = values[part][key]
             rows.append(row)
     return rows

@@ -12,11 +12,17 @@ import numpy as np
 
 import common
 from dataset.annotations import KNOWN
-from reporting import bootstrap, figures
+from reporting import bootstrap, figures, metrics
 
 # In the order of the paper's tables.
 METHODS = {"full": "end-to-end", "probe": "linear probe", "lora": "LoRA"}
 METRICS = {"balanced_accuracy": "balanced accuracy", "weighted_f1": "weighted F1", "auroc": "AUROC"}
+DECISIONS = {
+    "balanced_accuracy": "balanced accuracy",
+    "weighted_f1": "weighted F1",
+    "accuracy": "accuracy",
+    "kappa": "Cohen's kappa",
+}
 TEX = {
     "\\": r"\textbackslash{}",
     "&": r"\&",
@@ -288,11 +294,7 @@ def full_table(name, title, named, trust, paper):
             values = [run.sets["test"][key] for run in repeats]
             row.append(mean_sd(values))
             means[key].append(mean(values))
-        bounds = trust.get(label, {}).get("interval")
-        if bounds is None:
-            row.append("–")
-        else:
-            row.append("{:.3f} – {:.3f}".format(*bounds))
+        row.append(_bounds(trust.get(label, {}).get("interval")))
         if paper:
             first = repeats[0]
             row += [paper.get((first.data, first.label, "all", key), "–") for key in METRICS]
@@ -343,11 +345,42 @@ def decisions_table(name, title, named, positive):
     header = ["model", "av. precision", "Brier", "ECE"]
     for threshold in ("0.5", "t"):
         header += [f"{key} at {threshold}" for key in (*decisions[:3], "F1")]
-    note = (
-        f"Sensitivity, precision and F1 of the class {positive}; t: the threshold of the best F1 "
-        "on validation."
-    )
+    note = f"Sensitivity, precision and F1 of the class {positive}; {chosen(named)}"
     return Table(name, title, [*header, "t"], rows, [note])
+
+
+def chosen(named):
+    """Sentence on the threshold t of the runs in a table."""
+    first = next(iter(named.values()))[0]
+    return f"t: the threshold {metrics.describe_rule(first.rule)}."
+
+
+def thresholds_table(name, title, named, trust):
+    """What both classes together gain by the threshold chosen on validation: DECISIONS at 0.5 and
+    at that threshold, there with intervals. trust: trusted().
+    """
+    rows, means = [], {key: [] for key in DECISIONS}
+    for label, repeats in named.items():
+        row = [label, mean_sd([run.threshold for run in repeats], 2)]
+        tests = [run.sets["test"] for run in repeats]
+        for key in DECISIONS:
+            at_t = [test["at_threshold"][key] for test in tests]
+            row += [mean_sd([test["at_0.5"][key] for test in tests]), mean_sd(at_t)]
+            bounds = trust.get(label, {}).get("decisions", {}).get(key)
+            row.append(_bounds(bounds))
+            means[key].append(mean(at_t))
+        rows.append(row)
+    header = ["model", "t"]
+    for key, called in DECISIONS.items():
+        embolden(rows, len(header) + 1, means[key])
+        header += [f"{called} at 0.5", f"{called} at t", f"95% interval of {called} at t"]
+    cases = sorted({entry["cases"] for entry in trust.values()})
+    note = (
+        f"{chosen(named)} Mean ± standard deviation over the repeats, best at t in bold; the "
+        "intervals are by drawing the test set's cases anew, with the thresholds as they are."
+    )
+    notes = [note[0].upper() + note[1:], *filter(None, map(bootstrap.coverage_note, cases))]
+    return Table(name, title, header, rows, notes)
 
 
 def scaling_table(name, title, finished):
@@ -445,21 +478,45 @@ def sides(repeats, key):
     return values
 
 
-def external_table(name, title, finished, datasets):
-    """Tested on whole other datasets (train on CCMCT, test on MIDOG)."""
+def external_table(name, title, finished, datasets, replicates):
+    """Tested on whole other datasets (train on CCMCT, test on MIDOG). replicates: of the bootstrap
+    for the intervals."""
     rows = []
     for label, runs in in_order(finished).items():
         for frac in sorted({run.frac for run in runs}):
             for dataset in datasets:
-                tested = [
-                    run.sets[dataset] for run in runs if run.frac == frac and dataset in run.sets
-                ]
-                if tested:
-                    cells = [mean_sd([values[key] for values in tested]) for key in METRICS]
-                    rows.append([label, f"{100 * frac:g}%", dataset, str(len(tested)), *cells])
+                tested = [run for run in runs if run.frac == frac and dataset in run.sets]
+                if not tested:
+                    continue
+                sets = [run.sets[dataset] for run in tested]
+                cells = [mean_sd([values[key] for values in sets]) for key in METRICS]
+                at_t = [values["at_threshold"]["balanced_accuracy"] for values in sets]
+                samples = [run.rows(dataset)[1:4] for run in tested]
+                thresholds = [run.threshold for run in tested]
+                bounds = _decision_intervals(bootstrap.replicate, samples, thresholds, replicates)
+                cells += [mean_sd(at_t), _bounds(bounds["balanced_accuracy"])]
+                rows.append([label, f"{100 * frac:g}%", dataset, str(len(tested)), *cells])
     header = ["model", "share", "tested on", "repeats", *METRICS.values()]
-    note = "Whole datasets that nothing was trained on; mean ± standard deviation over the repeats."
-    return Table(name, title, header, rows, [note])
+    header += ["balanced accuracy at t", "95% interval of balanced accuracy at t"]
+    notes = [
+        "Whole datasets that nothing was trained on; mean ± standard deviation over the repeats.",
+        f"{chosen({'': finished})} The interval is by drawing the dataset's cases anew.",
+    ]
+    return Table(name, title, header, rows, notes)
+
+
+def _decision_intervals(replicate, samples, thresholds, replicates):
+    """{key of DECISIONS: interval of its mean over the repeats, each at its threshold}. replicate:
+    of bootstrap; samples: (labels, probabilities, cases) of each repeat."""
+    parts, cases = replicate(samples, replicates, thresholds=thresholds, ranking=False)
+    return {key: bootstrap.interval(*parts[key][1:], cases) for key in DECISIONS}
+
+
+def _bounds(interval):
+    """An interval, or None, as a cell."""
+    if interval is None:
+        return "–"
+    return "{:.3f} – {:.3f}".format(*interval)
 
 
 def leak_rows(finished):
@@ -568,8 +625,10 @@ def bounds_of(row, key):
 
 
 def trusted(named, replicates):
-    """{label: {"interval", "cases", "parts", "ids", "folds"}} of the mean AUROC over the repeats of
-    each model; without models whose test set lacks a class. parts: of bootstrap.replicate().
+    """{label: {"interval", "decisions", "cases", "parts", "ids", "folds"}} of the means over the
+    repeats of each model; without models whose test set lacks a class. interval: of AUROC;
+    decisions: {key of DECISIONS: interval at the chosen threshold}; parts: of
+    bootstrap.replicate().
     """
     trust = {}
     for label, repeats in named.items():
@@ -581,11 +640,14 @@ def trusted(named, replicates):
                 continue
             ids = np.concatenate([test[0] for test in tests])
             replicate = bootstrap.replicate_folds
-        parts, cases = replicate([(y, p, case) for _, y, p, case, _ in tests], replicates)
+        samples = [(y, p, case) for _, y, p, case, _ in tests]
+        parts, cases = replicate(samples, replicates)
         if not np.isfinite(parts["auroc"][0]):
             continue
+        thresholds = [run.threshold for run in repeats]
         trust[label] = {
             "interval": bootstrap.interval(*parts["auroc"][1:], cases),
+            "decisions": _decision_intervals(replicate, samples, thresholds, replicates),
             "cases": cases,
             "parts": parts,
             "ids": ids,

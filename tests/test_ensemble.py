@@ -104,7 +104,7 @@ def test_runs_with_other_rows_or_classes_are_named_and_not_averaged(copied, tiss
     members[0].columns = first
     members[0].classes = ("mitotic figure", "look-alike")
     means, notes = ensemble.ensembles(members)
-    assert means == [] and len(notes) == 1 and "look-alike/mitotic figure and" in notes[0]
+    assert means == [] and len(notes) == 1 and "hard negative/mitotic figure and" in notes[0]
 
 
 def test_logits_of_certain_probabilities_are_finite():

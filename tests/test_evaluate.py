@@ -100,6 +100,44 @@ def test_the_overview_is_mean_and_deviation_and_fits_a_terminal(three_folds, cap
     )
 
 
+def test_a_rule_for_the_threshold_changes_what_is_at_it_and_nothing_else(three_folds, tmp_path):
+    def rows(out, *rule):
+        flags = ["--out", tmp_path / out, "--no-gallery", "--replicates", 100, *rule]
+        assert call(evaluate, three_folds, *flags) == 0
+        with open(tmp_path / out / "results.csv") as file:
+            return list(csv.DictReader(file))
+
+    names = ("f1", "balanced", "sensitivity=0.99", "0.4")
+    found = {rule: rows(rule, "--threshold-rule", rule) for rule in names}
+    assert rows("plain") == found["f1"]
+    for rule, lines in found.items():
+        for line, first in zip(lines, found["f1"], strict=True):
+            assert line["threshold_rule"] == rule
+            for key, value in line.items():
+                same = "at_threshold" in key or key.startswith("threshold")
+                assert same or value == first[key], key
+            val = common.read_json(f"{line['run']}/metrics.json")["sets"]["val"]
+            assert float(first["threshold"]) == val["at_threshold"]["threshold"]
+            assert rule != "0.4" or float(line["threshold"]) == 0.4
+    high = found["sensitivity=0.99"]
+    assert all(float(a["threshold"]) < float(b["threshold"]) for a, b in zip(high, found["f1"]))
+
+
+def test_the_overview_with_a_rule_shows_what_the_threshold_gains(three_folds, capsys):
+    found, _ = results.collect([three_folds], "balanced")
+    text = evaluate.overview(found, "balanced")
+    values = [run.sets["test"]["at_threshold"]["balanced_accuracy"] for run in found]
+    header, _, line = text.splitlines()[1:4]
+    assert header.split()[-5:] == ["bal.", "acc.", "at", "t", "AUROC"]
+    assert line.split()[-2].startswith(f"{np.mean(values):.3f}±")
+    assert text.endswith("the threshold of the best balanced accuracy on validation")
+    assert max(map(len, text.splitlines())) <= 100
+    wrong = failure(capsys, three_folds, "--threshold-rule", "youden")
+    assert "--threshold-rule youden: give" in wrong and "balanced" in wrong
+    wrong = failure(capsys, "--grid", "x", "--threshold-rule", "f1")
+    assert "--threshold-rule goes with a report" in wrong
+
+
 def test_the_overview_keeps_seeds_apart(copied, tissue):
     for fold in range(2):
         make(copied.parent / "seed1", tissue, "uni", "lora", 1.0, fold, strength=0.3, seed=1)

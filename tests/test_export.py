@@ -334,6 +334,10 @@ def test_threshold_is_the_best_f1():
         value, _, _ = export.decide(predictions, "sensitivity=0.8")
         assert (p[labels == 1] >= value).mean() >= 0.8
         assert (p[labels == 1] >= value + 0.1).mean() < 0.8  # the next higher one finds too few
+        value, text, _ = export.decide(predictions, "balanced")
+        best = max(metrics.balanced_accuracy(labels, p >= t) for t in np.unique(p))
+        assert metrics.balanced_accuracy(labels, p >= value) == pytest.approx(best)
+        assert text == f"highest balanced accuracy on validation ({best:.4f})"
     assert export.decide(predictions, "0.3") == (0.3, "given", 1.0)
     for nothing in (None, predictions_of([1, 0], [1, 2], "test"), predictions_of([1, 1], [1, 2])):
         assert export.decide(nothing, "f1")[0] == 0.5
@@ -896,7 +900,7 @@ def test_runs_that_have_no_mean_are_refused_in_one_line(probes, tmp_path, monkey
         ([first, second], "give --out"),
         ([first, first / ".." / first.name, *out], "named twice"),
         ([first, scale, *out], "mpp 0.5"),
-        ([first, classes, *out], "a/b and look-alike/mitotic figure"),
+        ([first, classes, *out], "a/b and hard negative/mitotic figure"),
         ([first, unfinished, *out], "not a finished run"),
         ([first, second, *out, "--embedding"], "--embedding"),
         ([first, second, "--peft", tmp_path / "peft"], "--peft"),

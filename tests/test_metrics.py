@@ -144,6 +144,26 @@ def test_weighted_f1_equals_scikit_learn(problems):
     assert compared(problems, at_half(metrics.weighted_f1), theirs, ANY) <= NEAR
 
 
+def test_accuracy_and_kappa_equal_scikit_learn(problems):
+    def accuracy(y, p, weight):
+        return reference.accuracy_score(y, p >= 0.5, sample_weight=weight)
+
+    assert compared(problems, at_half(metrics.accuracy), accuracy, ANY) <= NEAR
+    undefined = 0
+    for y, p, weight in weighed(problems):
+        found = metrics.cohen_kappa(y, p >= 0.5, weight)
+        if np.isnan(found):  # labels and decisions are all of one class
+            tp, fp, fn, tn = metrics.confusion(y, p >= 0.5, weight)
+            assert max(tp, tn) == tp + fp + fn + tn
+            undefined += 1
+            continue
+        wanted = reference.cohen_kappa_score(y, p >= 0.5, sample_weight=weight, labels=[0, 1])
+        assert abs(found - wanted) <= NEAR
+    assert 0 < undefined < 0.3 * PROBLEMS
+    assert metrics.cohen_kappa([0, 0, 1, 1], [1, 1, 0, 0]) == -1
+    assert metrics.cohen_kappa([0, 0, 1, 1], [0, 1, 0, 1]) == 0
+
+
 def test_sensitivity_and_specificity_equal_scikit_learn(problems):
     for ours, label, needs in (
         (metrics.sensitivity, 1, POSITIVE),
@@ -326,6 +346,61 @@ def test_the_threshold_of_the_best_f1_equals_brute_force(problems):
         # Halfway: a score that moves by rounding stays on its side.
         assert not len(p[p == found]) or found == 0
     assert several > 10
+
+
+def test_the_threshold_of_the_best_balanced_accuracy_equals_brute_force(problems):
+    several = 0
+    for y, p, _ in problems:
+        if len(set(y.tolist())) < 2:
+            assert metrics.choose_threshold(y, p, "balanced") == 0.5
+            continue
+        found = metrics.choose_threshold(y, p, "balanced")
+        positives, negatives = int(y.sum()), int((1 - y).sum())
+        gain = {}  # sensitivity - (1 - specificity), as a whole number
+        for score in np.unique(p).tolist():
+            tp, fp = np.sum((p >= score) & (y == 1)), np.sum((p >= score) & (y == 0))
+            gain[score] = int(tp) * negatives - int(fp) * positives
+        best = max(gain.values())
+        tp, fp = np.sum((p >= found) & (y == 1)), np.sum((p >= found) & (y == 0))
+        assert int(tp) * negatives - int(fp) * positives == best
+        # Of several the nearest to 0.5, of two equally near ones the higher.
+        scores = sorted(gain)
+        middles = [
+            (score + (scores[i - 1] if i else min(0, score))) / 2
+            for i, score in enumerate(scores)
+            if gain[score] == best
+        ]
+        several += len(middles) > 1
+        nearest = min(abs(middle - 0.5) for middle in middles)
+        assert found == max(middle for middle in middles if abs(middle - 0.5) == nearest)
+    assert several > 10
+    # Imbalanced and shifted: 0.5 finds nothing, the threshold everything.
+    y, p = np.array([0] * 8 + [1] * 2), np.array([0.1] * 8 + [0.3] * 2)
+    assert metrics.balanced_accuracy(y, p >= 0.5) == 0.5
+    assert metrics.choose_threshold(y, p, "balanced") == 0.2
+    # 0.25 and 0.75 are equally good and equally near to 0.5.
+    p = [0.125, 0.375, 0.625, 0.875]
+    assert metrics.choose_threshold([0, 1, 0, 1], p, "balanced") == 0.75
+
+
+def test_the_text_of_a_rule():
+    for text, target in (
+        ("f1", "f1"),
+        ("balanced", "balanced"),
+        ("sensitivity=0.9", ("sensitivity", 0.9)),
+        ("0.25", 0.25),
+    ):
+        assert metrics.parse_threshold(text, rules=True) == target
+    assert metrics.choose_threshold([0, 1], [0.4, 0.6], 0.25) == 0.25
+    assert metrics.choose_threshold([], [], 0.25) == 0.25
+    assert metrics.describe_rule("balanced") == "of the best balanced accuracy on validation"
+    assert metrics.describe_rule("sensitivity=0.9") == "that finds 90% of class 1 on validation"
+    assert metrics.describe_rule("0.25") == "given as 0.25"
+    for text in ("balance", "sensitivity=0", "sensitivity=nan", "1", "nan", ""):
+        with pytest.raises(UserError, match="--threshold-rule .*: give .*balanced"):
+            metrics.parse_threshold(text, rules=True, flag="--threshold-rule")
+    with pytest.raises(UserError, match="give a probability between 0 and 1$"):
+        metrics.parse_threshold("balanced")
 
 
 def test_the_threshold_of_a_sensitivity_is_the_highest_that_reaches_it(problems):

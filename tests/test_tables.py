@@ -14,7 +14,7 @@ from small import call
 import common
 import evaluate
 import runs
-from reporting import bootstrap, results, tables
+from reporting import bootstrap, metrics, results, tables
 
 MODELS, METHODS = ("uni", "virchow2"), ("probe", "lora")
 NAMES = {"probe": "linear probe", "lora": "LoRA", "full": "end-to-end"}
@@ -295,6 +295,49 @@ def test_decisions_at_half_and_at_the_threshold_of_validation(study):
         ]
 
 
+def test_what_the_threshold_of_validation_gains_with_intervals_by_case(tmp_path):
+    tissue, extra = annotations("mine"), annotations("other", domains="T", cases=6, seed=4)
+    for fold in range(2):
+        make(tmp_path / "runs", tissue, "uni", "lora", 1.0, fold, tests=[extra])
+    flags = ["--no-gallery", "--replicates", 300, "--threshold-rule", "balanced"]
+    assert call(evaluate, tmp_path / "runs", "--out", tmp_path / "report", *flags) == 0
+    paths = sorted((tmp_path / "runs").rglob("predictions.csv"))
+    repeats = [runs.read_predictions(path) for path in paths]
+    thresholds = []
+    for columns in repeats:
+        val = columns["set"] == "val"
+        label, p = columns["label"][val], columns["probability"][val]
+        thresholds.append(metrics.choose_threshold(label, p, "balanced"))
+    (row,), notes = table(tmp_path / "report/thresholds_mine.md")
+    assert "the best balanced accuracy on validation" in " ".join(notes)
+    mean, deviation = statistics.mean(thresholds), statistics.stdev(thresholds)
+    assert row["t"] == f"{mean:.2f} ± {deviation:.2f}"
+    of = {
+        "balanced accuracy": metrics.balanced_accuracy,
+        "weighted F1": metrics.weighted_f1,
+        "accuracy": metrics.accuracy,
+        "Cohen's kappa": metrics.cohen_kappa,
+    }
+    for name, metric in of.items():
+        for heading, cuts in (("at 0.5", [0.5, 0.5]), ("at t", thresholds)):
+            values = []
+            for columns, cut in zip(repeats, cuts):
+                rows = columns["set"] == "test"
+                values.append(metric(columns["label"][rows], columns["probability"][rows] >= cut))
+            assert plain(row[f"{name} {heading}"]) == by_hand(values)
+        low, high = map(float, row[f"95% interval of {name} at t"].split(" – "))
+        assert low < statistics.mean(values) < high and high - low < 0.6
+    (row,), notes = table(tmp_path / "report/external_mine.md")
+    values = []
+    for columns, cut in zip(repeats, thresholds):
+        rows = columns["set"] == "other"
+        called = columns["probability"][rows] >= cut
+        values.append(metrics.balanced_accuracy(columns["label"][rows], called))
+    assert row["balanced accuracy at t"] == by_hand(values)
+    low, high = map(float, row["95% interval of balanced accuracy at t"].split(" – "))
+    assert low < statistics.mean(values) < high
+
+
 def test_what_the_leak_is_worth(study):
     root, out = study
     rows, _ = table(out / "leak_midog2022.md")
@@ -486,7 +529,7 @@ def cells_of(tex):
 def test_every_table_says_the_same_in_latex(study):
     _, out = study
     names = sorted(path.stem for path in out.glob("*.md"))
-    assert names == sorted(path.stem for path in out.glob("*.tex")) and len(names) == 9
+    assert names == sorted(path.stem for path in out.glob("*.tex")) and len(names) == 10
     for name in names:
         tex = (out / f"{name}.tex").read_text()
         cells = [
