@@ -188,23 +188,27 @@ def batches(sets, pool, workers, most):
     # ride over slow tiles.
     size = max(1, min(PIECE, most))
     per_batch = math.ceil(most / size)
-    waiting = (
-        (cells, piece, last) for cells in sets for piece, last in marked_last(cells.pieces(size))
-    )
+
+    def pieces(cells):
+        share = size
+        if len(cells.x) <= most:  # one batch, which waits for all of it: shared by all threads
+            share = min(size, max(1, math.ceil(len(cells.x) / workers)))
+        return marked_last(cells.pieces(share))
+
+    waiting = ((cells, piece, last) for cells in sets for piece, last in pieces(cells))
     running = deque()
     while True:
         for cells, piece, last in itertools.islice(waiting, workers + 2 * per_batch - len(running)):
-            running.append((cells, pool.submit(cells.read, piece), last))
+            running.append((cells, piece, pool.submit(cells.read, piece), last))
         if not running:
             return
-        read, patches = [], []
-        for _ in range(min(per_batch, len(running))):
-            cells, future, last = running.popleft()
+        read, patches, asked, last = [], [], 0, False
+        while asked < most and not last:
+            cells, piece, future, last = running.popleft()
             some, readable = future.result()
             patches += some
             read += readable
-            if last:
-                break
+            asked += len(piece)
         yield cells, read, patches, last
 
 

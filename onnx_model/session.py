@@ -137,7 +137,8 @@ class Classifier:
         Threads read ahead of the model. Outside of the slide is white; a slide whose µm/px is more
         than 10% off the model's is resampled.
 
-        slide    a path | openslide.OpenSlide | uint8 [H, W, 3], the pixels of a whole image
+        slide    a path (of a DICOM slide: its folder) | openslide.OpenSlide | uint8 [H, W, 3], the
+                 pixels of a whole image
         x, y     centres in level-0 px: numbers or arrays [N]
         mpp      µm/px of the slide; None: as its file says
         workers  threads that read

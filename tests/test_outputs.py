@@ -85,6 +85,13 @@ FILES = {
 }
 FOLDERS = {
     "train --runs": (train, training),
+    "classify folder --out": (
+        classify,
+        lambda inputs, out: [
+            *(inputs / "model.onnx", "--slide", inputs / "blobs"),
+            *("--candidates", inputs / "points", "--out", out),
+        ],
+    ),
     "probe --runs": (probe, probing),
     "evaluate --out": (
         evaluate,
@@ -116,6 +123,9 @@ def made(tmp_path_factory):
         make_run(folder / "run", "gelu", "lora", folder / "blobs")
         write_model(folder / "model.onnx", classifier("gelu"))
         assert call(classify, *scoring(folder, "--out", folder / "scored.json")) == 0
+        (folder / "points").mkdir()
+        for image in range(8):
+            (folder / f"points/{image}.csv").write_text("x,y\n100,100\n120,90\n")
         assert call(probe, *probing(folder, folder / "probes")) == 0
         assert call(train, *training(folder, folder / "trained")) == 0
         (metrics,) = (folder / "trained").rglob("metrics.json")

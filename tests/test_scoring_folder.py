@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from pathlib import Path
@@ -537,6 +538,40 @@ def test_the_ends_of_slides_are_read_over_and_batches_end_with_them():
         assert np.array_equal(cells.probability, np.arange(len(cells.probability)))
     assert sizes == [8, 8, 4, 3, 8, 8, 8, 6, 1]
     assert model.most <= 8 * (2 + 2 + 1)  # workers, two batches ahead, the one at work
+
+
+def test_few_cells_are_read_by_all_threads_and_scored_together():
+    """What is waited for is a batch: of 8 cells each of 4 threads reads two."""
+    model, threads, sizes = Counting(), {}, []
+    at_once = threading.Barrier(4, timeout=10)
+
+    class Slow(Numbers):
+        def read(self, x, y):
+            threads.setdefault(threading.get_ident(), []).append(x)
+            if len(threads[threading.get_ident()]) == 1:
+                at_once.wait()  # until four threads are at work
+            return super().read(x, y)
+
+    def scored(batch):
+        sizes.append(len(batch))
+        return Counting.__call__(model, batch)
+
+    scored.batch_size = 8
+    for n in (8, 3, 1):
+        at_once = threading.Barrier(min(n, 4), timeout=10)
+        threads.clear()
+        x = np.arange(n)
+        result = reading.score(scored, [Slow(model)], np.zeros(n, int), x, np.zeros(n), workers=4)
+        assert (
+            np.array_equal(result, x)
+            and sorted(map(len, threads.values()))
+            == {
+                8: [2, 2, 2, 2],
+                3: [1, 1, 1],
+                1: [1],
+            }[n]
+        )
+    assert sizes == [8, 3, 1]
 
 
 def test_a_set_that_cannot_be_read_spoils_no_other():
