@@ -180,7 +180,8 @@ def test_one_class_names_fraction_fold_and_counts(tmp_path, table, capsys):
     )
     (error,) = capsys.readouterr().err.strip().splitlines()[-1:]
     assert error.startswith(
-        "error: one, fraction 0.5, fold 3: the training pool holds one class only (0 mitotic fig"
+        "error: one, fraction 0.5, fold 3: the training pool holds one class only (mitotic "
+        "figure: 0, "
     )
     assert not list(tmp_path.glob("one/*/*/config.json")) and not (tmp_path / "embeddings").exists()
 

@@ -659,11 +659,7 @@ def test_domains_and_further_datasets(tmp_path, table, capsys):
     model = (run / "model.safetensors").read_bytes()
     assert small.call(train, *args, "--test", other) == 0  # the finished run, on one more set
     out = capsys.readouterr().out
-    assert (
-        f"finished: {run}" in out
-        and "shares 4 cases" in out
-        and "elsewhere" in out.splitlines()[-1]
-    )
+    assert f"finished: {run}" in out and "elsewhere" in out.splitlines()[-1]
     predictions = runs.read_predictions(run / "predictions.csv")
     assert set(predictions["set"]) == {"val", "test", "B", "elsewhere"}
     assert (predictions["domain"][predictions["set"] == "B"] == "B").all()
