@@ -23,7 +23,8 @@ COARSEST = 1.1  # µm/px of a slide, beyond which a figure is too few pixels
 TILE = 1024  # px of the working grid
 INNER, OUTER = 2.0, 6.0  # µm, standard deviations of the two blurs: a figure, and its surroundings
 APART = 6.0  # µm: of two blobs that are nearer, the weaker is dropped
-LEAST = 0.02  # of haematoxylin above the surroundings, below which nothing is a candidate
+LEAST = 0.02  # of haematoxylin above the surroundings, below which nothing is looked at
+LEAST_SCORE = 0.05  # of a candidate; see the table in the README
 UNIT = 4096  # whole numbers per unit of optical density
 OUTSIDE = 1 << 62  # larger than any sum
 STAINED = 0.99  # quantile of the tissue's haematoxylin that a blob's score is relative to
@@ -79,10 +80,11 @@ def find(image, mpp=None, tile=TILE, workers=4, progress=None):
     column, row, height = np.concatenate(found, axis=1)
     order = np.lexsort((column, row))
     column, row, height = column[order], row[order], height[order]
-    keep = strongest(column, row, height, APART / search.mpp)
     level = max(1, int(np.searchsorted(np.cumsum(amounts), STAINED * amounts.sum())))
-    x, y = (column[keep] + 0.5) * search.step, (row[keep] + 0.5) * search.step
+    keep = strongest(column, row, height, APART / search.mpp)
     score = height[keep] / (height[keep] + level)
+    keep, score = keep[score >= LEAST_SCORE], score[score >= LEAST_SCORE]
+    x, y = (column[keep] + 0.5) * search.step, (row[keep] + 0.5) * search.step
     return Blobs(x, y, score, search.tissue)
 
 
