@@ -3,6 +3,7 @@ scores out.
 
     python classify.py MODEL.onnx --slide S --candidates C --out O      score candidates
     python classify.py MODEL.onnx --slide DIR --candidates DIR --out DIR    a folder of slides
+    python classify.py MODEL.onnx --slide S --candidates blobs --out O.geojson    without a detector
     python classify.py MODEL.onnx                                       what the model is
     python classify.py --doctor                                         does it run on the GPU?
 
@@ -33,11 +34,12 @@ from onnx_model import doctor, reading
 from onnx_model.session import Classifier
 from reporting import metrics
 from reporting.overlay import Marks, view_around
-from scoring import area, count, folder, match, plan
+from scoring import area, blobs, count, folder, match, plan
 
 LISTED = 5  # problems that are named one by one
 NAMED = 20  # slides of a folder that could not be scored
 LOOK_PATCHES, LOOK_SLIDES = 100, 8  # of the sample that is looked at before the scoring
+BLOBS = "blobs"  # the word for --candidates that stands for no file
 LABELLED = 200  # candidates in an overlay that are still labelled with their probability
 
 # ---------------------------------------------------------------- the picture
@@ -90,7 +92,9 @@ def parse_arguments():
         "--candidates",
         metavar="C",
         help="MIDOG JSON, MIDOG challenge JSON, CSV (x, y, filename), SlideRunner SQLite, QuPath "
-        "GeoJSON, ImageScope XML; or a folder of such files, one per slide, of the slides' names",
+        "GeoJSON, ImageScope XML; or a folder of such files, one per slide, of the slides' names; "
+        "or the word blobs: dark blobs of haematoxylin are found on the slides themselves (a file "
+        "of that name is ./blobs)",
     )
     parser.add_argument(
         "--out",
@@ -253,8 +257,20 @@ def look_at(job):
             say(f"warning: {line}")
 
 
-def area_of(args, job, labels):
-    """The area.Area of the one slide of a plan; UserError if none can be."""
+def find_blobs(args, slide):
+    """The first stage on a slide → (candidates, its tissue)."""
+    with common.progress(desc="searched", unit="tiles") as bar:
+        found = blobs.find(slide, args.mpp, workers=args.workers, progress=bar)
+    say(f"{slide.name}: {len(found.x)} blobs of haematoxylin")
+    return formats.from_points(slide, found.x, found.y, found.score), found.tissue
+
+
+def area_of(args, job, labels, searched):
+    """The area.Area of the one slide of a plan; UserError if none can be. searched: the slide's
+    tissue if its candidates were found there.
+    """
+    if args.area is None and searched is not None and area.are_mitotic(labels):
+        return area.Area(tissue=searched.area(job.readers[0].mpp))
     if args.area is None:
         return area.Area()
     check_mitotic(labels)
@@ -322,24 +338,35 @@ def threshold_of(args):
 
 
 def classify(args):
-    """Score the candidates of a file and write them → exit status."""
+    """Score the candidates of a file, or those found on the slide, and write them → exit status."""
     # Mistakes are found before the work: what does not need the model, then what does.
     threshold = threshold_of(args)
     if "," in args.device:
         raise UserError(f"--device {args.device}: several devices are for a folder of slides")
-    candidates = formats.read_candidates(args.candidates)
-    for note in candidates.notes:
-        say(f"{candidates.path.name}: {note}")
-    images, missing = match.find_images(candidates, args.slide)
-    check_outputs(args, sorted({path for path in images if path is not None}))
-    formats.move_to_level0(candidates, images, say)
-    classifier = open_model(args, args.device)
+    searched = None
+    if args.candidates == BLOBS:
+        slide = match.only_slide(args.slide)
+        check_outputs(args, [slide])
+        formats.kind_of_new(args.out, args.format)
+        classifier = open_model(args, args.device)
+        candidates, searched = find_blobs(args, slide)
+        images, missing = [slide] * len(candidates), []
+    else:
+        candidates = formats.read_candidates(args.candidates)
+        for note in candidates.notes:
+            say(f"{candidates.path.name}: {note}")
+        images, missing = match.find_images(candidates, args.slide)
+        check_outputs(args, sorted({path for path in images if path is not None}))
+        formats.move_to_level0(candidates, images, say)
+        classifier = open_model(args, args.device)
     if args.relabel:
         formats.check_relabel(candidates, classifier.labels, args.out, args.format)
     if threshold is None:
         threshold = classifier.threshold
 
     job = plan.plan(candidates, images, missing, classifier.metadata, args.mpp)
+    if searched is not None and not job.readers:  # a slide without a blob is counted, too
+        job.add_reader(classifier.metadata, slide, args.mpp)
     scales = job.scales()
     say_readers(job.readers)
     if job.problems and not args.skip:
@@ -350,7 +377,7 @@ def classify(args):
     say_left_out(job.problems)
     for note in formats.check_write(candidates, args.out, images, scales, args.format):
         say(note)
-    counted_on = area_of(args, job, classifier.labels)
+    counted_on = area_of(args, job, classifier.labels, searched)
     look_at(job)
 
     probability = np.full(len(candidates), np.nan, np.float32)
@@ -360,7 +387,7 @@ def classify(args):
         counted = area.count_figures(
             job.readers[0], job, probability[job.rows], threshold, counted_on
         )
-        if args.area is not None:
+        if counted_on != area.Area():
             regions = area.regions_of(counted)
     formats.write(
         candidates,
@@ -428,9 +455,15 @@ def classify_folder(args):
     of_tissue, outlines = args.area == area.TISSUE, args.area
     if of_tissue:
         outlines = None
-    tasks = folder.tasks_of(args.slide, args.candidates, outlines)
-    if not any(task.file for task in tasks):
-        raise UserError(f"--candidates {args.candidates}: holds no file of candidates")
+    if args.candidates == BLOBS:
+        tasks = folder.tasks_of_slides(args.slide, args.format or "geojson", outlines)
+        of_tissue = of_tissue or not outlines
+        if not tasks:
+            raise UserError(f"--slide {args.slide}: holds no slide")
+    else:
+        tasks = folder.tasks_of(args.slide, args.candidates, outlines)
+        if not any(task.file for task in tasks):
+            raise UserError(f"--candidates {args.candidates}: holds no file of candidates")
     devices = args.device.split(",")
     classifiers = [open_model(args, device) for device in devices]
     if threshold is None:
@@ -450,6 +483,7 @@ def classify_folder(args):
         args.workers,
         Path(args.candidates),
         Path(args.out),
+        args.candidates == BLOBS,
     )
     slides.keep_open(4 * len(devices))
     start = time.perf_counter()
@@ -481,7 +515,9 @@ def main():
     if args.doctor:
         return doctor.report()
     check(args)
-    if args.candidates and Path(args.candidates).is_dir():
+    if args.candidates == BLOBS and match.only_slide(args.slide) is None:
+        return classify_folder(args)
+    if args.candidates and args.candidates != BLOBS and Path(args.candidates).is_dir():
         return classify_folder(args)
     if args.candidates:
         return classify(args)

@@ -10,7 +10,8 @@ weights come from validation images, the figures from held-out ones. Written to 
 mitotic-figures.json of each image in the MIDOG challenge's format (millimetres), and with --data
 detection.json (F1, and mitotic counts per mm² against the truth) and detection.png.
 
-Replace `blobs.find` by a detector of your own, and the rest stays as it is."""
+Replace `blobs.find` by a detector of your own, and the rest stays as it is. For a slide without
+annotations, `python classify.py MODEL.onnx --slide S --candidates blobs --out O` does the same."""
 
 import argparse
 import sys

@@ -20,10 +20,13 @@ class Area(NamedTuple):
     tissue: float | None = None
 
 
-def of_slide(reader, outline=None, of_tissue=False):
+def of_slide(reader, outline=None, of_tissue=False, searched=None):
     """The Area of a slide: in the outlines of a GeoJSON file, or of its tissue, or unknown.
 
-    reader  the SlideReader. UserError: its µm/px is unknown; no outlines in the file"""
+    reader    the SlideReader
+    searched  the slide's tissue.Tissue if it is known already
+
+    UserError: its µm/px is unknown; no outlines in the file"""
     if outline is None and not of_tissue:
         return Area()
     if reader.mpp is None:
@@ -32,7 +35,8 @@ def of_slide(reader, outline=None, of_tissue=False):
         )
     if outline is not None:
         return Area(tumour=count.outlines(Path(outline), reader.slide))
-    return Area(tissue=tissue.find(reader.slide, reader.mpp).area(reader.mpp))
+    searched = searched or tissue.find(reader.slide, reader.mpp)
+    return Area(tissue=searched.area(reader.mpp))
 
 
 def count_figures(reader, job, probability, threshold, area):

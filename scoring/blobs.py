@@ -29,6 +29,9 @@ UNIT = 4096  # whole numbers per unit of optical density
 OUTSIDE = 1 << 62  # larger than any sum
 STAINED = 0.99  # quantile of the tissue's haematoxylin that a blob's score is relative to
 
+# What a result depends on beside the slide, as text: another one makes finished slides unfinished.
+SETTINGS = f"blobs {WORKING} {INNER} {OUTER} {APART} {LEAST} {LEAST_SCORE} {STAINED}"
+
 # Optical densities of haematoxylin, eosin and the remainder, in red, green and blue (Ruifrok &
 # Johnston 2001)
 STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])

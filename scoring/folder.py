@@ -22,7 +22,7 @@ import common
 from common import UserError
 from dataset import annotations, dicom, draws, formats, look, slides
 from onnx_model import reading
-from scoring import area, count, match, plan
+from scoring import area, blobs, count, match, plan
 
 REPORT, LOCK = "report.csv", ".lock"
 COLUMNS = (
@@ -70,6 +70,7 @@ class Settings(NamedTuple):
     workers: int
     candidates: Path
     out: Path
+    blobs: bool = False  # candidates are found on the slides: there is no folder of them
 
 
 class Task(NamedTuple):
@@ -111,6 +112,18 @@ def tasks_of(slide_folder, candidate_folder, outline_folder=None):
             problem = f"{' and '.join(files[:3])} are all candidates of it; keep one of them"
         tasks += [Task(name, path, file, problem, outlines.get(opened)) for file in files]
     return sorted(tasks, key=lambda task: (task.slide or task.file, task.file))
+
+
+def tasks_of_slides(slide_folder, kind, outline_folder=None):
+    """A Task for every slide below a folder, whose candidates are found on it; kind: the format of
+    the outputs, which are called after the slides."""
+    index = annotations.ImageFiles(slide_folder)
+    outlines = outlines_of(outline_folder, index)
+    tasks = []
+    for name, opened in index.slides.items():
+        path = Path(slide_folder) / opened
+        tasks.append(Task(name, path, name + ENDINGS[kind], outline=outlines.get(opened)))
+    return sorted(tasks, key=lambda task: task.slide)
 
 
 def candidate_files(folder):
@@ -193,7 +206,10 @@ def fingerprint_of(task, settings):
         states.append([path.name, status.st_size, status.st_mtime_ns])
     told = [settings[: Settings._fields.index("workers")], states]
     digest.update(json.dumps(told).encode())
-    digest.update(Path(settings.candidates, task.file).read_bytes())
+    if settings.blobs:
+        digest.update(blobs.SETTINGS.encode())
+    else:
+        digest.update(Path(settings.candidates, task.file).read_bytes())
     if task.outline is not None:
         digest.update(b"outline" + task.outline.read_bytes())
     return digest.hexdigest()[:32]
@@ -289,6 +305,7 @@ class Work:
         self.task, self.error, self.notes, self.left_out = task, None, [], []
         self.candidates, self.images, self.job = None, [], plan.Plan()
         self.fingerprint, self.area = "", area.Area()
+        self.searched = None  # the slide's tissue, if its candidates were found there
         self.cells = reading.Cells([], [], [], [])
 
     def prepare(self, settings, metadata):
@@ -304,8 +321,14 @@ class Work:
 
     def _read(self, settings, metadata):
         path = Path(settings.candidates, self.task.file)
-        self.candidates = formats.read_candidates(path)
-        self.notes += self.candidates.notes
+        if settings.blobs:
+            slide = self.task.path
+            found = blobs.find(slide, settings.mpp, workers=settings.workers)
+            self.searched = found.tissue
+            self.candidates = formats.from_points(slide, found.x, found.y, found.score)
+        else:
+            self.candidates = formats.read_candidates(path)
+            self.notes += self.candidates.notes
         self.images = match.on_slide(self.candidates, self.task.path, called(self.task.path))
         formats.move_to_level0(self.candidates, self.images, self.notes.append)
         if settings.relabel:
@@ -324,7 +347,7 @@ class Work:
             if reader.warning:
                 self.notes.append(reader.warning)
             if reader.mpp is not None:
-                self.area = area.of_slide(reader, self.task.outline, settings.tissue)
+                self.area = area.of_slide(reader, self.task.outline, settings.tissue, self.searched)
         failed = None
         if settings.skip:
             failed = self._failed

@@ -28,6 +28,16 @@ def find_images(candidates, slide):
     return in_folder(candidates, slide)
 
 
+def only_slide(path):
+    """The file of the one slide that a path means, None for a folder of slides."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"--slide {path}: no such file or folder")
+    if path.is_file():
+        return path
+    return annotations.dicom_slide(path)
+
+
 def on_slide(candidates, slide, called):
     """The slide for each candidate that lies on it, None for the others; UserError if none does.
 

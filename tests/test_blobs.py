@@ -2,12 +2,19 @@
 arithmetic against floating point.
 """
 
+import csv
+import json
+
 import numpy as np
 import pytest
+from onnx_models import classifier, register, write_model
 from PIL import Image
+from small import call
 
+import classify
 from common import UserError
-from dataset import slides
+from dataset import formats, slides
+from reporting import detection
 from scoring import blobs
 
 STAIN = np.array([0.65, 0.70, 0.29])  # optical density of haematoxylin
@@ -146,3 +153,111 @@ def test_the_strongest_of_neighbours_remains():
         if all(np.hypot(x[i] - x[j], y[i] - y[j]) >= 7.5 for j in expected):
             expected.append(i)
     assert blobs.strongest(x, y, score, 7.5).tolist() == sorted(expected)
+
+
+# ---------------------------------------------------------------- classify.py --candidates blobs
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "model.onnx"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        register(monkeypatch)
+        write_model(path, classifier("gelu"))
+    return path
+
+
+PLACES = [(300, 300), (400, 420), (700, 200), (650, 800)]
+
+
+@pytest.fixture
+def slide(tmp_path):
+    """An image at 0.25 µm/px with four blobs and glass at its right."""
+    pixels = field(PLACES, side=1000)
+    pixels[:, 896:] = 245
+    path = tmp_path / "slides" / "a.png"
+    path.parent.mkdir()
+    Image.fromarray(pixels).save(path, dpi=(101600, 101600))
+    return path
+
+
+def features(path):
+    content = json.loads(path.read_text())["features"]
+    points = [one for one in content if one["geometry"]["type"] == "Point"]
+    return points, [one for one in content if one["geometry"]["type"] == "Polygon"]
+
+
+def test_a_slide_alone_gives_scored_figures_and_a_count(model, slide, tmp_path, capsys):
+    out = tmp_path / "o.geojson"
+    words = [model, "--slide", slide, "--candidates", "blobs", "--threshold", 1e-9]
+    assert call(classify, *words, "--out", out) == 0
+    said = capsys.readouterr().out
+    found = blobs.find(slide)
+    expected = classify.Classifier(model, "cpu").score(slide, found.x, found.y)
+    points, (window,) = features(out)
+    places = [point["geometry"]["coordinates"] for point in points]
+    assert np.allclose(places, np.stack([found.x, found.y], axis=1)) and len(places) >= 4
+    values = [point["properties"]["measurements"] for point in points]
+    assert np.allclose([v["probability of mitotic figure"] for v in values], expected, atol=1e-5)
+    assert np.allclose([v["detector score"] for v in values], found.score)
+    area = found.tissue.area(0.25)
+    assert area == pytest.approx(896 * 1000 * 0.25**2 / 1e6)
+    assert f"{len(points)} mitotic figures on {area:.2f} mm² of tissue" in said
+    assert window["properties"]["measurements"]["mitotic figures"] == len(points)
+    assert call(classify, *words, "--out", tmp_path / "o.csv") == 0
+    again = formats.read_candidates(tmp_path / "o.csv")
+    assert np.allclose(again.x, found.x) and set(again.images) == {"a.png"}
+    assert np.allclose(detection.detector_scores(again), found.score)
+
+
+def test_a_slide_without_a_blob(model, tmp_path, capsys):
+    Image.new("RGB", (400, 400), "white").save(tmp_path / "glass.png", dpi=(101600, 101600))
+    words = [model, "--slide", tmp_path / "glass.png", "--candidates", "blobs"]
+    assert call(classify, *words, "--out", tmp_path / "o.geojson") == 0
+    assert features(tmp_path / "o.geojson") == ([], [])
+    assert "0 mitotic figures, no tissue" in capsys.readouterr().out
+
+
+def test_a_folder_of_slides_is_continued(model, slide, tmp_path, monkeypatch):
+    """One by one, an unknown scale does not stop the rest, and what is finished is not searched."""
+    for name in ("b", "c"):
+        Image.open(slide).rotate(90).save(slide.with_name(f"{name}.png"), dpi=(101600, 101600))
+    Image.new("RGB", (300, 300)).save(slide.with_name("unknown.png"))
+    words = [model, "--slide", slide.parent, "--candidates", "blobs", "--out", tmp_path / "out"]
+    find, searched = blobs.find, []
+
+    def watched(image, *rest, **options):
+        searched.append(image.name)
+        return find(image, *rest, **options)
+
+    monkeypatch.setattr(blobs, "find", watched)
+    assert call(classify, *words) == 1
+    assert searched == ["a.png", "b.png", "c.png", "unknown.png"]
+    with open(tmp_path / "out" / "report.csv", newline="") as file:
+        rows = {row["slide"]: row for row in csv.DictReader(file)}
+    assert "µm/px is unknown" in rows.pop("unknown.png")["error"]
+    for name, row in rows.items():
+        points, _ = features(tmp_path / "out" / f"{name}.geojson")
+        assert int(row["candidates"]) == int(row["scored"]) == len(points) >= 4
+        assert row["area_of"] == "tissue" and float(row["area_mm2"]) == pytest.approx(
+            0.056, abs=3e-3
+        )
+    before = (tmp_path / "out" / "b.png.geojson").read_bytes()
+    searched.clear()
+    (tmp_path / "out" / "b.png.geojson").unlink()
+    assert call(classify, *words) == 1
+    assert searched == ["b.png", "unknown.png"]
+    assert (tmp_path / "out" / "b.png.geojson").read_bytes() == before
+
+
+def test_mistakes_with_blobs_end_with_one_line(model, slide, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for where, out, says in (
+        (tmp_path / "no.svs", tmp_path / "o.geojson", "no such file"),
+        (slide, tmp_path / "o.xyz", "says no format"),
+        (slide, slide, "reads or writes this file"),
+        (slide, tmp_path / "o.sqlite", "says no format"),
+        (tmp_path / "empty", tmp_path / "out", "holds no slide"),
+    ):
+        assert call(classify, model, "--slide", where, "--candidates", "blobs", "--out", out) == 2
+        assert says in capsys.readouterr().err.splitlines()[-1]

@@ -167,6 +167,17 @@ def read_candidates(path: str | Path) -> Table:
     return table
 
 
+def from_points(slide: str | Path, x: np.ndarray, y: np.ndarray, scores: np.ndarray) -> Table:
+    """Candidates on a slide that no file holds, with their finder's scores [n], as of
+    `read_candidates`. They are written in the format that the output's suffix says."""
+    table = Table("points", Path(slide))
+    for i, (a, b, score) in enumerate(zip(x.tolist(), y.tolist(), scores.tolist())):
+        table.add(slide, a, b, title=i + 1, score=score)
+    table.given_ids, table.ids = table.ids, table.titles
+    table.x, table.y = np.array(x, np.float64), np.array(y, np.float64)
+    return table
+
+
 def own_classes(candidates, names):
     """[class of names[0], class of names[1]] that `write` puts where the format keeps its own;
     UserError if the file's classes do not say which they are."""
@@ -184,7 +195,19 @@ def kind_of(candidates: Table, path: str | Path, kind: str | None = None) -> str
     suffix = suffix_of(path)
     if suffix == ".json" and suffix_of(candidates.path) == ".json":
         return candidates.format
+    if candidates.format not in FORMATS:
+        return kind_of_new(path)
     return BY_SUFFIX.get(suffix, candidates.format)
+
+
+def kind_of_new(path: str | Path, kind: str | None = None) -> str:
+    """`kind_of` for candidates that no file holds; UserError if the suffix does not say it."""
+    kind = kind or BY_SUFFIX.get(suffix_of(path))
+    if not hasattr(FORMATS.get(kind), "create"):
+        raise UserError(
+            f"--out {path}: says no format of new files; choose .csv, .json, .geojson or .xml"
+        )
+    return kind
 
 
 def suffix_of(path):
