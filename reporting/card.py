@@ -67,7 +67,7 @@ def card(run, about, file, base=None, replicates=bootstrap.REPLICATES):
         "## Intended use",
         "Research: the second stage of a detector, which scores the candidates of a first one. "
         "What the numbers above do not cover has not been tested; they do not show that the model "
-        "is fit for diagnosis. Licence of the base weights: {plain_markdown(about['licence'])}; "
+        f"is fit for diagnosis. Licence of the base weights: {plain_markdown(about['licence'])}; "
         f"redistribution: {about['redistribution']}.",
         "## Limits",
         "\n".join(f"- {line}" for line in limits(run, about, measured)),

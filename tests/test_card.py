@@ -132,6 +132,7 @@ def test_the_hub_reads_its_head(run):
 def test_licence_and_limits_follow_the_metadata(run):
     text = text_of(run)
     assert "**CC-BY-NC-ND-4.0**: the base weights must not be passed on" in text
+    assert "Licence of the base weights: CC-BY-NC-ND-4.0; redistribution: no." in text
     assert "(int8)" not in text
     text = text_of(run, redistribution="yes", licence="MIT", precision="int8", mpp=None)
     assert "> **" not in text and "µm/px unknown" in text and "batch (int8)" in text
