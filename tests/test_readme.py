@@ -60,6 +60,9 @@ OTHERS_FILES = {
     "scored/report.csv",
     "MODEL.parity.json",
     "MODEL.md",
+    "inputs.json",
+    "mitotic-figures.json",
+    "multiple-mitotic-figure-classification.json",
     "amibr_train_split.csv",
 }
 CHECKED = (".py", ".sh", ".json", ".csv", ".cff", ".md", ".txt")

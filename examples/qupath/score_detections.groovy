@@ -54,8 +54,8 @@ try {
                 detection.getMeasurementList().put(name, properties.measurements[name] as double)
             }
             def (red, green, blue) = properties.classification.color
-            detection.setPathClass(
-                getPathClass(properties.classification.name, makeRGB(red, green, blue)))
+            int rgb = (255 << 24) | (red << 16) | (green << 8) | blue
+            detection.setPathClass(getPathClass(properties.classification.name, rgb))
             count++
         }
     }
