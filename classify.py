@@ -499,6 +499,13 @@ def classify_folder(args):
         f"{scored - figures} {labels[0]} (threshold {threshold:.4g}); {new / seconds:.1f} "
         f"candidates/s; report: {settings.out / folder.REPORT}"
     )
+    unknown = [row["slide"] for row in done if not row["mpp"]]
+    if unknown:
+        say(
+            f"warning: the µm/px of {common.counted(len(unknown), 'slide')} is unknown "
+            f"({unknown[0]}); at another scale than the model's every probability is wrong "
+            "(--mpp gives the µm/px)"
+        )
     failed = [row for row in rows if row["error"]]
     for row in failed[:NAMED]:
         say(f"not scored: {row['slide'] or row['file']}: {row['error']}")

@@ -344,6 +344,8 @@ class Work:
         )
         for reader in self.job.readers:
             self.notes += [f"it {note}" for note in slides.facts(reader.slide).notes]
+            if reader.target is not None:
+                self.notes.append(reader.note)
             if reader.warning:
                 self.notes.append(reader.warning)
             if reader.mpp is not None:

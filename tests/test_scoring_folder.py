@@ -145,6 +145,7 @@ def test_a_folder_of_four_formats(model, tmp_path, capsys):
     assert small.call(classify, *words(model, tmp_path)) == 1
     said = capsys.readouterr()
     assert "5 of 7 slides scored (0 of them before), 38 candidates" in said.out
+    assert "warning: the µm/px of 1 slide is unknown (bare.png)" in said.err
     assert "not scored: broken.tif: " in said.err and "not scored: alone.png: " in said.err
     rows = {row["slide"]: row for row in report(tmp_path / "out")}
     assert list(rows) == sorted([*names, "broken.tif", "bare.png", "alone.png"])
@@ -272,6 +273,17 @@ def test_another_format_for_all(model, tmp_path):
     assert small.call(classify, *words(model, tmp_path, "--format", "sqlite", out="no")) == 1
     assert all("a SlideRunner database" in row["error"] for row in report(tmp_path / "no"))
     assert len(report(tmp_path / "no")) == len(names)
+
+
+def test_a_coarser_slide_is_resampled_and_said_so(model, tmp_path):
+    make(tmp_path, 1)
+    assert small.call(classify, *words(model, tmp_path)) == 0
+    assert small.call(classify, *words(model, tmp_path, "--mpp", 0.5, out="coarse")) == 0
+    (row,), (coarse,) = report(tmp_path / "out"), report(tmp_path / "coarse")
+    assert (row["mpp"], coarse["mpp"]) == ("0.25", "0.5") and row["notes"] == ""
+    assert coarse["notes"] == "0.5 µm/px, resampled to the model's 0.25"
+    one, two = (outputs(tmp_path / out)["batch0/s00.csv"] for out in ("out", "coarse"))
+    assert one != two
 
 
 def test_candidates_outside_a_slide(model, tmp_path):
