@@ -21,7 +21,7 @@ import train
 from common import UserError
 from dataset import slides
 from dataset.patches import Patches, build_store, margin
-from onnx_model import session
+from onnx_model import reading, session
 
 QUICK = ("--model", "tiny", "--weights", "random", "--device", "cpu")
 STEPS = ("--epochs", 1, "--epoch-size", 16, "--batch-size", 8, "--frac", 0.5)
@@ -131,7 +131,7 @@ def test_a_slide_is_scored_on_the_pixels_of_training(tmp_path, mpp):
     for size in (224, 112):
         trained = Patches(a, size=size, crop=64, mpp=mpp).read([0, 1])
         metadata = {"patch": 64, "size": size, "fit": "resize", "mpp": mpp or 0.25}
-        reader = session.SlideReader(metadata, tmp_path / "a.tif")
+        reader = reading.SlideReader(metadata, tmp_path / "a.tif")
         for i in range(2):
             assert np.array_equal(reader.read(x[i], y[i]), trained[i])
 
@@ -174,7 +174,7 @@ def test_the_run_and_its_export_know_the_crop(finished, tmp_path):
         images = []
         for row in annotations.rows(predictions["id"][rows]):
             pixels = np.asarray(Image.open(annotations.path(row)))
-            images.append(session.to_size(pixels[12:36, 12:36], 96, "resize"))
+            images.append(reading.to_size(pixels[12:36, 12:36], 96, "resize"))
         got = classifier(np.stack(images))
         np.testing.assert_allclose(got, predictions["probability"][rows], atol=1e-5)
 
