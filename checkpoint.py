@@ -251,7 +251,7 @@ ENTRIES = {
         "frac": _share,
         "fit": lambda v: v in (None, "resize", "pad"),
         **dict.fromkeys(("dora", "rslora", "tta"), _switch),
-        **dict.fromkeys(("data", "domain", "pool", "probe", "weights"), _text),
+        **dict.fromkeys(("data", "domain", "name", "pool", "probe", "weights"), _text),
     },
     "data": {
         "name": _text,

@@ -92,7 +92,7 @@ def overview(finished, rule=None):
         tables_of[title].append(
             (
                 model[:13],
-                method[: 20 - len(remark)] + remark,
+                shortened(method, 20 - len(remark)) + remark,
                 f"{frac:g}",
                 side[:10],
                 len(repeats[key]),
@@ -111,6 +111,13 @@ def overview(finished, rule=None):
         described = metrics.describe_rule(rule)
         texts.append(f"at t: balanced accuracy at the threshold {described}")
     return "\n\n".join(texts)
+
+
+def shortened(text, width):
+    """Text in `width` columns: what is too long loses its middle, for its end tells runs apart."""
+    if len(text) <= width:
+        return text
+    return f"{text[:5]}…{text[len(text) - width + 6 :]}"
 
 
 def _mean_sd(summaries, part, key):

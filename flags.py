@@ -170,6 +170,12 @@ def add_run_arguments(parser):
         "--runs", default="runs", metavar="DIR", help="folder of all runs (default: runs)"
     )
     group.add_argument(
+        "--name",
+        metavar="TAG",
+        help="a tag at the end of the runs' names, e.g. lr1e-3: settings that are no part of the "
+        "name stand side by side (default: none)",
+    )
+    group.add_argument(
         "--test",
         nargs="+",
         default=[],
@@ -504,6 +510,15 @@ def splits(args, annotations, tests=(), quiet=False):
         if not quiet:
             print(f"note: {text}: its figures are not those of unseen cases", flush=True)
     return planned
+
+
+def check_name(args):
+    """UserError if --name is no tag: it becomes a part of a folder's name, as it is."""
+    if args.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,39}", args.name):
+        raise UserError(
+            f"--name {args.name}: give at most 40 letters, digits, points, dashes, _ or +, such as "
+            "lr1e-3"
+        )
 
 
 def at_least(args, least, *names):

@@ -113,6 +113,7 @@ def settings_of(args, probe, split, encoder, dtype):
         layer=args.layer,
         size=models.unusual_size(encoder),
         crop=args.crop,
+        name=args.name,
         fit=args.fit,
         mpp=args.mpp,
         dtype=models.name_of(dtype),
@@ -162,6 +163,7 @@ class Job:
 def main():
     # Flags, data, encoder.
     args = arguments()
+    flags.check_name(args)
     flags.at_least(args, 1, "k", "shots", "batch_size")
     if args.C is not None and not 0 < args.C < math.inf:
         raise UserError(f"--C {args.C}: give a finite number above 0")

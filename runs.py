@@ -69,6 +69,7 @@ class Settings:
     dtype: str
     size: int | None = None  # px of the patches that the encoder reads; None: as published
     crop: int | None = None  # px of a patch that are shown; None: all
+    name: str | None = None  # a tag chosen by the user, for the run's name
     folds: int | None = None  # of a cross-validation
     leave_out: str | None = None  # domain
 
@@ -107,6 +108,8 @@ class Settings:
             parts.append(f"{self.folds}folds")
         if self.fit != "resize":
             parts.append(self.fit)
+        if self.name:
+            parts.append(self.name)
         return parts
 
 
@@ -342,7 +345,8 @@ def _reopened(path, config, resume, lock):
         state = "done" if finished else "begun"
         raise UserError(
             f"{path}: this run was {state} with other settings: "
-            f"{'; '.join(differences)}. Repeat it with --force, or choose another --runs folder"
+            f"{'; '.join(differences)}. Repeat it with --force, or give it a name of its own "
+            "with --name TAG"
         )
     if not finished and not resume:
         raise UserError(

@@ -139,6 +139,7 @@ def arguments():
 
 def check(args):
     """UserError if a flag is out of range, or two do not go together."""
+    flags.check_name(args)
     flags.at_least(args, 1, "epochs", "batch_size", "accumulate")
     flags.at_least(args, 2, "epoch_size")
     if not 0 < args.lr < math.inf:
@@ -212,6 +213,7 @@ def settings_of(args, split, base, dtype, adapter):
         layer=args.layer,
         size=models.unusual_size(base),
         crop=args.crop,
+        name=args.name,
         fit=args.fit,
         mpp=args.mpp,
         dtype=models.name_of(dtype),

@@ -28,6 +28,7 @@ NAMED = (
     "layer",
     "size",
     "crop",
+    "name",
     "fit",
     "tta",
     "C",
@@ -37,7 +38,7 @@ NAMED = (
     "adapter",
 )
 # Flags that must agree with the run's if a command gives them.
-COMPARED = ("val_frac", "epochs", "epoch_size", "rank", "pool", "layer", "size", "crop")
+COMPARED = ("val_frac", "epochs", "epoch_size", "rank", "pool", "layer", "size", "crop", "name")
 STATES = ("done", "running", "failed", "missing")
 
 
@@ -234,7 +235,11 @@ def grid(text, roots):
     counts, left = Counter(), defaultdict(lambda: defaultdict(list))
     seconds, untimed = 0.0, 0
     for cell in grid_cells:
-        data, model, method = key = cell["data"], cell["model"], cell["method"]
+        data, model, method = cell["data"], cell["model"], cell["method"]
+        shown = method  # two tags are two rows
+        if cell.get("name"):
+            shown = f"{method}-{cell['name']}"
+        key = data, model, shown
         state = _state(cell, finished, unfinished)
         counts[key, state] += 1
         if state == "done":
@@ -249,7 +254,7 @@ def grid(text, roots):
             place = f"domain {cell['domain']}"
             if cell["leave_out"]:
                 place = f"all but {cell['leave_out']}"
-        left[state][f"{model}-{method} on {data}, {place}"].append(str(cell["fold"]))
+        left[state][f"{model}-{shown} on {data}, {place}"].append(str(cell["fold"]))
 
     keys = sorted({key for key, _ in counts})
     rows = [[*key, *(counts[key, state] for state in STATES)] for key in keys]

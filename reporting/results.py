@@ -216,6 +216,7 @@ def _checked_flags(flags):
         ("val_frac", lambda v: _is_number(v) and 0 < v <= 1, "a number above 0, up to 1"),
         ("fit", lambda v: v in ("resize", "pad"), "resize or pad"),
         ("mpp", lambda v: _is_number(v) and v > 0, "a number above 0 or null"),
+        ("name", _is_text, "text or null"),
         ("crop", lambda v: _is_whole(v) and 8 <= v <= 4096, "a whole number from 8 to 4096"),
     ):
         if flags.get(key) is not None:
@@ -651,6 +652,7 @@ def results(finished):
                 "model": run.model,
                 "method": run.method,
                 "label": run.label,
+                "name": run.flags.get("name") or "",
                 "split": run.by,
                 "seed": run.flags.get("seed"),
                 "frac": run.frac,

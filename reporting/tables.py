@@ -225,12 +225,17 @@ def published():
 
 
 def name_of(run):
-    """Model and method of a run in tables and figures: "uni LoRA", "uni LoRA r8", "uni knn"."""
-    choices = run.label.removeprefix(f"{run.model}-{run.method}").strip("-").split("-")
+    """Model and method of a run in tables and figures: "uni LoRA", "uni LoRA r8", "uni knn"; --name
+    stays as it is, "uni LoRA lr1e-3".
+    """
+    label, tag = run.label, run.flags.get("name")
+    if tag:
+        label = label.removesuffix(f"-{tag}")
+    choices = label.removeprefix(f"{run.model}-{run.method}").strip("-").split("-")
     words = [run.model]
     if choices[0] not in ("knn", "prototype"):  # these are no linear probes
         words.append(METHODS.get(run.method, run.method))
-    return " ".join([*words, *filter(None, choices)])
+    return " ".join([*words, *filter(None, choices), *filter(None, [tag])])
 
 
 def without_method(run):
