@@ -91,6 +91,10 @@ class Progress:
     def best_file(self):
         return self.run.path / f"checkpoint.best-{self.best_epoch}.safetensors"
 
+    def is_stale(self, patience):
+        """Whether the last `patience` pseudo-epochs brought no lower validation loss; None: never."""
+        return patience is not None and self.epoch - (self.best_epoch or 0) >= patience
+
     def save(self, model, method, parameters, optimizer, scaler, loss, auroc):
         """Take in the validation loss and AUROC of the epoch just done, and write it all."""
         self.epoch += 1

@@ -37,6 +37,11 @@ class TrainingSettings(runs.Settings):
     jitter: float
     stain_jitter: float
     tissue: bool
+    loss: str = "bce"  # or "focal"
+    focal_gamma: float | None = None
+    class_weight: str | None = None  # or "balanced"
+    weight_decay: float = 0.0
+    patience: int | None = None  # pseudo-epochs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -219,6 +224,27 @@ def _start_head(head, adapter):
         head.bias.copy_(bias)
 
 
+# ---------------------------------------------------------------- the loss
+
+
+def training_loss(logits, targets, gamma=None, weights=None):
+    """Sum of the losses of a batch: cross-entropy or, with `gamma`, focal loss.
+
+    logits, targets, weights (of each loss; None: 1): float [B], targets in [0, 1]. The focal loss
+    (Lin et al. 2017) multiplies the cross-entropy of each class by (1 - p)^gamma, p the probability
+    given to this class: gamma 0 is the cross-entropy.
+    """
+    if gamma is None:
+        return F.binary_cross_entropy_with_logits(logits, targets, weights, reduction="sum")
+    losses = 0
+    for target, sign in ((targets, 1), (1 - targets, -1)):
+        z = sign * logits
+        losses = losses + target * torch.exp(-gamma * F.softplus(z)) * F.softplus(-z)
+    if weights is not None:
+        losses = losses * weights
+    return losses.sum()
+
+
 # ---------------------------------------------------------------- the pseudo-epochs
 
 
@@ -245,9 +271,16 @@ class Engine:
         self.sampler, self.patches = sampler, patches
         self.device, self.dtype = device, dtype
         self.parts = parts
-        self.optimizer = torch.optim.Adam(
-            parameters.values(), lr=settings.lr, fused=device.type in ("cpu", "cuda")
-        )
+        choices = {"lr": settings.lr, "fused": device.type in ("cpu", "cuda")}
+        if settings.weight_decay:
+            self.optimizer = torch.optim.AdamW(
+                parameters.values(), weight_decay=settings.weight_decay, **choices
+            )
+        else:
+            self.optimizer = torch.optim.Adam(parameters.values(), **choices)
+        self.class_weights = None
+        if settings.class_weight:
+            self.class_weights = sampler.class_weights().astype(np.float32)  # [2]
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.steps_per_epoch = math.ceil(settings.epoch_size / settings.batch_size)
         self.steps = settings.epochs * self.steps_per_epoch
@@ -282,8 +315,10 @@ class Engine:
                 # The last batch may be smaller.
                 whole = min(batch_size, len(sample) - batch * batch_size)
                 step = number * self.steps_per_epoch + batch
-                labels = sample["label"][part]
-                losses.append(self.step(step, images, part % batch_size, labels, whole))
+                labels, weights = sample["label"][part], None
+                if self.class_weights is not None:
+                    weights = self.class_weights[labels]
+                losses.append(self.step(step, images, part % batch_size, labels, whole, weights))
                 if len(losses) % WATCH == 0 or start + share >= len(places):
                     recent = self.watch(losses, watched, sample, places, share, number)
                     epochs = f"epoch {number + 1}/{self.settings.epochs}"
@@ -293,19 +328,21 @@ class Engine:
         total = torch.stack(losses).cpu().double().numpy().sum(keepdims=True)
         return float(total_over_processes(total)[0] / len(sample))
 
-    def step(self, step, images, samples, labels, whole):
+    def step(self, step, images, samples, labels, whole, weights=None):
         """One optimiser step on this process's part of a batch → the sum of its losses.
 
         images: uint8 [B, S, S, 3]; samples: their numbers [B] in the batch; labels: [B];
-        whole: size of the batch over all processes.
+        whole: size of the batch over all processes; weights: float32 [B] of the losses, or None.
         """
         labels = torch.from_numpy(labels.astype(np.float32)).to(self.device, non_blocking=True)
+        if weights is not None:
+            weights = torch.from_numpy(weights).to(self.device, non_blocking=True)
         images = images.to(self.device, non_blocking=True)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.steps, self.settings.lr)
         while True:
             try:
-                total = self.backward(step, images, samples, labels, whole)
+                total = self.backward(step, images, samples, labels, whole, weights)
                 break
             except torch.OutOfMemoryError:
                 # Half the patches at once give the same gradient. Several processes would have to
@@ -325,7 +362,7 @@ class Engine:
         self.scaler.update()
         return total
 
-    def backward(self, step, images, samples, labels, whole):
+    def backward(self, step, images, samples, labels, whole, weights=None):
         """Gradients of the batch's mean loss, part by part → the sum of the losses (see step)."""
         uses_lora = self.settings.method == "lora"
         seed, stain = self.settings.run_seed, self.settings.stain_jitter
@@ -345,8 +382,11 @@ class Engine:
             with synchronised:
                 with torch.autocast(self.device.type, self.dtype, enabled=autocast):
                     logits = self.trained(patches)
-                loss = F.binary_cross_entropy_with_logits(
-                    logits.float(), labels[part], reduction="sum"
+                loss = training_loss(
+                    logits.float(),
+                    labels[part],
+                    self.settings.focal_gamma,
+                    None if weights is None else weights[part],
                 )
                 # The mean over the whole batch. DDP averages over processes; the factor undoes it.
                 self.scaler.scale(loss * (world() / whole)).backward()

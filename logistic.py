@@ -58,6 +58,7 @@ def fit(
     max_iterations=1000,
     tolerance=None,
     progress=None,
+    class_weight=None,
 ):
     """Solve every problem; returns a list of Fit in their order.
 
@@ -67,6 +68,8 @@ def fit(
                  100)
     standardize  zero mean and unit variance over each problem's own rows (constant columns are left
                  alone), undone in the weight returned
+    class_weight "balanced": the loss of each row weighs n / (2 n_c), n_c the rows of its class in
+                 the problem, as in scikit-learn; `standardize` is of the rows as they are
     dtype        of the products; float32 continues in float64 when its rounding noise ends the
                  progress
 
@@ -99,6 +102,7 @@ def fit(
             standardize,
             dtype,
             device,
+            class_weight,
         )
         for i, result in zip(members, solver.solve(max_iterations, tolerance)):
             fits[i] = result
@@ -170,7 +174,18 @@ class _State:
 class _Solver:
     """The problems of one group over the rows they use together; columns [.., P] are problems."""
 
-    def __init__(self, features, labels, rows, problems, penalty, standardize, dtype, device):
+    def __init__(
+        self,
+        features,
+        labels,
+        rows,
+        problems,
+        penalty,
+        standardize,
+        dtype,
+        device,
+        class_weight=None,
+    ):
         """rows: those of all problems; problems: [(rows, C)]; the rest as for fit."""
         self.penalty, self.dtype, self.device = penalty, dtype, torch.device(device)
         n, d, P = len(rows), features.shape[1], len(problems)
@@ -187,13 +202,20 @@ class _Solver:
             # A row drawn twice counts twice.
             np.add.at(member[:, p], np.searchsorted(rows, chosen), 1.0)
         self.count = torch.as_tensor(member.sum(0), device=self.device).double()  # [P] rows of each
-        self.M = torch.as_tensor(member / member.sum(0), device=self.device)  # [n, P] mean weights
+        members = torch.as_tensor(member / member.sum(0), device=self.device)  # [n, P] sum to 1
+        self.M = members  # weights of the losses, which sum to 1 too
+        if class_weight == "balanced":
+            of_class = (labels[rows] == 0, labels[rows] == 1)
+            weights = member / np.float32(2)
+            for chosen in of_class:
+                weights[chosen] /= member[chosen].sum(0)
+            self.M = torch.as_tensor(weights, device=self.device)
         C = [uni_C(d) if C is None else C for _, C in problems]
         C = torch.tensor(C, dtype=torch.float64, device=self.device)
         self.strength = 1 / (2 * math.sqrt(2) * C) if penalty == "uni" else 1 / (C * self.count)
 
         self.step = max(64, CHUNK_BYTES // (self.X.shape[1] * 4))
-        self.center, variance = self._moments()
+        self.center, variance = self._moments(members)
         self.scale = torch.ones_like(variance)
         if standardize:
             deviation = variance.clamp(min=0).sqrt()
@@ -216,17 +238,17 @@ class _Solver:
         for i in range(0, len(self.X), self.step):
             yield slice(i, i + self.step), self.X[i : i + self.step].to(self.dtype)
 
-    def _moments(self):
+    def _moments(self, members):
         """Means and variances [d, P] of the features over every problem's rows."""
         first = torch.zeros(
-            self.X.shape[1], self.M.shape[1], dtype=torch.float64, device=self.device
+            self.X.shape[1], members.shape[1], dtype=torch.float64, device=self.device
         )
         second = torch.zeros_like(first)
         for piece, X in self._pieces():
-            first += _transposed_times(X, self.M[piece].to(X.dtype))
+            first += _transposed_times(X, members[piece].to(X.dtype))
         shift = first.mean(1).to(self.dtype)  # squares around the common mean: no cancellation
         for piece, X in self._pieces():
-            second += _transposed_times((X - shift).square(), self.M[piece].to(X.dtype))
+            second += _transposed_times((X - shift).square(), members[piece].to(X.dtype))
         return first, second - (first - shift.double()[:, None]).square()
 
     def _gram(self):

@@ -40,7 +40,12 @@ PROBES = {
     "prototype": "few shots: the nearer of two class means",
 }
 # The flags that only one kind of probe has.
-OWN_FLAGS = {"uni": (), "l2": ("C", "standardize"), "knn": ("k",), "prototype": ("shots",)}
+OWN_FLAGS = {
+    "uni": ("class_weight",),
+    "l2": ("C", "standardize", "class_weight"),
+    "knn": ("k",),
+    "prototype": ("shots",),
+}
 C_GRID = tuple(10.0**k for k in range(-6, 3))
 SECONDS = 5  # of embeddings are written to the disk together: what a kill can cost
 
@@ -70,6 +75,12 @@ def arguments():
     group.add_argument(
         "--standardize", action="store_true", help="l2: features of zero mean and unit variance"
     )
+    group.add_argument(
+        "--class-weight",
+        choices=("balanced",),
+        help="uni, l2: both classes count the same in the loss, as in scikit-learn, and in the "
+        "choice of C (default: every annotation does)",
+    )
     group.add_argument("--k", type=int, default=20, help="knn: neighbours (default: 20)")
     group.add_argument(
         "--shots", type=int, default=10, help="prototype: patches per class (default: 10)"
@@ -94,6 +105,7 @@ class ProbeSettings(runs.Settings):
     standardize: bool
     k: int
     shots: int
+    class_weight: str | None = None  # or "balanced"
 
     def flags(self):
         names = {name for own in OWN_FLAGS.values() for name in own}
@@ -123,6 +135,7 @@ def settings_of(args, probe, split, encoder, dtype):
         standardize=args.standardize,
         k=args.k,
         shots=args.shots,
+        class_weight=args.class_weight,
     )
 
 
@@ -133,6 +146,8 @@ def choices(settings, encoder):
         own.append(f"C{settings.C:g}")
     if settings.probe == "l2" and settings.standardize:
         own.append("standardized")
+    if settings.class_weight and "class_weight" in OWN_FLAGS[settings.probe]:
+        own.append(settings.class_weight)
     if settings.probe == "knn" and settings.k != 20:
         own.append(f"k{settings.k}")
     if settings.probe == "prototype" and settings.shots != 10:
@@ -165,6 +180,8 @@ def main():
     args = arguments()
     flags.check_name(args)
     flags.at_least(args, 1, "k", "shots", "batch_size")
+    if args.class_weight and not {"uni", "l2"} & set(args.probe):
+        raise UserError(f"--class-weight {args.class_weight}: only the probes uni and l2 have one")
     if args.C is not None and not 0 < args.C < math.inf:
         raise UserError(f"--C {args.C}: give a finite number above 0")
     rank, _ = engine.launched()
@@ -247,7 +264,7 @@ def fit(jobs, X, labels, args, device):
     for probe, group in kinds.items():
         if probe in ("uni", "l2"):
             standardize = args.standardize and probe == "l2"
-            fit_logistic(X, labels, group, probe, standardize, args.C, device)
+            fit_logistic(X, labels, group, probe, standardize, args.C, device, args.class_weight)
         elif probe == "prototype":
             for job in group:
                 fit_prototypes(X, labels, job, args.shots, job.settings.run_seed)
@@ -394,10 +411,11 @@ def linear(features, rows, weight, bias):
     return np.concatenate(pieces) if pieces else np.empty((0, *weight.shape[1:]))
 
 
-def fit_logistic(X, labels, jobs, penalty, standardize, fixed_C, device):
+def fit_logistic(X, labels, jobs, penalty, standardize, fixed_C, device, class_weight=None):
     """Fit all jobs side by side; sets their weight, bias and facts.
 
-    The probe l2 without a fixed C tries C_GRID and keeps the C of the lowest validation loss.
+    The probe l2 without a fixed C tries C_GRID and keeps the C of the lowest validation loss, in
+    which the classes weigh as in training.
     """
     if penalty == "uni":
         grid = (None,)
@@ -407,7 +425,16 @@ def fit_logistic(X, labels, jobs, penalty, standardize, fixed_C, device):
         grid = (fixed_C,)
     problems = [(job.train, C) for job in jobs for C in grid]
     with common.progress(total=len(problems), desc=f"{penalty} probes", unit="fits") as bar:
-        fits = logistic.fit(X, labels, problems, penalty, standardize, device=device, progress=bar)
+        fits = logistic.fit(
+            X,
+            labels,
+            problems,
+            penalty,
+            standardize,
+            device=device,
+            progress=bar,
+            class_weight=class_weight,
+        )
     for number, job in enumerate(jobs):
         results = fits[number * len(grid) : (number + 1) * len(grid)]
         for result in results:
@@ -421,7 +448,12 @@ def fit_logistic(X, labels, jobs, penalty, standardize, fixed_C, device):
         logits = linear(X, job.val, weights, np.array([result.bias for result in results]))
         losses = [0.0]
         if len(logits):
-            losses = np.logaddexp(0, (1 - 2.0 * labels[job.val, None]) * logits).mean(0)
+            losses = np.logaddexp(0, (1 - 2.0 * labels[job.val, None]) * logits)  # [n, C]
+            if class_weight:
+                share = labels[job.train].mean()
+                weights = 1 / (2 * np.array([1 - share, share]))
+                losses *= weights[labels[job.val], None]
+            losses = losses.mean(0)
         best = int(np.argmin(losses))  # on a tie the smaller C, which comes first
         result, C = results[best], grid[best]
         job.weight, job.bias = result.weight, result.bias

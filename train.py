@@ -90,9 +90,39 @@ def arguments():
     )
     group.add_argument(
         "--balance",
-        choices=("annotation", "slide"),
+        choices=("annotation", "slide", "domain"),
         default="annotation",
-        help="draw a class's annotations uniformly, or the slide first (default: annotation)",
+        help="draw a class's annotations uniformly, or the slide or the domain first (default: "
+        "annotation)",
+    )
+    group.add_argument(
+        "--class-weight",
+        choices=("balanced",),
+        help="draw annotations as they come, and weight the loss so that both classes count the "
+        "same (default: half of the patches drawn are mitotic figures)",
+    )
+    group.add_argument(
+        "--loss",
+        choices=("bce", "focal"),
+        default="bce",
+        help="of training: cross-entropy, or focal loss (Lin et al. 2017) (default: bce)",
+    )
+    group.add_argument(
+        "--focal-gamma", type=float, metavar="G", help="exponent of --loss focal (default: 2)"
+    )
+    group.add_argument(
+        "--weight-decay",
+        type=float,
+        default=0.0,
+        metavar="W",
+        help="AdamW instead of Adam: what is trained, biases and norms too, shrinks by lr * W a "
+        "step (default: 0)",
+    )
+    group.add_argument(
+        "--patience",
+        type=int,
+        metavar="N",
+        help="stop after N pseudo-epochs without a lower validation loss (default: never)",
     )
     group.add_argument(
         "--random-share", type=float, default=0.25, help="share of random patches (default: 0.25)"
@@ -150,6 +180,14 @@ def check(args):
         value = getattr(args, name)
         if not 0 <= value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: give a number from 0 to below 1")
+    if args.focal_gamma is not None and args.loss != "focal":
+        raise UserError(f"--focal-gamma {args.focal_gamma:g}: needs --loss focal")
+    if args.focal_gamma is not None and not 0 <= args.focal_gamma <= 20:
+        raise UserError(f"--focal-gamma {args.focal_gamma:g}: give a number from 0 to 20")
+    if not 0 <= args.weight_decay < 1000:
+        raise UserError(f"--weight-decay {args.weight_decay:g}: give a number from 0 to below 1000")
+    if args.patience is not None:
+        flags.at_least(args, 1, "patience")
     if args.accumulate > args.batch_size:
         raise UserError(f"--accumulate {args.accumulate}: more parts than patches in a batch")
     spec = models.find_encoder(args.model)
@@ -226,8 +264,20 @@ def settings_of(args, split, base, dtype, adapter):
         jitter=args.jitter,
         stain_jitter=args.stain_jitter,
         tissue=args.tissue,
+        loss=args.loss,
+        focal_gamma=focal_gamma(args),
+        class_weight=args.class_weight,
+        weight_decay=args.weight_decay,
+        patience=args.patience,
         **adapter,
     )
+
+
+def focal_gamma(args):
+    """The exponent of --loss focal; None for another loss."""
+    if args.loss != "focal":
+        return None
+    return 2.0 if args.focal_gamma is None else args.focal_gamma
 
 
 def choices(settings, adapter_hash):
@@ -248,6 +298,12 @@ def choices(settings, adapter_hash):
             own.append("rslora")
         if adapter_hash:
             own.append(f"from{adapter_hash[:8]}")
+    if settings.loss == "focal":
+        own.append("focal")
+        if settings.focal_gamma != 2:
+            own[-1] += f"{settings.focal_gamma:g}"
+    if settings.class_weight:
+        own.append(settings.class_weight)
     return settings.choices(own, settings.pool)
 
 
@@ -368,6 +424,7 @@ def train(args, settings, annotations, patches, run, split, base, device, dtype)
         patches.window,
         settings.jitter,
         patches.tissue if settings.tissue else None,
+        halves=not settings.class_weight,
     )
     trainer = engine.Engine(
         settings,
@@ -399,6 +456,10 @@ def train(args, settings, annotations, patches, run, split, base, device, dtype)
     todo, validated = (settings.epochs - state.epoch) * settings.epoch_size, ""
     with common.progress(total=todo, desc="training", unit="patches", quiet=not first) as bar:
         for number in range(state.epoch, settings.epochs):
+            if engine.from_first(state.is_stale(settings.patience)):
+                if first:
+                    bar.write(stopped(state, settings))
+                break
             start = time.perf_counter()
             train_loss = trainer.epoch(number, bar, validated)
             speed = settings.epoch_size / (time.perf_counter() - start)
@@ -432,6 +493,14 @@ def train(args, settings, annotations, patches, run, split, base, device, dtype)
     return finish(settings, annotations, patches, run, split, model, state, decoded, autocast)
 
 
+def stopped(state, settings):
+    """The line about a run that --patience ends."""
+    return (
+        f"stopped after pseudo-epoch {state.epoch} of {settings.epochs}: no lower validation loss "
+        f"since pseudo-epoch {state.best_epoch} (--patience {settings.patience})"
+    )
+
+
 def summary(model, parameters, split, dtype, device):
     """The line about a run that begins."""
     trained = sum(p.numel() for p in parameters.values())
@@ -463,7 +532,7 @@ def finish(settings, annotations, patches, run, split, model, state, decoded, au
     figures.curves(run.path)
     auroc = numbers["val_auroc"]
     training = {
-        "epochs": settings.epochs,
+        "epochs": state.epoch,
         "best_epoch": numbers["epoch"],
         "val_loss": numbers["val_loss"],
         "val_auroc": None if math.isnan(auroc) else auroc,

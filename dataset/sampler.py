@@ -29,8 +29,10 @@ class Sampler:
 
     ids: the training set. random_share: share of random patches (label 0), drawn uniformly from the
     training images; a position whose final window might contain any annotated mitotic figure is
-    rejected. balance: "annotation" draws a class's annotations uniformly; "slide" draws the image
-    first, then among its annotations. window: px at level 0 that the final patch covers (224 × mpp
+    rejected. balance: "annotation" draws a class's annotations uniformly; "slide" and "domain" draw
+    the image or the domain first, then among its annotations. halves: False draws annotations of
+    both classes as they come, not half of the epoch mitotic figures; class_weights() makes up for
+    it. window: px at level 0 that the final patch covers (224 × mpp
     / the image's mpp, when resampled; Patches.window). jitter: centres of annotated patches move by
     up to this share of the window (0.1 in the published code). accept: function (random part of a
     sample) → bool array that may refuse positions (Patches.tissue).
@@ -52,9 +54,10 @@ class Sampler:
         window: float = PATCH,
         jitter: float = 0.0,
         accept=None,
+        halves: bool = True,
     ):
-        if balance not in ("annotation", "slide"):
-            raise UserError(f"--balance {balance}: annotation or slide")
+        if balance not in ("annotation", "slide", "domain"):
+            raise UserError(f"--balance {balance}: annotation, slide or domain")
         if epoch_size < 2 or not 0 <= random_share <= 0.5:
             raise UserError(
                 "an epoch needs at least 2 patches, and a share of random patches between 0 and 0.5"
@@ -67,8 +70,9 @@ class Sampler:
         self.window = float(window)
         self.jitter = float(jitter)
         self.accept = accept
+        self.halves = halves
         # Sorted, so that the order of the ids does not matter.
-        rows = np.sort(annotations.rows(ids))
+        self.rows = rows = np.sort(annotations.rows(ids))
         self.positive = rows[annotations.label[rows] == 1]
         self.negative = rows[annotations.label[rows] == 0]
         if not len(self.positive) or not len(self.negative):
@@ -135,11 +139,17 @@ class Sampler:
         sample = np.zeros(self.epoch_size, SAMPLE)
         sample["pool"] = -1
         # Annotated patches first: half of the epoch mitotic figures, then hard negatives …
-        positives = self.epoch_size // 2
-        negatives = self.epoch_size - positives - self.random
-        rows = np.concatenate(
-            [self._draw(rng, self.positive, positives), self._draw(rng, self.negative, negatives)]
-        )
+        if self.halves:
+            positives = self.epoch_size // 2
+            negatives = self.epoch_size - positives - self.random
+            rows = np.concatenate(
+                [
+                    self._draw(rng, self.positive, positives),
+                    self._draw(rng, self.negative, negatives),
+                ]
+            )
+        else:
+            rows = self._draw(rng, self.rows, self.epoch_size - self.random)
         annotated = sample[: len(rows)]
         annotated["row"] = rows
         annotated["image"] = self.image_of[rows]
@@ -155,16 +165,36 @@ class Sampler:
             self._draw_random(rng, sample[len(rows) :], int(epoch))
         return shuffled(rng, sample)
 
+    def class_weights(self):
+        """Weights float64 [2] of the labels 0 and 1 that give both half of the loss.
+
+        n / (2 n_c) of the numbers that an epoch holds on average, as scikit-learn's "balanced".
+        """
+        share = 0.5
+        if not self.halves:
+            shares = [self.annotations.label[rows].mean() for rows in self._groups(self.rows)]
+            share = np.mean(shares) * (1 - self.random / self.epoch_size)
+        return 1 / (2 * np.array([1 - share, share]))
+
+    def _groups(self, rows):
+        """`rows` by what is drawn first."""
+        if self.balance == "annotation":
+            return [rows]
+        if self.balance == "slide":
+            return list(by_image(self.annotations, rows).values())
+        domains, code = np.unique(self.annotations.domain[rows], return_inverse=True)
+        return [rows[code == number] for number in range(len(domains))]
+
     def _draw(self, rng, rows, n):
-        """n of `rows`, with replacement: uniform, or the image first."""
+        """n of `rows`, with replacement: uniform, or the image or the domain first."""
         u = rng.random((2, n))
         if self.balance == "annotation":
             return rows[(u[0] * len(rows)).astype(np.int64)]
-        groups = list(by_image(self.annotations, rows).values())
-        image = (u[0] * len(groups)).astype(np.int64)
+        groups = self._groups(rows)
+        group = (u[0] * len(groups)).astype(np.int64)
         lengths = np.array([len(group) for group in groups])
         starts = np.cumsum(lengths) - lengths
-        return np.concatenate(groups)[starts[image] + (u[1] * lengths[image]).astype(np.int64)]
+        return np.concatenate(groups)[starts[group] + (u[1] * lengths[group]).astype(np.int64)]
 
     def _draw_random(self, rng, sample, epoch):
         """Fill `sample` with this epoch's part of the pool; `accept` may refuse positions."""

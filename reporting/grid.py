@@ -29,6 +29,8 @@ NAMED = (
     "size",
     "crop",
     "name",
+    "loss",
+    "class_weight",
     "fit",
     "tta",
     "C",
