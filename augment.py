@@ -6,13 +6,19 @@ The paper's operations (its published code gives the probabilities): rotation by
 flips (p 0.5 each), colour jitter of brightness, contrast, saturation and hue by 0.1 in random order
 (p 0.5), Gaussian blur of 5 px, sigma 0.1 to 1 (p 0.1). A patch is rotated within a larger crop, so
 that no corner is black; `--stain-jitter` adds jitter of the stains in optical density (Tellez et
-al. 2018)."""
+al. 2018).
+
+`--augment heavy` adds what scanners and laboratories do beyond that: another scale (a crop of 75 to
+100% of the side, p 0.5), elastic deformation (p 0.3), jitter of the stains by 0.1 (p 0.5), Gaussian
+noise of up to 0.04 (p 0.3), and JPEG of quality 30 to 95 (p 0.3)."""
 
 import argparse
+import io
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 
 import common
 import flags
@@ -25,6 +31,13 @@ PROBABILITY = {"rotate": 0.5, "hflip": 0.5, "vflip": 0.5, "jitter": 0.5, "blur":
 JITTER = 0.1  # brightness, contrast, saturation: 1 ± JITTER; hue: ± JITTER turns
 BLUR, SIGMA = 5, (0.1, 1.0)  # px
 GREY = (0.2989, 0.587, 0.114)  # ITU-R 601, as torchvision rounds it
+# Of --augment heavy: share of the samples, and how much.
+HEAVY = {"zoom": 0.5, "elastic": 0.3, "noise": 0.3, "jpeg": 0.3}
+HEAVY_STAIN = 0.1  # jitter of the stains, unless --stain-jitter says otherwise
+ZOOM = (0.75, 1.0)  # side of the crop by the patch's
+ELASTIC, KNOTS = 0.02, 7  # largest shift by the patch's side, of so many points along it
+NOISE = (0.01, 0.04)  # standard deviation, of 1
+QUALITY = (30, 95)  # of JPEG
 # Absorbance of haematoxylin, eosin and DAB (Ruifrok and Johnston 2001), rows of length one.
 HED = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 HED = HED / np.linalg.norm(HED, axis=1, keepdims=True)
@@ -43,13 +56,23 @@ def uniform(seed, step, samples, n):
     return ((words >> 11) & (2**53 - 1)).double().numpy() / 2**53
 
 
-def parameters(seed, step, samples, stain=0.0):
+def stain_of(stain, kind="paper"):
+    """Jitter of the stains that --stain-jitter (None: not given) and --augment ask for."""
+    if stain is not None:
+        return stain
+    return HEAVY_STAIN if kind == "heavy" else 0.0
+
+
+def parameters(seed, step, samples, stain=0.0, heavy=False):
     """What happens to each sample: dict of arrays [B] (`order` [B, 4], `stains` [B, 3, 2]).
 
     Booleans rotate, hflip, vflip, jitter, blur, stain; angle (degrees), brightness, contrast,
     saturation (factors), hue (turns), sigma (px), order of the four colour operations, factor and
-    shift of each stain."""
-    u = uniform(seed, step, samples, 24)
+    shift of each stain. heavy: also booleans zoom, elastic, noise, jpeg; shown (side of the crop by
+    the patch's; 1 without zoom), bend [B, KNOTS, KNOTS, 2] (shifts by half the patch's side; 0
+    without elastic), strength (of the noise), key (of its random numbers), quality."""
+    more = 8 + 2 * KNOTS**2 if heavy else 0
+    u = uniform(seed, step, samples, 24 + more)  # the first 24 are the same
     out = {name: u[:, i] < p for i, (name, p) in enumerate(PROBABILITY.items())}
     out["stain"] &= stain > 0
     out["angle"] = 360 * u[:, 6] - 180
@@ -60,6 +83,17 @@ def parameters(seed, step, samples, stain=0.0):
     out["order"] = np.argsort(u[:, 12:16], axis=1)
     jitter = stain * (2 * u[:, 16:22].reshape(-1, 3, 2) - 1)
     out["stains"] = jitter + (1.0, 0.0)
+    if heavy:
+        u = u[:, 24:]
+        out |= {name: u[:, i] < p for i, (name, p) in enumerate(HEAVY.items())}
+        out["shown"] = np.where(out["zoom"], ZOOM[0] + (ZOOM[1] - ZOOM[0]) * u[:, 4], 1.0)
+        out["strength"] = NOISE[0] + (NOISE[1] - NOISE[0]) * u[:, 5]
+        out["key"] = (u[:, 6] * 2**53).astype(np.int64)
+        out["quality"] = (QUALITY[0] + (QUALITY[1] - QUALITY[0] + 1) * u[:, 7]).astype(np.int64)
+        bend = 2 * ELASTIC * (2 * u[:, 8:].reshape(-1, KNOTS, KNOTS, 2) - 1)
+        out["bend"] = bend * out["elastic"][:, None, None, None]
+        out["angle"] = np.where(out["rotate"], out["angle"], 0.0)
+        out["rotate"] = out["rotate"] | out["zoom"] | out["elastic"]  # one resampling for all
     return out
 
 
@@ -134,8 +168,11 @@ def blur(x, sigma):
     return x
 
 
-def rotated(x, angle, size):
-    """The middle `size` px of x [n, 3, S, S], turned counter-clockwise by `angle` [n] degrees."""
+def rotated(x, angle, size, shown=None, bend=None):
+    """The middle `size` px of x [n, 3, S, S], turned counter-clockwise by `angle` [n] degrees.
+
+    shown [n]: less of it, enlarged to `size`; bend [n, KNOTS, KNOTS, 2]: shifts in between, smooth.
+    """
     missing = margin(size) - x.shape[-1]
     if missing > 0:  # a ready-made patch has no margin: reflect it
         before = missing // 2
@@ -143,12 +180,22 @@ def rotated(x, angle, size):
     radians = torch.deg2rad(torch.as_tensor(angle, dtype=torch.float32, device=x.device))
     cos = torch.cos(radians)[:, None] * (size / x.shape[-1])
     sin = torch.sin(radians)[:, None] * (size / x.shape[-1])
+    if shown is not None:
+        shown = torch.as_tensor(shown, dtype=torch.float32, device=x.device)[:, None]
+        cos, sin = cos * shown, sin * shown
     # Centres of the pixels, as F.affine_grid has them.
     t = (torch.arange(size, device=x.device) * 2 + 1) / size - 1
     grid = torch.empty(len(x), size, size, 2, device=x.device)
     torch.sub((cos * t)[:, None, :], (sin * t)[:, :, None], out=grid[..., 0])
     torch.add((sin * t)[:, None, :], (cos * t)[:, :, None], out=grid[..., 1])
-    return F.grid_sample(x, grid, align_corners=False)
+    if bend is None:
+        return F.grid_sample(x, grid, align_corners=False)
+    bend = torch.as_tensor(bend, dtype=torch.float32, device=x.device) * (size / x.shape[-1])
+    knots = bend.permute(0, 3, 1, 2)  # [n, 2, KNOTS, KNOTS]
+    smooth = F.interpolate(knots, size=(size, size), mode="bicubic", align_corners=True)
+    grid += smooth.permute(0, 2, 3, 1)
+    # Bent over the border of the margin, a corner would be black.
+    return F.grid_sample(x, grid, align_corners=False, padding_mode="reflection")
 
 
 def stain_jitter(x, stains):
@@ -165,7 +212,29 @@ def stain_jitter(x, stains):
     return torch.exp(-(amounts @ to_rgb)).clamp_(0, 1).movedim(-1, 1)
 
 
-def augment(images, keys, size=224, stain=0.0):
+def noise(x, strength, key):
+    """Gaussian noise of standard deviation `strength` [n] on x [n, 3, S, S]: each number the sum of
+    the four 16-bit ones in a hash of key [n] (int64) and place.
+    """
+    key = torch.as_tensor(key, device=x.device)
+    words = splitmix(key[:, None] + torch.arange(1, x[0].numel() + 1, device=x.device) * WEYL)
+    parts = words.view(torch.int16).view(*words.shape, 4)
+    normal = (parts.float().sum(-1) + 2) / (2**15 * (4 / 3) ** 0.5)  # mean 0, variance 1
+    return (x + _column(strength, x) * normal.view_as(x)).clamp_(0, 1)
+
+
+def jpeg(x, quality):
+    """x [n, 3, S, S] as JPEG of these qualities [n] shows it, with halved chroma as usual."""
+    pixels = (x * 255 + 0.5).to(torch.uint8).movedim(1, -1).cpu().numpy()
+    decoded = np.empty_like(pixels)
+    for i, value in enumerate(quality.tolist()):
+        file = io.BytesIO()
+        Image.fromarray(pixels[i]).save(file, format="JPEG", quality=value)
+        decoded[i] = Image.open(file)
+    return torch.from_numpy(decoded).to(x.device).movedim(-1, 1).float().div_(255)
+
+
+def augment(images, keys, size=224, stain=0.0, heavy=False):
     """Augmented patches float32 [B, 3, size, size] in [0, 1] of crops uint8 [B, S, S, 3], S ≥ size,
     on their device.
 
@@ -173,8 +242,9 @@ def augment(images, keys, size=224, stain=0.0):
             function of them, so that a sample's augmentation does not depend on its batch, on the
             device or on the number of processes
     stain   half width of the stain jitter; 0: none (the paper's)
+    heavy   --augment heavy
     """
-    p = parameters(*keys, stain)
+    p = parameters(*keys, stain, heavy)
     S = images.shape[1]
     if S < size:
         raise ValueError(f"crops of {S} px are smaller than the patches of {size} px")
@@ -194,7 +264,9 @@ def augment(images, keys, size=224, stain=0.0):
         rows = torch.from_numpy(np.flatnonzero(p["rotate"])).to(x.device)
         # Contiguous, because channels that lie beside each other are sampled half as fast.
         whole = images.index_select(0, rows).permute(0, 3, 1, 2).float().div_(255).contiguous()
-        x.index_copy_(0, rows, rotated(whole, p["angle"][p["rotate"]], size))
+        names = ("angle", "shown", "bend") if heavy else ("angle",)
+        values = {name: p[name][p["rotate"]] for name in names}
+        x.index_copy_(0, rows, rotated(whole, size=size, **values))
     change(p["hflip"], lambda x: x.flip(3))
     change(p["vflip"], lambda x: x.flip(2))
     change(p["stain"], stain_jitter, "stains")
@@ -206,16 +278,17 @@ def augment(images, keys, size=224, stain=0.0):
                 name,
             )
     change(p["blur"], blur, "sigma")
+    if heavy:  # in the order of a scanner: optics, sensor, file
+        change(p["noise"], noise, "strength", "key")
+        change(p["jpeg"], jpeg, "quality")
     return x
 
 
 # ---------------------------------------------------------------- the gallery
 
 
-def gallery(annotations, patches, path, seed=0, columns=8, stain=0.0):
+def gallery(annotations, patches, path, seed=0, columns=8, stain=0.0, heavy=False):
     """Write a PNG with a row per domain and class: a patch, then augmented samples of it."""
-    from PIL import Image, ImageDraw
-
     picked = []  # (domain, label, row number)
     for domain in np.unique(annotations.domain):
         for label in (1, 0):
@@ -231,7 +304,7 @@ def gallery(annotations, patches, path, seed=0, columns=8, stain=0.0):
     for line, (domain, label, row) in enumerate(picked):
         large = patches.read([row], margin(size))
         crops = torch.from_numpy(np.repeat(large, columns - 1, 0))
-        augmented = augment(crops, (seed, line, range(columns - 1)), size, stain)
+        augmented = augment(crops, (seed, line, range(columns - 1)), size, stain, heavy)
         start = (margin(size) - size) // 2
         original = large[0, start : start + size, start : start + size]
         views = [original, *(augmented.movedim(1, -1) * 255 + 0.5).to(torch.uint8).numpy()]
@@ -245,25 +318,41 @@ def gallery(annotations, patches, path, seed=0, columns=8, stain=0.0):
         sheet.save(temporary, format="PNG")
 
 
+def add_arguments(group):
+    """The flags of the augmentation, for training and for the gallery."""
+    group.add_argument(
+        "--augment",
+        choices=("paper", "heavy"),
+        default="paper",
+        help="heavy adds scale, elastic deformation, stains, noise and JPEG to the paper's "
+        "rotation, flips, colours and blur (default: paper)",
+    )
+    group.add_argument(
+        "--stain-jitter",
+        type=float,
+        metavar="S",
+        help=f"jitter of the stains (default: 0, none; with --augment heavy {HEAVY_STAIN})",
+    )
+
+
+def check(args):
+    """UserError if --stain-jitter is out of range."""
+    if args.stain_jitter is not None and not 0 <= args.stain_jitter < 1:
+        raise UserError(f"--stain-jitter {args.stain_jitter}: give a number from 0 to below 1")
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     flags.add_arguments(parser)
     parser.add_argument("--gallery", required=True, metavar="PNG", help="picture to write")
-    parser.add_argument(
-        "--stain-jitter",
-        type=float,
-        default=0.0,
-        metavar="S",
-        help="jitter of the stains, e.g. 0.05 (default: 0, none)",
-    )
+    add_arguments(parser)
     parser.add_argument(
         "--seed", type=int, default=0, help="chooses patches and augmentations (default: 0)"
     )
     args = parser.parse_args()
-    if not 0 <= args.stain_jitter < 1:
-        raise UserError(f"--stain-jitter {args.stain_jitter}: give a number from 0 to below 1")
+    check(args)
     annotations = flags.from_arguments(args)
     flags.need_images(annotations, args.mpp, crop=args.crop)
     names = set(annotations.image.tolist()) - set(annotations.missing)
@@ -272,7 +361,8 @@ def main():
     patches = Patches(
         annotations, fit=args.fit, mpp=args.mpp, source_mpp=args.source_mpp, crop=args.crop
     )
-    gallery(annotations, patches, args.gallery, args.seed, stain=args.stain_jitter)
+    stain, heavy = stain_of(args.stain_jitter, args.augment), args.augment == "heavy"
+    gallery(annotations, patches, args.gallery, args.seed, stain=stain, heavy=heavy)
     print(f"{args.gallery}: written")
 
 

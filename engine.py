@@ -42,6 +42,7 @@ class TrainingSettings(runs.Settings):
     class_weight: str | None = None  # or "balanced"
     weight_decay: float = 0.0
     patience: int | None = None  # pseudo-epochs
+    augment: str = "paper"  # or "heavy"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -366,6 +367,7 @@ class Engine:
         """Gradients of the batch's mean loss, part by part → the sum of the losses (see step)."""
         uses_lora = self.settings.method == "lora"
         seed, stain = self.settings.run_seed, self.settings.stain_jitter
+        heavy = self.settings.augment == "heavy"
         autocast = not uses_lora and self.dtype != torch.float32
         size = math.ceil(len(labels) / self.parts)
         total = torch.zeros((), device=self.device)
@@ -373,7 +375,7 @@ class Engine:
         for first in range(0, len(labels), size):
             part = slice(first, first + size)
             key = (seed, step, samples[part])
-            patches = augment.augment(images[part], key, self.patches.size, stain)
+            patches = augment.augment(images[part], key, self.patches.size, stain, heavy)
             if uses_lora:
                 lora.set_step(self.model.encoder, *key)
             synchronised = contextlib.nullcontext()

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+import augment
 import checkpoint
 import engine
 import flags
@@ -133,12 +134,7 @@ def arguments():
         default=0.0,
         help="move centres by up to this share of the patch (default: 0; the published code: 0.1)",
     )
-    group.add_argument(
-        "--stain-jitter",
-        type=float,
-        default=0.0,
-        help="augmentation of the stains (default: 0, none)",
-    )
+    augment.add_arguments(group)
     group.add_argument("--tissue", action="store_true", help="random patches from tissue alone")
     group.add_argument(
         "--accumulate",
@@ -176,10 +172,9 @@ def check(args):
         raise UserError(f"--lr {args.lr}: give a number above 0")
     if not 0 <= args.random_share <= 0.5:
         raise UserError(f"--random-share {args.random_share}: give a number from 0 to 0.5")
-    for name in ("jitter", "stain_jitter"):
-        value = getattr(args, name)
-        if not 0 <= value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: give a number from 0 to below 1")
+    if not 0 <= args.jitter < 1:
+        raise UserError(f"--jitter {args.jitter}: give a number from 0 to below 1")
+    augment.check(args)
     if args.focal_gamma is not None and args.loss != "focal":
         raise UserError(f"--focal-gamma {args.focal_gamma:g}: needs --loss focal")
     if args.focal_gamma is not None and not 0 <= args.focal_gamma <= 20:
@@ -262,7 +257,8 @@ def settings_of(args, split, base, dtype, adapter):
         balance=args.balance,
         random_share=args.random_share,
         jitter=args.jitter,
-        stain_jitter=args.stain_jitter,
+        stain_jitter=augment.stain_of(args.stain_jitter, args.augment),
+        augment=args.augment,
         tissue=args.tissue,
         loss=args.loss,
         focal_gamma=focal_gamma(args),
@@ -304,6 +300,8 @@ def choices(settings, adapter_hash):
             own[-1] += f"{settings.focal_gamma:g}"
     if settings.class_weight:
         own.append(settings.class_weight)
+    if settings.augment != "paper":
+        own.append(settings.augment)
     return settings.choices(own, settings.pool)
 
 

@@ -31,6 +31,7 @@ NAMED = (
     "name",
     "loss",
     "class_weight",
+    "augment",
     "fit",
     "tta",
     "C",
