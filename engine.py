@@ -43,6 +43,7 @@ class TrainingSettings(runs.Settings):
     weight_decay: float = 0.0
     patience: int | None = None  # pseudo-epochs
     augment: str = "paper"  # or "heavy"
+    soft_labels: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -319,6 +320,8 @@ class Engine:
                 labels, weights = sample["label"][part], None
                 if self.class_weights is not None:
                     weights = self.class_weights[labels]
+                if self.settings.soft_labels:
+                    labels = self.votes(sample[part])
                 losses.append(self.step(step, images, part % batch_size, labels, whole, weights))
                 if len(losses) % WATCH == 0 or start + share >= len(places):
                     recent = self.watch(losses, watched, sample, places, share, number)
@@ -329,10 +332,17 @@ class Engine:
         total = torch.stack(losses).cpu().double().numpy().sum(keepdims=True)
         return float(total_over_processes(total)[0] / len(sample))
 
+    def votes(self, sample):
+        """Targets float32 [B] of --soft-labels: the share of experts who voted positive; the label
+        where nobody voted, 0 of random patches.
+        """
+        share = self.sampler.annotations.share[sample["row"]]
+        return np.where((sample["row"] < 0) | np.isnan(share), sample["label"], share)
+
     def step(self, step, images, samples, labels, whole, weights=None):
         """One optimiser step on this process's part of a batch → the sum of its losses.
 
-        images: uint8 [B, S, S, 3]; samples: their numbers [B] in the batch; labels: [B];
+        images: uint8 [B, S, S, 3]; samples: their numbers [B] in the batch; labels: [B] in [0, 1];
         whole: size of the batch over all processes; weights: float32 [B] of the losses, or None.
         """
         labels = torch.from_numpy(labels.astype(np.float32)).to(self.device, non_blocking=True)

@@ -14,6 +14,7 @@ import common  # first: Ctrl-C during the imports below ends with one line
 
 # isort: split
 import argparse
+import hashlib
 import math
 import os
 import time
@@ -110,6 +111,12 @@ def arguments():
     )
     group.add_argument(
         "--focal-gamma", type=float, metavar="G", help="exponent of --loss focal (default: 2)"
+    )
+    group.add_argument(
+        "--soft-labels",
+        action="store_true",
+        help="train towards the share of experts who voted for the positive class, if the data "
+        "have votes; validation and tests keep the labels",
     )
     group.add_argument(
         "--weight-decay",
@@ -259,6 +266,7 @@ def settings_of(args, split, base, dtype, adapter):
         jitter=args.jitter,
         stain_jitter=augment.stain_of(args.stain_jitter, args.augment),
         augment=args.augment,
+        soft_labels=args.soft_labels,
         tissue=args.tissue,
         loss=args.loss,
         focal_gamma=focal_gamma(args),
@@ -302,6 +310,8 @@ def choices(settings, adapter_hash):
         own.append(settings.class_weight)
     if settings.augment != "paper":
         own.append(settings.augment)
+    if settings.soft_labels:
+        own.append("soft")
     return settings.choices(own, settings.pool)
 
 
@@ -328,6 +338,8 @@ def main():
 
     # Data and weights: everything that can be wrong with them is found before the training.
     annotations = flags.from_arguments(args, quiet=quiet)
+    if args.soft_labels and annotations.share is None:
+        raise UserError(f"--soft-labels: {annotations.name} holds no votes of experts")
     flags.need_images(annotations, args.mpp, quiet, args.crop)
     tests = flags.further(args, annotations, quiet)
     splits = flags.splits(args, annotations, tests, quiet)
@@ -340,6 +352,8 @@ def main():
     if args.lora:
         engine.adapt(base, **adapter)  # once, to see that the adapters fit
     facts = flags.facts(annotations, args.fit, args.mpp, args.source_mpp, base.size, args.crop)
+    if args.soft_labels:
+        facts["votes"] = hashlib.sha256(annotations.share.tobytes()).hexdigest()[:16]
     patches = Patches(
         annotations,
         size=base.size,

@@ -32,6 +32,7 @@ NAMED = (
     "loss",
     "class_weight",
     "augment",
+    "soft_labels",
     "fit",
     "tta",
     "C",
