@@ -92,7 +92,7 @@ class Progress:
         return self.run.path / f"checkpoint.best-{self.best_epoch}.safetensors"
 
     def is_stale(self, patience):
-        """Whether the last `patience` pseudo-epochs brought no lower validation loss; None: never."""
+        """Whether `patience` pseudo-epochs brought no lower validation loss; None: never."""
         return patience is not None and self.epoch - (self.best_epoch or 0) >= patience
 
     def save(self, model, method, parameters, optimizer, scaler, loss, auroc):

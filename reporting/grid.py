@@ -43,6 +43,8 @@ NAMED = (
 )
 # Flags that must agree with the run's if a command gives them.
 COMPARED = ("val_frac", "epochs", "epoch_size", "rank", "pool", "layer", "size", "crop", "name")
+COMPARED += ("loss", "class_weight", "augment")
+DEFAULTS = {"loss": "bce", "augment": "paper"}  # a command that gives them changes nothing
 STATES = ("done", "running", "failed", "missing")
 
 
@@ -122,7 +124,7 @@ def cells(command):
     position = next(i for i, word in enumerate(command) if word.endswith(".py"))
     words = command[position + 1 :]
     args, others = _parser().parse_known_args(words)
-    given = _given(words)
+    given = {key: value for key, value in _given(words).items() if DEFAULTS.get(key, "") != value}
     if Path(command[position]).name == "probe.py":
         method, probes = "probe", args.probe
     else:

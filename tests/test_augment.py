@@ -1,3 +1,5 @@
+import io
+
 import numpy as np
 import pytest
 import small
@@ -173,3 +175,94 @@ def test_the_gallery_replaces_no_input(tmp_path, capsys):
     assert small.call(augment, "--data", table, "--gallery", tmp_path / "out.png") == 0
     with Image.open(tmp_path / "out.png") as picture:
         assert picture.format == "PNG"
+
+
+# ---------------------------------------------------------------- heavy
+
+
+def test_heavy_keeps_the_papers_draws_and_adds_its_own():
+    paper = augment.parameters(3, 4, range(20000), 0.1)
+    p = augment.parameters(3, 4, range(20000), 0.1, heavy=True)
+    for name, values in paper.items():
+        if name not in ("rotate", "angle"):
+            assert np.array_equal(values, p[name]), name
+    assert np.array_equal(p["angle"], np.where(paper["rotate"], paper["angle"], 0))
+    for name, wanted in augment.HEAVY.items():
+        assert abs(p[name].mean() - wanted) < 0.015, name
+    assert p["shown"].min() >= 0.75 and (p["shown"] == 1).mean() == (~p["zoom"]).mean()
+    assert p["quality"].min() == 30 and p["quality"].max() == 95
+    assert not p["bend"][~p["elastic"]].any() and np.abs(p["bend"]).max() <= 2 * augment.ELASTIC
+    assert len(np.unique(p["key"])) == 20000
+
+
+def test_heavy_is_a_function_of_seed_and_place():
+    images = crops(24)
+    whole = augment.augment(images, (1, 2, range(24)), stain=0.1, heavy=True)
+    again = augment.augment(images, (1, 2, range(24)), stain=0.1, heavy=True)
+    assert torch.equal(whole, again) and 0 <= whole.min() and whole.max() <= 1
+    parts = [
+        augment.augment(images[i : i + 1], (1, 2, [i]), stain=0.1, heavy=True) for i in range(24)
+    ]
+    # JPEG rounds to whole grey levels, and the last digit may depend on the batch.
+    assert (whole - torch.cat(parts)).abs().mean() < 1e-4
+    assert not torch.equal(whole, augment.augment(images, (1, 3, range(24)), 224, 0.1, True))
+
+
+@pytest.mark.parametrize("angle, shown", [(0.0, 0.75), (30.0, 0.9)])
+def test_a_smaller_field_is_torchvisions_scale(angle, shown):
+    x = torch.nn.functional.avg_pool2d(floats(crops(1)), 9, 1, 4)
+    bend = np.zeros((1, augment.KNOTS, augment.KNOTS, 2))
+    got = augment.rotated(x, np.array([angle]), 224, np.array([shown]), bend)
+    whole = tv.affine(
+        x, -angle, [0, 0], 1 / shown, [0, 0], interpolation=tv.InterpolationMode.BILINEAR
+    )
+    assert (got - tv.center_crop(whole, [224, 224])).abs().max() < 2e-3
+
+
+def test_a_bend_moves_the_image_smoothly_and_shows_no_black():
+    ramp = (torch.arange(320.0) / 320).view(1, 1, 1, 320).expand(1, 3, 320, 320)
+    bend = np.zeros((1, augment.KNOTS, augment.KNOTS, 2))
+    bend[..., 0] = 0.04  # everything by 0.04 * 112 px to the right
+    plain = augment.rotated(ramp, np.zeros(1), 224)
+    moved = augment.rotated(ramp, np.zeros(1), 224, np.ones(1), bend)
+    assert (moved - plain - 0.04 * 112 / 320).abs().max() < 1e-4
+    white = torch.full((8, 320, 320, 3), 255, dtype=torch.uint8)
+    largest = np.random.default_rng(0).choice([-1.0, 1.0], (8, augment.KNOTS, augment.KNOTS, 2))
+    got = augment.rotated(
+        floats(white), np.linspace(0, 350, 8), 224, np.ones(8), largest * 2 * augment.ELASTIC
+    )
+    assert got.min() > 0.999
+
+
+def test_noise_is_gaussian_and_its_own_for_each_key():
+    x = torch.full((3, 3, 224, 224), 0.5)
+    noise = augment.noise(x, np.array([0.02, 0.02, 0.04]), np.array([7, 8, 7])) - 0.5
+    assert torch.allclose(noise.std((1, 2, 3)), torch.tensor([0.02, 0.02, 0.04]), rtol=0.02)
+    assert noise.mean((1, 2, 3)).abs().max() < 3e-4
+    assert ((noise[0] / 0.02).abs() < 1).float().mean() == pytest.approx(0.683, abs=0.02)
+    torch.testing.assert_close(2 * noise[0], noise[2], atol=1e-6, rtol=0)  # the key decides
+    flat = noise.flatten(1)
+    assert abs(torch.corrcoef(flat)[0, 1]) < 0.01
+    assert abs(torch.corrcoef(noise[0].flatten(1))[0, 1]) < 0.02  # channels are independent
+
+
+def test_jpeg_is_the_files():
+    x = floats(crops(2, 224)) * 0.5 + 0.2
+    got = augment.jpeg(x, np.array([30, 95]))
+    for i, quality in enumerate((30, 95)):
+        file = io.BytesIO()
+        pixels = (x[i] * 255 + 0.5).to(torch.uint8).movedim(0, -1).numpy()
+        Image.fromarray(pixels).save(file, format="JPEG", quality=quality)
+        assert np.array_equal((got[i] * 255).round().movedim(0, -1), np.asarray(Image.open(file)))
+    errors = (got - x).abs().mean((1, 2, 3))
+    assert 0 < errors[1] < errors[0] < 0.1
+
+
+def test_the_gallery_shows_heavy_samples(tmp_path):
+    table = small.dataset(tmp_path, cases=3, per_case=2)
+    for kind in ("paper", "heavy"):
+        out = tmp_path / f"{kind}.png"
+        assert small.call(augment, "--data", table, "--gallery", out, "--augment", kind) == 0
+    paper, heavy = (np.asarray(Image.open(tmp_path / f"{k}.png")) for k in ("paper", "heavy"))
+    assert paper.shape == heavy.shape and (paper != heavy).any()
+    assert np.array_equal(paper[:, :262], heavy[:, :262])  # the originals

@@ -64,6 +64,9 @@ def test_settings_are_the_flags_of_the_configuration():
     expected = COMMON | TRAINING | LORA
     del expected["size"]  # None: as in the runs of earlier versions
     assert settings.flags() == expected
+    later = dict(loss="focal", focal_gamma=2.0, class_weight="balanced", weight_decay=0.01)
+    later |= dict(patience=3, augment="heavy", soft_labels=True, crop=64, name="lr1e-3")
+    assert dataclasses.replace(settings, **later).flags() == expected | later
     assert dataclasses.replace(settings, size=448).flags() == expected | {"size": 448}
     with pytest.raises(AttributeError):
         settings.rank = 8
@@ -136,3 +139,56 @@ def test_decoded_patches_are_read_once(monkeypatch):
         assert decoded.read(np.array([1, 2]))[:, 0, 0, 0].tolist() == [5, 9]
         assert decoded.read(np.array([0, 1]))[:, 0, 0, 0].tolist() == [7, 5]
         assert patches.asked == asked
+
+
+# ---------------------------------------------------------------- the loss
+
+
+def focal_by_formula(p, y, gamma, weight):
+    """-Σ w (1 - p_t)^gamma log p_t (Lin et al. 2017), for a mixture of both labels."""
+    of_1 = -((1 - p) ** gamma) * np.log(p)
+    of_0 = -(p**gamma) * np.log(1 - p)
+    return (weight * (y * of_1 + (1 - y) * of_0)).sum()
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0, 5.0])
+def test_focal_loss_is_the_formula_and_its_gradient(gamma):
+    rng = np.random.default_rng(0)
+    z, weight = rng.normal(size=40) * 3, rng.uniform(0.2, 3, 40)
+    y = np.concatenate([np.repeat([0.0, 1.0], 15), rng.random(10)])  # the last ones: votes
+    logits = torch.tensor(z, requires_grad=True)
+    loss = engine.training_loss(logits, torch.tensor(y), gamma, torch.tensor(weight))
+    loss.backward()
+
+    def formula(z):
+        return focal_by_formula(1 / (1 + np.exp(-z)), y, gamma, weight)
+
+    assert loss.item() == pytest.approx(formula(z), rel=1e-10)
+    steps = 1e-6 * np.eye(40)
+    slopes = [(formula(z + step) - formula(z - step)) / 2e-6 for step in steps]
+    np.testing.assert_allclose(logits.grad.numpy(), slopes, rtol=1e-5, atol=1e-7)
+
+
+def test_gamma_0_is_the_plain_loss_and_large_logits_stay_finite():
+    logits = torch.tensor([-200.0, -1.0, 0.0, 3.0, 200.0], requires_grad=True)
+    targets = torch.tensor([1.0, 0.0, 0.3, 1.0, 0.0])
+    plain = engine.training_loss(logits, targets)
+    assert torch.equal(
+        plain,
+        torch.nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="sum"),
+    )
+    torch.testing.assert_close(engine.training_loss(logits, targets, 0.0), plain)
+    engine.training_loss(logits, targets, 2.0).backward()
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("gamma", [None, 2.0])
+def test_weights_are_repeated_samples(gamma):
+    rng = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(6, generator=rng), torch.tensor([0.0, 1, 1, 0, 1, 0])
+    times = torch.tensor([1, 3, 3, 1, 3, 1])
+    weighted = engine.training_loss(logits, targets, gamma, times.float())
+    repeated = engine.training_loss(
+        logits.repeat_interleave(times), targets.repeat_interleave(times), gamma
+    )
+    torch.testing.assert_close(weighted, repeated)

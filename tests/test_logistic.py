@@ -141,6 +141,51 @@ def test_l2_equals_scikit_learn(name, C, standardize, dtype, far):
     np.testing.assert_allclose(Z @ weight + bias, reference.decision_function(Z), atol=far)
 
 
+@pytest.mark.parametrize("name", ["one to twenty", "13 samples", "d > n"])
+@pytest.mark.parametrize("standardize", [False, True])
+def test_balanced_classes_equal_scikit_learn(name, standardize):
+    X, y = problem(*PROBLEMS[name])
+    C = 0.1
+    ours = logistic.fit(
+        X,
+        y,
+        [(np.arange(len(y)), C)],
+        "l2",
+        standardize,
+        dtype=torch.float64,
+        class_weight="balanced",
+    )[0]
+    Z = X.astype(np.float64)
+    scaler = StandardScaler().fit(Z)  # of the rows as they are: the weights belong to the loss
+    if standardize:
+        Z = scaler.transform(Z)
+    reference = LogisticRegression(
+        C=C, class_weight="balanced", solver="newton-cholesky", tol=1e-12, max_iter=1000
+    ).fit(Z, y)
+    logits = X.astype(np.float64) @ ours.weight + ours.bias
+    np.testing.assert_allclose(logits, reference.decision_function(Z), atol=2e-4)
+    # The loss that is reported is the objective as scikit-learn states it, divided by C n.
+    n = len(y)
+    weight = n / (2 * np.bincount(y))[y]
+    loss = (weight * np.logaddexp(0, (1 - 2 * y) * logits)).mean()
+    loss += (reference.coef_**2).sum() / (2 * C * n)
+    assert ours.loss == pytest.approx(loss, abs=1e-7)
+
+
+def test_balanced_classes_are_repeated_rows():
+    """Of both penalties: 20 of one class and 60 of the other, or the 20 three times."""
+    X, y = problem(400, 12, 2, 0.5)
+    rows = np.concatenate([np.flatnonzero(y == 1)[:20], np.flatnonzero(y == 0)[:60]])
+    repeated = np.concatenate([rows[:20], rows[:20], rows])
+    for penalty, C, scaled in (("uni", None, None), ("l2", 1.0, 80 / 120)):
+        weighted = logistic.fit(
+            X, y, [(rows, C)], penalty, dtype=torch.float64, class_weight="balanced"
+        )[0]
+        plain = logistic.fit(X, y, [(repeated, scaled)], penalty, dtype=torch.float64)[0]
+        np.testing.assert_allclose(weighted.weight, plain.weight, atol=2e-5)
+        assert weighted.bias == pytest.approx(plain.bias, abs=2e-4)
+
+
 def test_problems_side_by_side_equal_single_ones():
     X, y = problem(900, 40, 2, 0.4)
     rng = np.random.default_rng(3)

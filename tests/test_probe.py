@@ -381,6 +381,25 @@ def test_pools_layers_and_tta_have_their_own_embeddings_and_runs(
     assert np.abs(again - X).max() < 1e-4
 
 
+def test_balanced_classes_have_runs_of_their_own(tmp_path, table, capsys):
+    more = ["--probe", "uni", "l2", "knn", "--class-weight", "balanced", "--name", "try1"]
+    assert small.call(probe, *flags(table, tmp_path, *more)) == 0
+    names = sorted(path.parent.name for path in tmp_path.glob("small/*/frac1-fold0"))
+    assert names == [
+        "wide-probe-balanced-try1",
+        "wide-probe-knn-try1",
+        "wide-probe-l2-balanced-try1",
+    ]
+    for name, expected in zip(names, ("balanced", None, "balanced")):
+        config = common.read_json(tmp_path / "small" / name / "frac1-fold0" / "config.json")
+        assert config["flags"].get("class_weight") == expected
+        assert config["flags"]["name"] == "try1"
+    capsys.readouterr()
+    more = ["--probe", "knn", "--class-weight", "balanced"]
+    assert small.call(probe, *flags(table, tmp_path, *more)) == 2
+    assert "only the probes uni and l2" in capsys.readouterr().err
+
+
 def test_tta_is_the_mean_over_flips_and_turns(table):
     encoder = models.load_encoder("wide", "random")
     images = patches_module.Patches(data.load_dataset(table)).read([3])

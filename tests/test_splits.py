@@ -429,6 +429,37 @@ def test_balance_by_slide():
         data.Sampler(a, train, balance="case")
 
 
+def test_balance_by_domain():
+    a = made([400, 20, 20, 20])
+    a.label[:] = np.arange(len(a)) % 2
+    a.domain = np.where(a.image == "c000.png", "large", "small")
+    s = data.Sampler(a, a.id, balance="domain", random_share=0).epoch(0)
+    assert (s["label"] == 1).sum() == 640
+    for label in (0, 1):  # the domain first, then any of its annotations
+        rows = s["row"][s["label"] == label]
+        assert abs((a.domain[rows] == "large").mean() - 1 / 2) < 0.06
+        images, counts = np.unique(a.image[rows[a.domain[rows] == "small"]], return_counts=True)
+        assert len(images) == 3 and counts.max() < 1.5 * counts.min()
+
+
+@pytest.mark.parametrize("balance", ["annotation", "slide", "domain"])
+def test_annotations_drawn_as_they_come_have_weights_that_make_halves(balance):
+    a = made([400, 60, 60])
+    a.domain = np.where(a.image == "c000.png", "large", "small")
+    a.label[:] = np.arange(len(a)) % 10 == 0
+    a.label[a.image == "c001.png"] = 1
+    sampler = data.Sampler(a, a.id, 20_000, balance=balance, halves=False, random_share=0.25)
+    s = sampler.epoch(0)
+    assert (s["row"] < 0).sum() == 5000
+    weights = sampler.class_weights()
+    drawn = np.array([(s["label"] == 0).sum(), (s["label"] == 1).sum()])
+    np.testing.assert_allclose(weights * drawn, 10_000, rtol=0.03)
+    if balance == "annotation":  # scikit-learn's, but for the random patches
+        positives = 0.75 * a.label.mean()
+        np.testing.assert_allclose(weights, [0.5 / (1 - positives), 0.5 / positives])
+    assert (data.Sampler(a, a.id, 20).class_weights() == 1).all()
+
+
 def test_patches_have_no_random_ones(capsys):
     a = made([30] * 10, kind="patches")
     s = data.Sampler(a, data.make_split(a).train, epoch_size=100).epoch(0)

@@ -694,6 +694,12 @@ def test_domains_and_further_datasets(tmp_path, table, capsys):
         (["--fold", "65536"], ["--fold 65536"]),
         (["--alpha", "inf"], ["--alpha"]),
         (["--adapter", "nowhere"], ["nowhere"]),
+        (["--focal-gamma", "1"], ["--focal-gamma 1", "--loss focal"]),
+        (["--loss", "focal", "--focal-gamma", "-1"], ["--focal-gamma -1"]),
+        (["--weight-decay", "-1"], ["--weight-decay -1"]),
+        (["--patience", "0"], ["--patience 0"]),
+        (["--soft-labels"], ["--soft-labels", "no votes"]),
+        (["--stain-jitter", "1"], ["--stain-jitter 1"]),
         (["--targets", "qkv", "qkv"], ["--targets"]),
     ],
 )
@@ -895,3 +901,126 @@ def test_a_set_of_one_class_is_said(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "problem: small, fold 0: the" in out and "holds label 0 only" in out
     assert "1.000" not in out.splitlines()[-1]
+
+
+# ---------------------------------------------------------------- choices beyond the protocol
+
+
+def with_votes(table, folder):
+    """The table of `dataset` with two experts' votes; the second says yes to every third patch."""
+    folder.mkdir()
+    head, *lines = table.read_text().splitlines()
+    lines = [f"{line},{line.split(',')[1]},{int(i % 3 == 0)}" for i, line in enumerate(lines)]
+    (folder / "small.csv").write_text("\n".join([f"{head},one,two", *lines]) + "\n")
+    return folder / "small.csv", ["--images", table.parent, "--columns", "votes=one+two"]
+
+
+ALL = "--loss focal --class-weight balanced --balance domain --weight-decay 0.05 --augment heavy"
+ALL_NAME = "lora-focal-balanced-heavy-soft-all"
+
+
+def test_all_of_them_resume_bit_for_bit_the_same(tmp_path, table, monkeypatch):
+    votes, reading = with_votes(table, tmp_path / "votes")
+    more = [*reading, *ALL.split(), "--soft-labels", "--patience", 2, "--name", "all"]
+    assert small.call(train, *flags(votes, tmp_path / "whole", *more)) == 0
+    config = json.loads((folder(tmp_path / "whole", ALL_NAME) / "config.json").read_text())
+    kept = {name: config["flags"][name] for name in ("loss", "focal_gamma", "class_weight")}
+    assert kept == {"loss": "focal", "focal_gamma": 2.0, "class_weight": "balanced"}
+    kept = {name: config["flags"][name] for name in ("augment", "stain_jitter", "soft_labels")}
+    assert kept == {"augment": "heavy", "stain_jitter": 0.1, "soft_labels": True}
+    assert config["data"]["votes"]
+    real, done = engine.Engine.step, []
+
+    def step(self, number, *rest):
+        if len(done) == 6:
+            raise KeyboardInterrupt
+        done.append(number)
+        return real(self, number, *rest)
+
+    args = flags(votes, tmp_path / "cut", *more)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.Engine, "step", step)
+        assert small.call(train, *args) == 130
+    assert small.call(train, *args, "--resume") == 0
+    assert_equal_runs(folder(tmp_path / "whole", ALL_NAME), folder(tmp_path / "cut", ALL_NAME))
+
+
+def test_patience_ends_a_run_and_a_resumed_one_at_the_same_place(
+    tmp_path, table, monkeypatch, capsys
+):
+    losses, real = [0.9, 0.4, 0.7, 0.5, 0.1, 0.05], train.finish
+    epochs = []
+    monkeypatch.setattr(engine, "validation_loss", lambda *_: losses[len(epochs) - 1])
+    epoch = engine.Engine.epoch
+    monkeypatch.setattr(
+        engine.Engine, "epoch", lambda self, n, *rest: epochs.append(n) or epoch(self, n, *rest)
+    )
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    args = flags(table, tmp_path, "--patience", 2, epochs=6, epoch_size=8)
+    monkeypatch.setattr(train, "finish", interrupted)
+    assert small.call(train, *args) == 130 and epochs == [0, 1, 2, 3]
+    monkeypatch.setattr(train, "finish", real)
+    assert small.call(train, *args, "--resume") == 0 and epochs == [0, 1, 2, 3]
+    assert capsys.readouterr().out.count("stopped after pseudo-epoch 4 of 6") == 2
+    training = common.read_json(folder(tmp_path) / "metrics.json")["training"]
+    assert training["epochs"] == 4 and training["best_epoch"] == 2
+    config = common.read_json(folder(tmp_path) / "config.json")
+    assert config["flags"]["patience"] == 2 and config["flags"]["epochs"] == 6
+
+
+def test_weight_decay_shrinks_what_is_trained_by_the_rate(tmp_path, table, monkeypatch):
+    """AdamW: after one step the weights lie lr * W of their start lower than Adam's."""
+    starts, real = [], engine.make_model
+
+    def make_model(*rest):
+        model, parameters = real(*rest)
+        starts.append({name: p.detach().clone() for name, p in parameters.items()})
+        return model, parameters
+
+    monkeypatch.setattr(engine, "make_model", make_model)
+    for name, more in (("plain", []), ("decay", ["--weight-decay", 0.5])):
+        args = flags(table, tmp_path / name, *more, epochs=1, epoch_size=8)
+        assert small.call(train, *args) == 0
+    rate = engine.learning_rate(0, 1, 3e-3)
+    plain, decayed = (weights(folder(tmp_path / name)) for name in ("plain", "decay"))
+    config = common.read_json(folder(tmp_path / "decay") / "config.json")
+    assert config["flags"]["weight_decay"] == 0.5
+    for name, start in starts[0].items():
+        assert torch.equal(start, starts[1][name])
+        torch.testing.assert_close(
+            plain[name] - decayed[name], rate * 0.5 * start, atol=1e-7, rtol=1e-4
+        )
+    assert any(start.abs().max() > 0.01 for start in starts[0].values())
+
+
+def test_votes_are_the_targets_of_training_alone(tmp_path, table, monkeypatch):
+    votes, reading = with_votes(table, tmp_path / "votes")
+    seen, real = [], engine.Engine.step
+
+    def step(self, number, images, samples, labels, *rest):
+        seen.append(labels)
+        return real(self, number, images, samples, labels, *rest)
+
+    monkeypatch.setattr(engine.Engine, "step", step)
+    args = flags(votes, tmp_path / "runs", *reading, "--soft-labels", epochs=1)
+    assert small.call(train, *args) == 0
+    assert set(np.concatenate(seen).tolist()) == {0.0, 0.5, 1.0}
+    predictions = runs.read_predictions(folder(tmp_path / "runs", "lora-soft") / "predictions.csv")
+    assert set(predictions["label"].tolist()) == {0, 1}
+
+
+def test_two_rates_stand_side_by_side_by_a_name(tmp_path, table, capsys):
+    args = flags(table, tmp_path, epochs=1, epoch_size=8)
+    assert small.call(train, *args) == 0
+    assert small.call(train, *args, "--lr", "1e-5") == 2
+    assert "--name TAG" in capsys.readouterr().err
+    assert small.call(train, *args, "--lr", "1e-5", "--name", "lr1e-5") == 0
+    run = folder(tmp_path, "lora-lr1e-5")
+    assert common.read_json(run / "config.json")["flags"]["name"] == "lr1e-5"
+    for name in ("../x", "a b", "", "-x", 41 * "x"):
+        capsys.readouterr()
+        assert small.call(train, *args, f"--name={name}") == 2
+        assert capsys.readouterr().err.startswith(f"error: --name {name}")
