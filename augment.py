@@ -190,10 +190,12 @@ def rotated(x, angle, size, shown=None, bend=None):
     torch.add((sin * t)[:, None, :], (cos * t)[:, :, None], out=grid[..., 1])
     if bend is None:
         return F.grid_sample(x, grid, align_corners=False)
-    bend = torch.as_tensor(bend, dtype=torch.float32, device=x.device) * (size / x.shape[-1])
-    knots = bend.permute(0, 3, 1, 2)  # [n, 2, KNOTS, KNOTS]
-    smooth = F.interpolate(knots, size=(size, size), mode="bicubic", align_corners=True)
-    grid += smooth.permute(0, 2, 3, 1)
+    bent = np.flatnonzero(bend.any((1, 2, 3)))
+    if len(bent):
+        knots = torch.as_tensor(bend[bent], dtype=torch.float32, device=x.device)
+        knots = knots.permute(0, 3, 1, 2) * (size / x.shape[-1])  # [n, 2, KNOTS, KNOTS]
+        smooth = F.interpolate(knots, size=(size, size), mode="bicubic", align_corners=True)
+        grid.index_add_(0, torch.from_numpy(bent).to(x.device), smooth.permute(0, 2, 3, 1))
     # Bent over the border of the margin, a corner would be black.
     return F.grid_sample(x, grid, align_corners=False, padding_mode="reflection")
 
@@ -213,14 +215,15 @@ def stain_jitter(x, stains):
 
 
 def noise(x, strength, key):
-    """Gaussian noise of standard deviation `strength` [n] on x [n, 3, S, S]: each number the sum of
-    the four 16-bit ones in a hash of key [n] (int64) and place.
+    """Gaussian noise of standard deviation `strength` [n] on x [n, 3, S, S]: a hash of key [n]
+    (int64) and place holds four numbers of 16 bits, each the quantile of a normal one.
     """
-    key = torch.as_tensor(key, device=x.device)
-    words = splitmix(key[:, None] + torch.arange(1, x[0].numel() + 1, device=x.device) * WEYL)
-    parts = words.view(torch.int16).view(*words.shape, 4)
-    normal = (parts.float().sum(-1) + 2) / (2**15 * (4 / 3) ** 0.5)  # mean 0, variance 1
-    return (x + _column(strength, x) * normal.view_as(x)).clamp_(0, 1)
+    ranks = (torch.arange(2**16, dtype=torch.float64, device=x.device) + 0.5) / 2**16
+    normal = torch.special.ndtri(ranks).float()
+    key, count = torch.as_tensor(key, device=x.device), x[0].numel()
+    words = splitmix(key[:, None] + torch.arange(1, count // 4 + 2, device=x.device) * WEYL)
+    parts = words.view(torch.int16)[:, :count].int() + 2**15
+    return (x + _column(strength, x) * normal[parts].view_as(x)).clamp_(0, 1)
 
 
 def jpeg(x, quality):

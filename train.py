@@ -469,8 +469,6 @@ def train(args, settings, annotations, patches, run, split, base, device, dtype)
     with common.progress(total=todo, desc="training", unit="patches", quiet=not first) as bar:
         for number in range(state.epoch, settings.epochs):
             if engine.from_first(state.is_stale(settings.patience)):
-                if first:
-                    bar.write(stopped(state, settings))
                 break
             start = time.perf_counter()
             train_loss = trainer.epoch(number, bar, validated)
@@ -502,6 +500,8 @@ def train(args, settings, annotations, patches, run, split, base, device, dtype)
                 validated = f", validation {loss:.3f}, AUROC {auroc:.3f}"
             if engine.world() > 1:
                 dist.barrier()
+    if first and state.epoch < settings.epochs:
+        print(stopped(state, settings), flush=True)
     return finish(settings, annotations, patches, run, split, model, state, decoded, autocast)
 
 

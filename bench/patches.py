@@ -1,6 +1,6 @@
 """Training-ready patches per second: read, augment, float32 [3, 224, 224] in [0, 1].
 
-    store      the crop store and augment.augment on batches
+    store      the crop store and augment.augment on batches; heavy: as --augment heavy does it
     direct     slides.read of each window and augment.augment on batches
     ordinary   OpenSlide, Pillow and torchvision v2, sample by sample, in a DataLoader
 
@@ -137,10 +137,12 @@ def ordinary(paths, sample, cores):
     return sum(len(batch) for batch in loader)
 
 
-def batched(patches, sample, device, step):
+def batched(patches, sample, device, step, heavy=False):
     for i in range(0, len(sample), BATCH):
         images = torch.from_numpy(patches.read_sample(sample[i : i + BATCH], MARGIN)).to(device)
-        batch = augment.augment(images, (0, step + i, np.arange(len(images))))
+        keys = (0, step + i, np.arange(len(images)))
+        stain = augment.HEAVY_STAIN if heavy else 0.0
+        batch = augment.augment(images, keys, SIZE, stain, heavy)
     if device != "cpu":
         torch.cuda.synchronize()
     assert batch.shape[1:] == (3, SIZE, SIZE)
@@ -205,6 +207,7 @@ def main():
             direct = patches.Patches(a, cache=False, workers=cores)
             ways = {f"store, {d}": lambda s, k, d=d: batched(stored, s, d, k) for d in devices}
             ways |= {
+                "store, cpu, heavy": lambda s, k: batched(stored, s, "cpu", k, heavy=True),
                 "store, read only": lambda s, k: len(stored.read_sample(s, MARGIN)),
                 "direct, cpu": lambda s, k: batched(direct, s, "cpu", k),
                 "direct, read only": lambda s, k: len(direct.read_sample(s, MARGIN)),
