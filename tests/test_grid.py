@@ -12,7 +12,7 @@ from test_sweeps import CHOICES
 import common
 import evaluate
 from common import UserError
-from reporting import grid
+from reporting import grid, results, tables
 
 SWEEPS = HERE.parent / "sweeps"
 
@@ -100,6 +100,49 @@ def test_grid_of_a_finished_sweep_and_of_none(begun, capsys, monkeypatch):
     said = capsys.readouterr().out
     assert counts(said) == {("tissue", "uni", "full"): (0, 0, 0, 6)}
     assert said.splitlines()[-1] == "6 of 6 runs are left: no finished run tells how long they take"
+
+
+def test_tagged_runs_are_rows_of_their_own(begun, capsys, monkeypatch):
+    tissue = annotations()
+    for fold in range(2):
+        make(begun, tissue, "uni", "lora", 1.0, fold, suffixes=["lr1e-3"], name="lr1e-3")
+    assert call(evaluate, begun, "--grid", SWEEP) == 0
+    assert counts(capsys.readouterr().out)["tissue", "uni", "lora"] == (1, 0, 2, 3)
+    monkeypatch.setenv("FLAGS", "--name lr1e-3 --loss bce")  # the second says nothing new
+    monkeypatch.setenv("FRACS", "1")
+    assert call(evaluate, begun, "--grid", SWEEP) == 0
+    said = capsys.readouterr().out
+    assert counts(said)["tissue", "uni", "probe"] == (3, 0, 0, 0)
+    line = next(line.split() for line in said.splitlines() if "lora-lr1e-3" in line)
+    assert line == ["tissue", "uni", "lora-lr1e-3", "2", "0", "0", "1"]
+
+
+def test_tagged_runs_stand_apart_in_the_report(begun, capsys):
+    for tag, strength in (("lr1e-3", 2.0), ("lr1e-4", 0.5)):
+        for fold in range(2):
+            suffixes = ["r8", "patch-center", "crop64", tag]
+            choices = {"rank": 8, "pool": "patch-center", "crop": 64, "name": tag}
+            make(
+                begun,
+                annotations(),
+                "uni",
+                "lora",
+                1.0,
+                fold,
+                strength=strength,
+                suffixes=suffixes,
+                **choices,
+            )
+    finished, _ = results.collect([begun])
+    named = tables.in_order(finished)
+    for tag in ("lr1e-3", "lr1e-4"):
+        repeats = named[f"uni LoRA r8 patch center crop64 {tag}"]
+        assert [run.flags["name"] for run in repeats] == [tag, tag]
+    rows = {row["name"] for row in results.results(finished)}
+    assert rows == {"", "lr1e-3", "lr1e-4"}
+    lines = evaluate.overview(finished).splitlines()
+    assert sum("lora-" in line and "lr1e-3" in line for line in lines) == 1
+    assert evaluate.shortened("lora-patch-center-crop64-lr1e-3", 20) == "lora-…-crop64-lr1e-3"
 
 
 def test_grid_counts_damaged_runs_as_failed_and_other_choices_not_at_all(
