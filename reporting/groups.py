@@ -127,15 +127,17 @@ def left_out_table(name, title, finished):
             lines.append(_left_out_row(label, domain, repeats, [domain]))
         if len(domains) > 1:
             lines.append(_left_out_row(label, f"mean of {len(domains)}", repeats, domains))
-    header = ["model", "tested on", "repeats", *tables.METRICS.values()]
+    header = ["model", "tested on", "repeats", *tables.METRICS.values(), tables.AT_T]
     note = (
         "Trained on all other domains, tested on the whole of the one left out, threshold 0.5. "
-        "Mean ± standard deviation over the repeats; in the last row over domains and repeats."
+        "Mean ± standard deviation over the repeats; in the last row over domains and repeats. "
+        f"{tables.chosen({'': finished})}"
     )
     return tables.Table(name, title, header, lines, [note])
 
 
 def _left_out_row(label, shown, repeats, domains):
     tests = [run.sets["test"] for run in repeats if run.left_out in domains]
-    cells = [tables.mean_sd([test[key] for test in tests]) for key in tables.METRICS]
+    keys = (*tables.METRICS, tables.AT_T)
+    cells = [tables.mean_sd([tables.value_of(test, key) for test in tests]) for key in keys]
     return [label, shown, str(len(tests)), *cells]

@@ -17,6 +17,7 @@ from reporting import bootstrap, figures, metrics
 # In the order of the paper's tables.
 METHODS = {"full": "end-to-end", "probe": "linear probe", "lora": "LoRA"}
 METRICS = {"balanced_accuracy": "balanced accuracy", "weighted_f1": "weighted F1", "auroc": "AUROC"}
+AT_T = "balanced accuracy at t"  # the threshold chosen on validation
 DECISIONS = {
     "balanced_accuracy": "balanced accuracy",
     "weighted_f1": "weighted F1",
@@ -442,7 +443,7 @@ def cross_table(name, title, finished, paper):
     domains, folds = sorted({run.domain for run in finished}), {run.fold for run in finished}
     complete = {f"{domain}/{fold}" for domain in domains for fold in folds}
     named = in_order(finished)
-    rows, keys = [], ("auroc", "balanced_accuracy", "weighted_f1")
+    rows, keys = [], ("auroc", "balanced_accuracy", "weighted_f1", AT_T)
     means = {(key, side): [] for key in keys for side in ("in", "out")}
     for label, repeats in named.items():
         row = [label, str(len(repeats))]
@@ -450,19 +451,20 @@ def cross_table(name, title, finished, paper):
             values = sides(repeats, key)[side]
             row.append(mean_sd(values))
             means[key, side].append(mean(values))
-            if paper:
+            if paper and key in METRICS:
                 row.append(paper.get(("5", repeats[0].label, side, key), "–"))
         rows.append(row)
     header = ["model", "runs"]
     for key, side in means:
         embolden(rows, len(header), means[key, side])
-        header.append(f"{METRICS[key]} {side}")
-        if paper:
+        header.append(f"{METRICS.get(key, AT_T)} {side}")
+        if paper and key in METRICS:
             header.append("paper")
     notes = [
         f"Trained on one domain ({', '.join(domains)}), {common.counted(len(folds), 'repeat')} "
         "each; in: withheld cases of that domain, out: every other domain whole. Mean ± standard "
-        "deviation over all of these values, best in bold."
+        "deviation over all of these values, best in bold.",
+        chosen(named)[0].upper() + chosen(named)[1:],
     ]
     notes += missing(
         {
@@ -477,10 +479,18 @@ def cross_table(name, title, finished, paper):
 
 def sides(repeats, key):
     """{"in": values of a metric in the domain of training, "out": in the other domains}."""
-    values = {"in": [run.sets["test"][key] for run in repeats], "out": []}
+    values = {"in": [value_of(run.sets["test"], key) for run in repeats], "out": []}
     for run in repeats:
-        values["out"] += [run.sets[name][key] for name in run.split["others"] if name in run.sets]
+        others = [run.sets[name] for name in run.split["others"] if name in run.sets]
+        values["out"] += [value_of(summary, key) for summary in others]
     return values
+
+
+def value_of(summary, key):
+    """A metric of a set: of METRICS, or balanced accuracy at the chosen threshold (AT_T)."""
+    if key == AT_T:
+        return summary["at_threshold"]["balanced_accuracy"]
+    return summary[key]
 
 
 def external_table(name, title, finished, datasets, replicates):
@@ -495,14 +505,14 @@ def external_table(name, title, finished, datasets, replicates):
                     continue
                 sets = [run.sets[dataset] for run in tested]
                 cells = [mean_sd([values[key] for values in sets]) for key in METRICS]
-                at_t = [values["at_threshold"]["balanced_accuracy"] for values in sets]
+                at_t = [value_of(values, AT_T) for values in sets]
                 samples = [run.rows(dataset)[1:4] for run in tested]
                 thresholds = [run.threshold for run in tested]
                 bounds = _decision_intervals(bootstrap.replicate, samples, thresholds, replicates)
                 cells += [mean_sd(at_t), _bounds(bounds["balanced_accuracy"])]
                 rows.append([label, f"{100 * frac:g}%", dataset, str(len(tested)), *cells])
     header = ["model", "share", "tested on", "repeats", *METRICS.values()]
-    header += ["balanced accuracy at t", "95% interval of balanced accuracy at t"]
+    header += [AT_T, f"95% interval of {AT_T}"]
     notes = [
         "Whole datasets that nothing was trained on; mean ± standard deviation over the repeats.",
         f"{chosen({'': finished})} The interval is by drawing the dataset's cases anew.",

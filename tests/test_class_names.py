@@ -254,6 +254,28 @@ def test_every_scored_file_says_the_names_of_the_data(name, atypical, tmp_path, 
             assert called["color"] == list(formats.COLOURS[called["name"] == "AMF"])
 
 
+@pytest.mark.parametrize(
+    "kind, name",
+    [
+        ("midog", "o.json"),
+        ("challenge", "o.json"),
+        ("csv", "o.csv"),
+        ("geojson", "o.geojson"),
+        ("imagescope", "o.xml"),
+    ],
+)
+def test_another_format_says_them_too(kind, name, atypical, tmp_path, capsys):
+    _, model, slide = atypical
+    points_alone(tmp_path / "in.csv") if kind != "csv" else geojson(tmp_path / "in.geojson")
+    given = next(tmp_path.glob("in.*"))
+    flag = ["--candidates", given, "--out", tmp_path / name, "--format", kind]
+    flag += ["--threshold", middle(model, slide), "--device", "cpu"]
+    assert small.call(classify, model, "--slide", slide, *flag) == 0, capsys.readouterr().err
+    written = (tmp_path / name).read_bytes()
+    assert b"AMF" in written and b"NMF" in written
+    assert not any(word in written.decode("latin-1").lower() for word in WRONG)
+
+
 def test_the_model_and_the_report_say_the_names_of_the_data(atypical, tmp_path, drawn, capsys):
     run, model, _ = atypical
     classifier = session.Classifier(model, "cpu")

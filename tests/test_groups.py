@@ -137,6 +137,9 @@ def test_a_domain_left_out(tissue, tmp_path):
         line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| uni")
     ]
     assert [line[1:3] for line in lines] == [["A", "2"], ["B", "2"], ["C", "2"], ["mean of 3", "6"]]
+    assert "| balanced accuracy at t |" in text
+    at_t = [run.sets["test"]["at_threshold"]["balanced_accuracy"] for run in found]
+    assert lines[3][6].startswith(f"{sum(at_t) / 6:.3f} ± ")
     assert not list(out.glob("full_*"))
 
 
