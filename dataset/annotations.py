@@ -994,7 +994,8 @@ def _normal(name):
 def _directly(name, root, source):
     """Path below root of an image that lies exactly where its name says, or None. UserError for an
     absolute path outside of root."""
-    if not Path(name).is_absolute():
+    # "/a.svs" is not absolute on Windows, but leads out of the folder there too.
+    if not (Path(name).is_absolute() or name.startswith("/")):
         return name if not cells.is_windows_path(name) and (root / name).is_file() else None
     for path, folder in ((Path(name), Path(os.path.abspath(root))), (Path(name), root.resolve())):
         if path.is_relative_to(folder):

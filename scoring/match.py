@@ -92,7 +92,7 @@ def relative(name, folder):
     for root in (parts(folder.resolve()), parts(os.path.abspath(folder))):
         if below[: len(root)] == root:
             below = below[len(root) :]
-    if below and (below[0] == "/" or below[0].endswith(":")):  # of another machine
+    if below and (below[0] in ("/", "//") or below[0].endswith(":")):  # of another machine
         below = below[1:]
     if ".." in below:
         below = below[-1:]

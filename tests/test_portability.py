@@ -5,11 +5,13 @@ docs/platforms.md lists every place where the platform matters.
 
 import ast
 import json
+import ntpath
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
+import types
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import onnx_models
@@ -17,7 +19,9 @@ import pytest
 from PIL import Image
 
 import common
+from dataset import annotations
 from onnx_model import session
+from scoring import match
 
 HERE = Path(__file__).resolve().parent.parent
 PLAYED = HERE / "tests" / "windows"
@@ -149,6 +153,26 @@ def test_the_second_stage_runs(tmp_path):
     assert "runs (CPUExecutionProvider)" in said
 
 
+def test_a_folder_of_slides_is_scored_and_gone_on_with(tmp_path):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        onnx_models.register(monkeypatch)
+        onnx_models.write_model(tmp_path / "m.onnx", onnx_models.classifier("gelu"))
+    for name in ("slides", "candidates"):
+        (tmp_path / name / "sub").mkdir(parents=True)
+    for seed, name in ((1, "a"), (2, "sub/b")):
+        image = Image.fromarray(onnx_models.patches(1, seed=seed, size=400)[0])
+        image.save(tmp_path / f"slides/{name}.tiff", resolution=40000, resolution_unit=3)
+        (tmp_path / f"candidates/{name}.csv").write_text("x,y\n100,120\n390,5\n")
+    words = ["classify.py", tmp_path / "m.onnx", "--slide", tmp_path / "slides"]
+    words += ["--candidates", tmp_path / "candidates", "--out", tmp_path / "scored"]
+    windows(tmp_path, *words, without="torch onnx")
+    first = {path: path.read_bytes() for path in (tmp_path / "scored").rglob("*.csv")}
+    assert sorted(path.name for path in first) == ["a.csv", "b.csv", "report.csv"]
+    (tmp_path / "scored/sub/b.csv").unlink()  # as a run leaves it that was stopped before it
+    windows(tmp_path, *words, without="torch onnx")
+    assert (tmp_path / "scored/sub/b.csv").read_bytes() == first[tmp_path / "scored/sub/b.csv"]
+
+
 def test_the_demo_dataset_is_painted_by_processes_of_spawn(tmp_path):
     code = "from demo import synthetic; synthetic.build({!r}, images_per_domain=1)"
     windows(tmp_path, "-c", code.format(str(tmp_path / "demo")))
@@ -271,6 +295,61 @@ def test_outputs_that_differ_in_case_are_one_file_on_macos(tmp_path, monkeypatch
     monkeypatch.setattr(common.sys, "platform", "darwin")
     with pytest.raises(common.UserError, match="reads or writes this file"):
         common.check_output("--out", one, [other])
+
+
+# ---------------------------------------------------------------- names of images
+
+
+class WindowsPath(PureWindowsPath):
+    """Windows' paths with a disk of their own."""
+
+    files = frozenset()
+
+    def is_file(self):
+        return self in self.files  # compared without case
+
+    def resolve(self):
+        return self
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """dataset/annotations.py on a Windows whose images are below D:\\slides."""
+    files = {WindowsPath(p) for p in (r"D:\slides\a.svs", r"D:\slides\b\c.svs", r"D:\other.svs")}
+    monkeypatch.setattr(WindowsPath, "files", frozenset(files))
+    monkeypatch.setattr(annotations, "Path", WindowsPath)
+    monkeypatch.setattr(annotations, "os", types.SimpleNamespace(path=ntpath, sep="\\"))
+    monkeypatch.setattr(annotations, "_walk", lambda root: ["a.svs", "b/c.svs"])
+    return WindowsPath(r"D:\slides")
+
+
+@pytest.mark.parametrize(
+    "name, place",
+    [
+        ("a.svs", "a.svs"),
+        ("b/c.svs", "b/c.svs"),
+        ("D:/slides/a.svs", "a.svs"),
+        ("d:/Slides/b/c.svs", "b/c.svs"),
+        ("E:/scans/b/c.svs", "b/c.svs"),
+        ("//server/scans/a.svs", "a.svs"),
+        ("D:/other.svs", None),
+        ("D:other.svs", None),
+    ],
+)
+def test_names_of_images_on_windows(name, place, disk):
+    assert annotations.locate([name], disk, []) == {name: place}
+
+
+@pytest.mark.parametrize("name", ["/other.svs", "/slides/a.svs"])
+def test_a_path_from_the_root_of_the_drive_is_refused(name, disk):
+    with pytest.raises(common.UserError, match="leads out of the folder"):
+        annotations.locate([name], disk, [])
+
+
+def test_no_name_leads_out_of_the_folder_of_slides(tmp_path):
+    for name in (r"\\server\x\a.svs", "//server/x/a.svs", "/x/a.svs", r"C:\x\a.svs", "../x/a.svs"):
+        below = match.relative(name, tmp_path)
+        assert (tmp_path / below).is_relative_to(tmp_path) and below.endswith("a.svs")
 
 
 # ---------------------------------------------------------------- what the code says
