@@ -10,7 +10,7 @@ from dataset.patches import TISSUE_GREEN, TISSUE_SHARE
 
 CELL = 32.0  # µm
 COARSEST = 8.0  # µm/px of the level that is looked at, at most: four px across a cell
-TILE = 2048  # px that are read at once, at that level
+TILE = 1024  # px that are read at once, at that level
 
 
 class Tissue(NamedTuple):

@@ -4,7 +4,11 @@ arithmetic against floating point.
 
 import csv
 import json
+import os
+import tracemalloc
+from pathlib import Path
 
+import jpeg_tiff
 import numpy as np
 import pytest
 from onnx_models import classifier, register, write_model
@@ -14,6 +18,7 @@ from small import call
 import classify
 from common import UserError
 from dataset import formats, slides
+from dataset.formats import geojson
 from reporting import detection
 from scoring import blobs
 
@@ -72,6 +77,33 @@ def test_tiles_of_a_slide_on_glass_are_not_read(tmp_path, monkeypatch):
     Image.new("RGB", (600, 600), "white").save(tmp_path / "glass.png")
     empty = blobs.find(tmp_path / "glass.png", 0.25)
     assert len(empty.x) == 0 and empty.tissue.area(0.25) == 0
+
+
+def test_memory_is_that_of_a_few_tiles(tmp_path):
+    """A slide whose pixels are 200 MB, in tiles as in .svs files, takes a quarter of that."""
+    tiles = [jpeg_tiff.cut(Image.new("RGB", (256, 256), "white"))[0, 0]] * 32 * 32
+    stained = jpeg_tiff.cut(Image.fromarray(field([(256, 200), (100, 400)], side=512)))
+    for row, column in ((3, 4), (20, 30)):
+        for (down, right), tile in stained.items():
+            tiles[(row + down) * 32 + column + right] = tile
+    jpeg_tiff.write(tmp_path / "a.svs", tiles, 8192)
+    tracemalloc.start()
+    found = blobs.find(tmp_path / "a.svs", tile=256, workers=2)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50e6
+    for x, y in ((4 * 256 + 256, 3 * 256 + 200), (30 * 256 + 100, 20 * 256 + 400)):
+        assert np.hypot(found.x - x, found.y - y).min() < 3
+    slides.close(tmp_path / "a.svs")
+
+
+@pytest.mark.skipif("MITOSIS_REALDATA" not in os.environ, reason="MITOSIS_REALDATA is not set")
+def test_tiles_leave_no_trace_on_a_real_slide():
+    """Through OpenSlide, with glass at its sides."""
+    path = Path(os.environ["MITOSIS_REALDATA"]) / "slides" / "CMU-1-Small-Region.svs"
+    whole = blobs.find(path, tile=4096)
+    assert 1500 < len(whole.x) < 3000
+    assert same(blobs.find(path, tile=300), whole)
 
 
 def test_tiny_images():
@@ -248,6 +280,19 @@ def test_a_folder_of_slides_is_continued(model, slide, tmp_path, monkeypatch):
     assert call(classify, *words) == 1
     assert searched == ["b.png", "unknown.png"]
     assert (tmp_path / "out" / "b.png.geojson").read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [geojson.MANY, geojson.MANY + 1])
+def test_many_points_are_detections_to_qupath(slide, tmp_path, number):
+    x = np.linspace(1, 900, number)
+    candidates = formats.from_points(slide, x, x, np.full(number, 0.5))
+    probability, out = np.full(number, 0.7), tmp_path / "o.geojson"
+    names, images = ["hard negative", "mitotic figure"], [slide] * number
+    formats.write(candidates, out, probability, 0.5, names, images=images, scales={slide: 0.25})
+    kinds = {point["properties"]["objectType"] for point in features(out)[0]}
+    assert kinds == {"detection" if number > geojson.MANY else "annotation"}
+    again = formats.read_candidates(out)
+    assert np.allclose(again.x, x) and len(again) == number
 
 
 def test_mistakes_with_blobs_end_with_one_line(model, slide, tmp_path, capsys):

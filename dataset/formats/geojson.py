@@ -23,6 +23,7 @@ from dataset.formats.cells import (
 
 ONE_IMAGE = True
 COLOURS = {1: (220, 30, 40), 0: (40, 110, 220)}  # RGB of a cell by its label
+MANY = 5000  # annotations, with more of which QuPath becomes slow; its detections may be many more
 HOTSPOT_COLOUR = (240, 180, 0)  # of the regions that `write` adds
 # Objects of QuPath that are no cells, whatever their size.
 REGION_OBJECTS = ("root", "tile", "tma_core", "tma core")
@@ -336,10 +337,12 @@ def create(path, pictures, cells, names, regions=()):
     left, top = 0, 0
     if pictures and pictures[0].width is not None:
         left, top = slides.bounds_offset(pictures[0].path)
-    features = []
+    features, object_type = [], "annotation"
+    if len(cells) > MANY:
+        object_type = "detection"
     for cell in cells:
         point = {"type": "Point", "coordinates": [cell.x - left, cell.y - top]}
-        properties = {"objectType": "annotation"}
+        properties = {"objectType": object_type}
         if cell.id is not None:
             properties["metadata"] = {"id": cell.id}
         if cell.detector is not None:
