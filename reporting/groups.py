@@ -130,7 +130,7 @@ def left_out_table(name, title, finished):
     header = ["model", "tested on", "repeats", *tables.METRICS.values(), tables.AT_T]
     note = (
         "Trained on all other domains, tested on the whole of the one left out, threshold 0.5. "
-        "Mean ± standard deviation over the repeats; in the last row over domains and repeats. "
+        "Mean ± standard deviation over the repeats; in the last row over domains and repeats; "
         f"{tables.chosen({'': finished})}"
     )
     return tables.Table(name, title, header, lines, [note])

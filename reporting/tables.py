@@ -382,10 +382,10 @@ def thresholds_table(name, title, named, trust):
         header += [f"{called} at 0.5", f"{called} at t", f"95% interval of {called} at t"]
     cases = sorted({entry["cases"] for entry in trust.values()})
     note = (
-        f"{chosen(named)} Mean ± standard deviation over the repeats, best at t in bold; the "
-        "intervals are by drawing the test set's cases anew, with the thresholds as they are."
+        "Mean ± standard deviation over the repeats, best at t in bold; the intervals are by "
+        f"drawing the test set's cases anew, with the thresholds as they are; {chosen(named)}"
     )
-    notes = [note[0].upper() + note[1:], *filter(None, map(bootstrap.coverage_note, cases))]
+    notes = [note, *filter(None, map(bootstrap.coverage_note, cases))]
     return Table(name, title, header, rows, notes)
 
 
@@ -463,8 +463,7 @@ def cross_table(name, title, finished, paper):
     notes = [
         f"Trained on one domain ({', '.join(domains)}), {common.counted(len(folds), 'repeat')} "
         "each; in: withheld cases of that domain, out: every other domain whole. Mean ± standard "
-        "deviation over all of these values, best in bold.",
-        chosen(named)[0].upper() + chosen(named)[1:],
+        f"deviation over all of these values, best in bold; {chosen(named)}"
     ]
     notes += missing(
         {
@@ -515,7 +514,7 @@ def external_table(name, title, finished, datasets, replicates):
     header += [AT_T, f"95% interval of {AT_T}"]
     notes = [
         "Whole datasets that nothing was trained on; mean ± standard deviation over the repeats.",
-        f"{chosen({'': finished})} The interval is by drawing the dataset's cases anew.",
+        f"The interval is by drawing the dataset's cases anew; {chosen({'': finished})}",
     ]
     return Table(name, title, header, rows, notes)
 
