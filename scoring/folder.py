@@ -519,6 +519,23 @@ def ahead(items, prepare):
             yield waiting.popleft().result()
 
 
+def check_names(tasks, settings):
+    """UserError if two outputs, or an output and a file of the command's own, would be one file;
+    also on disks that know no upper and lower case.
+    """
+    outputs = {REPORT: "the command's report", LOCK: "the command's lock"}
+    for task in tasks:
+        if not task.file or task.problem:
+            continue
+        name = output_name(task.file, settings.kind).casefold()
+        if name in outputs:
+            raise UserError(
+                f"--out {settings.out}: {task.file} and {outputs[name]} would be written to one "
+                "file; rename it"
+            )
+        outputs[name] = task.file
+
+
 def remove_leftovers(tasks, settings):
     """Remove the unfinished outputs of a run that was killed."""
     outputs = [settings.out / output_name(task.file, settings.kind) for task in tasks if task.file]
@@ -534,12 +551,7 @@ def remove_leftovers(tasks, settings):
 def run(classifiers, tasks, settings):
     """Score what is not finished → (the lines of the report in order, those of them that were
     finished before). UserError: the folder is in use, or its report is none of this command."""
-    for name in (REPORT, LOCK):
-        if any(output_name(task.file, settings.kind) == name for task in tasks if task.file):
-            raise UserError(
-                f"--candidates {settings.candidates}: the output of a file would be called "
-                f"{name}, as the command's own; rename the file"
-            )
+    check_names(tasks, settings)
     settings.out.mkdir(parents=True, exist_ok=True)
     lock = common.try_lock(settings.out / LOCK)
     if lock is None:

@@ -490,7 +490,12 @@ def test_mistakes_are_found_before_the_work(model, tmp_path, capsys):
         assert "another process scores into this folder" in refused()
     tiled(tmp_path / "slides/report.tif", patches(1, size=SIDE)[0])
     write_candidates(tmp_path / "candidates/report.csv", [(50, 50)], "")
-    assert "rename the file" in refused()
+    assert "report.csv and the command's report would be written to one file" in refused()
+    (tmp_path / "candidates/report.csv").unlink()
+    (tmp_path / "candidates/batch0/s00.csv").unlink()
+    (tmp_path / "candidates/x.csv").write_text("filename,x,y\ns00.tif,50,50\n")
+    write_candidates(tmp_path / "candidates/X.json", [(50, 50)], "report.tif")
+    assert "X.json and x.csv would be written to one file" in refused("--format", "geojson")
     assert outputs(tmp_path / "out") == {}
 
 
