@@ -337,36 +337,42 @@ def threshold_of(args):
     return metrics.parse_threshold(args.threshold)
 
 
-def classify(args):
-    """Score the candidates of a file, or those found on the slide, and write them → exit status."""
+def read_input(args):
+    """What is to be scored, and the model → (classifier, candidates, the file of each one's slide
+    or None, files that do not exist, the slide's tissue if the candidates were found there).
+    """
     # Mistakes are found before the work: what does not need the model, then what does.
-    threshold = threshold_of(args)
-    if "," in args.device:
-        raise UserError(f"--device {args.device}: several devices are for a folder of slides")
-    searched = None
     if args.candidates == BLOBS:
         slide = match.only_slide(args.slide)
         check_outputs(args, [slide])
         formats.kind_of_new(args.out, args.format)
         classifier = open_model(args, args.device)
         candidates, searched = find_blobs(args, slide)
-        images, missing = [slide] * len(candidates), []
-    else:
-        candidates = formats.read_candidates(args.candidates)
-        for note in candidates.notes:
-            say(f"{candidates.path.name}: {note}")
-        images, missing = match.find_images(candidates, args.slide)
-        check_outputs(args, sorted({path for path in images if path is not None}))
-        formats.move_to_level0(candidates, images, say)
-        classifier = open_model(args, args.device)
+        return classifier, candidates, [slide] * len(candidates), [], searched
+    candidates = formats.read_candidates(args.candidates)
+    for note in candidates.notes:
+        say(f"{candidates.path.name}: {note}")
+    images, missing = match.find_images(candidates, args.slide)
+    check_outputs(args, sorted({path for path in images if path is not None}))
+    formats.move_to_level0(candidates, images, say)
+    return open_model(args, args.device), candidates, images, missing, None
+
+
+def classify(args):
+    """Score the candidates of a file, or those found on the slide, and write them → exit status."""
+    threshold = threshold_of(args)
+    if "," in args.device:
+        raise UserError(f"--device {args.device}: several devices are for a folder of slides")
+    classifier, candidates, images, missing, searched = read_input(args)
+    labels = classifier.labels
     if args.relabel:
-        formats.check_relabel(candidates, classifier.labels, args.out, args.format)
+        formats.check_relabel(candidates, labels, args.out, args.format)
     if threshold is None:
         threshold = classifier.threshold
 
     job = plan.plan(candidates, images, missing, classifier.metadata, args.mpp)
     if searched is not None and not job.readers:  # a slide without a blob is counted, too
-        job.add_reader(classifier.metadata, slide, args.mpp)
+        job.add_reader(classifier.metadata, match.only_slide(args.slide), args.mpp)
     scales = job.scales()
     say_readers(job.readers)
     if job.problems and not args.skip:
@@ -377,24 +383,24 @@ def classify(args):
     say_left_out(job.problems)
     for note in formats.check_write(candidates, args.out, images, scales, args.format):
         say(note)
-    counted_on = area_of(args, job, classifier.labels, searched)
+    counted_on = area_of(args, job, labels, searched)
     look_at(job)
 
     probability = np.full(len(candidates), np.nan, np.float32)
     probability[job.rows], seconds = score_all(classifier, job, args)
     counted, regions = None, []
-    if len(job.readers) == 1 and area.are_mitotic(classifier.labels):
+    if len(job.readers) == 1 and area.are_mitotic(labels):
         counted = area.count_figures(
             job.readers[0], job, probability[job.rows], threshold, counted_on
         )
         if counted_on != area.Area():
             regions = area.regions_of(counted)
-    formats.write(
+    not_in_file = formats.write(
         candidates,
         args.out,
         probability,
         threshold,
-        classifier.labels,
+        labels,
         args.relabel,
         args.format,
         images,
@@ -402,25 +408,30 @@ def classify(args):
         regions,
     )
     if args.overlay:
-        overlay(args.overlay, job, probability[job.rows], threshold, classifier.labels)
+        overlay(args.overlay, job, probability[job.rows], threshold, labels)
 
     scored = int((~np.isnan(probability)).sum())
     positive = int((probability >= threshold).sum())
     print(
-        f"{args.out}: {scored} candidates scored, {positive} {classifier.labels[1]}, "
-        f"{scored - positive} {classifier.labels[0]} (threshold {threshold:.4g}); "
-        f"{scored / max(seconds, 1e-9):.1f} candidates/s"
+        f"{args.out}: {scored} candidates scored, {positive} {labels[1]}, {scored - positive} "
+        f"{labels[0]} (threshold {threshold:.4g}); {scored / max(seconds, 1e-9):.1f} candidates/s"
     )
     if counted is not None:
         print(count.text(counted))
+    return say_unscored(images, scored, not_in_file)
+
+
+def say_unscored(images, scored, not_in_file):
+    """Say how many candidates have no probability → exit status: 1 if any should have one."""
     elsewhere = images.count(None)
-    if elsewhere:
+    if elsewhere and not not_in_file:
         print(f"{elsewhere} candidates lie on other images and are left as they were")
-    left = len(candidates) - elsewhere - scored
+    left = len(images) - elsewhere - scored
     if left:
         print(f"{left} candidates could not be scored and have no probability")
-        return 1
-    return 0
+    if not_in_file:
+        print(f"{not_in_file} candidates are not in the file, whose format has no place for them")
+    return int(left > 0)
 
 
 # ---------------------------------------------------------------- a folder of slides

@@ -5,8 +5,11 @@ import sqlite3
 
 import numpy as np
 import pytest
+from onnx_models import classifier, register, write_model
 from PIL import Image
+from small import call
 
+import classify
 from common import UserError
 from dataset import formats, slides
 
@@ -224,3 +227,29 @@ def test_a_database_becomes_a_table(slide, tmp_path):
         "filename,x,y,id,label,probability,class\n"
         "a.tiff,30.0,40.0,5,mitotic figure,0.75,mitotic figure\n"
     )
+
+
+def test_the_command_says_what_the_file_does_not_hold(slide, tmp_path, capsys, monkeypatch):
+    """Of candidates on two images, a GeoJSON holds those of the slide; a table holds all."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        register(patch)
+        write_model(tmp_path / "model.onnx", classifier("gelu"))
+    rows = ["filename,x,y", "a.tiff,300,300", "b.tiff,9,9", "a.tiff,400,200"]
+    (tmp_path / "c.csv").write_text("\n".join(rows))
+    usual = ("model.onnx", "--slide", slide, "--candidates", "c.csv", "--device", "cpu", "--mpp")
+    assert call(classify, *usual, 0.25, "--out", "o.geojson") == 0
+    said = capsys.readouterr()
+    assert "1 candidate on other images will not be in o.geojson" in said.err
+    assert "1 candidates are not in the file" in said.out and "left as they were" not in said.out
+    assert len(formats.read_candidates("o.geojson")) == 2
+    assert call(classify, *usual, 0.25, "--out", "o.json") == 0
+    assert "1 candidates lie on other images and are left as they were" in capsys.readouterr().out
+    assert len(formats.read_candidates("o.json")) == 3
+    for flags, text in (
+        (("--out", "o.sqlite"), "a SlideRunner database is written from"),
+        (("--out", "o.csv", "--format", "sqlite"), "a SlideRunner database is written from"),
+    ):
+        assert call(classify, *usual, 0.25, *flags) == 2
+        assert text in capsys.readouterr().err
+    assert not list(tmp_path.glob("o.[cs]*"))
