@@ -22,8 +22,8 @@ LICENCES = {
 }
 METHODS = {
     "lora": "LoRA adapters, merged into the encoder",
-    "full": "end-to-end training",
-    "probe": "a linear probe on the frozen encoder",
+    "full": "End-to-end training",
+    "probe": "A linear probe on the frozen encoder",
 }
 PRIVATE = ("data", "weights", "adapter")  # flags that may hold paths of the machine
 SETS = {"train": "training", "val": "validation", "test": "test"}
@@ -51,7 +51,7 @@ def card(run, about, file, base=None, replicates=bootstrap.REPLICATES):
     measured = measure(run, about, replicates)
     parts = [
         f"# {plain_markdown(title(run, about))}",
-        f"{METHODS.get(run.method, run.method).capitalize()}: `{about['encoder']}` on "
+        f"{METHODS.get(run.method, run.method)}: `{about['encoder']}` on "
         f"{plain_markdown(run.data)}. Given the patch of an H&E slide around a cell, it gives the "
         f"probability that the cell is of the class **{labels[1]}** and not **{labels[0]}**.",
         *warning(about),
@@ -178,7 +178,8 @@ def metric_table(run, measured):
     return Table("metrics", "Test sets", header, rows, notes)
 
 
-DECISIONS = ("sensitivity", "specificity", "precision", "f1", "balanced_accuracy")
+DECISIONS = {key: key for key in ("sensitivity", "specificity", "precision")}
+DECISIONS |= {"f1": "F1", "balanced_accuracy": "balanced accuracy"}
 
 
 def decision_table(measured, about):
@@ -186,7 +187,7 @@ def decision_table(measured, about):
     rows = []
     for name, values in measured.items():
         rows.append([name, *(number(values["decisions"][key]) for key in DECISIONS)])
-    header = ["test set", *(key.replace("_", " ") for key in DECISIONS)]
+    header = ["test set", *DECISIONS.values()]
     notes = [f"Threshold {threshold['value']:.4g}: {threshold['rule']}."]
     if about["temperature"] != 1:
         notes.append(f"Logits are divided by the temperature {about['temperature']:.4g}.")
@@ -233,13 +234,16 @@ def usage(run, about, file):
         f"python classify.py {file} --slide slide.svs --candidates cells.geojson --out o.geojson",
         "```",
         "",
-        f"Input `patches`: {shape(about)}, {scale(about)}, the cell in the middle. Output "
-        f"`probability`: float32 `[N]`; {plain_markdown(about['labels'][1])} from "
-        f"{threshold:.4g} on. Any program with ONNX Runtime runs it; `classify.py` is part of "
-        f"{common.NAME}. Class names, threshold, scale, metrics and parity are in the file's "
-        "metadata too.",
+        f"Input `patches`: {shape(about)}, {scale(about)}, the cell in the middle; trained on "
+        f"patches of {about['patch']} px, {FITS[about['fit']]}. Output `probability`: float32 "
+        f"`[N]`; {plain_markdown(about['labels'][1])} from {threshold:.4g} on. Any program with "
+        f"ONNX Runtime runs it; `classify.py` is part of {common.NAME}. Class names, threshold, "
+        "scale, metrics and parity are in the file's metadata too.",
     ]
     return "\n".join(lines)
+
+
+FITS = {"resize": "resized where that is another size", "pad": "with a white border if smaller"}
 
 
 def shape(about):
@@ -260,7 +264,8 @@ def scale(about):
 def limits(run, about, measured):
     """Sentences on what the model was not trained for or not tested on, from its own files."""
     labels = [plain_markdown(label) for label in about["labels"]]
-    domains = sorted({str(domain) for name in run.tests() for domain in run.rows(name)[4]})
+    domains = {str(domain) for name in run.tests() for domain in run.rows(name)[4]}
+    domains = sorted(domains - {""}) or [run.data]
     lines = [
         f"Tested on {plain_markdown(', '.join(domains))} alone; other tumours, scanners and stains "
         "are unknown.",
