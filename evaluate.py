@@ -155,7 +155,8 @@ def means_overview(means):
                 )
             )
         if lines:
-            title = f"{data}: the mean of several runs' probabilities, at 0.5 and at t"
+            described = metrics.describe_rule(rows[0]["threshold_rule"])
+            title = f"{data}: mean of several runs' probabilities; t: the threshold {described}"
             texts.append(
                 f"{common.printable(title)}\n{common.table(lines, header, [1, *range(3, 9)])}"
             )

@@ -814,7 +814,9 @@ def write_mean(folder, name, args):
     weights = folder / f"{name}.data"
     with open(weights, "wb") as file:
         proto = graph.emit_mean(networks(), file, args.precision, args.opset, args.input)
-        metadata = describe_mean(members, parts, columns, (threshold, rule))
+        target = metrics.parse_threshold(args.threshold, rules=True)
+        summaries = metrics.of_predictions(columns, target)["sets"]
+        metadata = describe_mean(members, parts, summaries, (threshold, rule))
         announce(f"{len(members)} runs", metadata, args.calibrate)
         external = args.external or file.tell() > LIMIT
         if not external:
@@ -848,10 +850,11 @@ def together(differences):
     }
 
 
-def describe_mean(members, parts, columns, decision):
+def describe_mean(members, parts, summaries, decision):
     """The metadata of the mean of several runs.
 
-    parts: `describe` of each member; columns: of ensemble.average(); decision: (threshold, rule).
+    parts: `describe` of each member; summaries: {set: metrics of the mean}; decision: (threshold,
+    rule).
     """
     threshold, rule = decision
     digests = [part["weights_hash"] for part in parts]
@@ -883,7 +886,7 @@ def describe_mean(members, parts, columns, decision):
         "normalisation": parts[0]["normalisation"],
         "threshold": {"value": threshold, "rule": rule},
         "temperature": 1.0,
-        "metrics": metrics.of_predictions(columns)["sets"],
+        "metrics": summaries,
         "weights_hash": hashlib.sha256("".join(digests).encode()).hexdigest(),
         "members": listing,
     }

@@ -193,8 +193,12 @@ def results(means, replicates):
                 "set": name,
                 **{key: values[key] for key in ("n", "positives", "cases")},
                 "threshold": mean.threshold,
+                "threshold_rule": mean.members[0].rule,
                 **{key: values[key] for key in SUMMARY[2:]},
             }
+            for part in ("at_0.5", "at_threshold"):
+                for key in ("accuracy", "kappa", "sensitivity", "specificity"):
+                    row[f"{key}_{part}"] = values[part][key]
             rows.append(row | _trust(mean, name, replicates))
     return rows
 

@@ -121,7 +121,7 @@ def test_the_report_has_rows_with_intervals(three_folds, tmp_path, capsys):
     capsys.readouterr()
     assert call(evaluate, *arguments, "--ensemble") == 0
     printed = capsys.readouterr().out
-    assert "uni-lora" in printed and "at 0.5 and at t" in printed
+    assert "uni-lora" in printed and "t: the threshold of the best F1" in printed
     assert max(map(len, printed.splitlines())) <= 100
     names = {path.name for path in (tmp_path / "report").iterdir()} - without.keys()
     assert names == {"ensembles.csv", "ensembles_tissue.md", "ensembles_tissue.tex"}
@@ -139,6 +139,8 @@ def test_the_report_has_rows_with_intervals(three_folds, tmp_path, capsys):
     assert float(row["balanced_accuracy_at_threshold"]) == pytest.approx(value, abs=1e-12)
     gain = float(row["balanced_accuracy_at_threshold_gain"])
     assert gain == pytest.approx(value - own, abs=1e-12)
+    kappa = metrics.cohen_kappa(mean.rows("test")[0], mean.rows("test")[1] >= 0.5)
+    assert float(row["kappa_at_0.5"]) == pytest.approx(kappa, abs=1e-12)
     for key in ("auroc", "balanced_accuracy", "balanced_accuracy_at_threshold"):
         assert float(row[f"{key}_low"]) < float(row[key]) < float(row[f"{key}_high"])
     assert f"{value:.3f}" in (tmp_path / "report/ensembles_tissue.md").read_text()
@@ -152,3 +154,12 @@ def test_runs_without_a_mean_are_said_to_have_none(copied, tmp_path, capsys):
     assert "uni-lora on tissue: fold 0 is alone" in capsys.readouterr().out
     assert "fold 0 is alone" in (tmp_path / "report/index.html").read_text()
     assert not (tmp_path / "report/ensembles.csv").exists()
+
+
+def test_the_rule_chosen_for_the_runs_is_that_of_their_mean(three_folds):
+    members = results.collect([three_folds], "balanced")[0]
+    (mean,), _ = ensemble.ensembles(members)
+    rows = mean.columns["set"] == "val"
+    labels, probability = mean.columns["label"][rows], mean.columns["probability"][rows]
+    assert mean.threshold == metrics.choose_threshold(labels, probability, "balanced")
+    assert ensemble.results([mean], 100)[0]["threshold_rule"] == "balanced"
