@@ -136,19 +136,18 @@ def _mean_sd(summaries, part, key):
 
 def means_overview(means):
     """The means of probabilities as text for the terminal. means: of ensemble.report()."""
-    header = ("mean of", "runs", "test", "bal. acc.", "at t", "95% interval", "t", "AUROC", "gain")
+    header = ("mean of", "runs", "test", "bal. acc.", "at t", "t", "AUROC", "gain")
     texts = []
     for data, (rows, notes) in means.items():
         lines = []
         for row in rows:
             lines.append(
                 (
-                    common.printable(tables.ensemble_label(row))[:32],
+                    shortened(common.printable(tables.ensemble_label(row)), 44),
                     row["members"],
                     row["set"][:10],
                     tables.number(row["balanced_accuracy"]),
                     tables.number(row["balanced_accuracy_at_threshold"]),
-                    tables.bounds_of(row, "balanced_accuracy_at_threshold").replace(" ", ""),
                     tables.number(row["threshold"]),
                     tables.number(row["auroc"]),
                     tables.number(row["auroc_gain"], "+.3f"),
@@ -158,7 +157,7 @@ def means_overview(means):
             described = metrics.describe_rule(rows[0]["threshold_rule"])
             title = f"{data}: mean of several runs' probabilities; t: the threshold {described}"
             texts.append(
-                f"{common.printable(title)}\n{common.table(lines, header, [1, *range(3, 9)])}"
+                f"{common.printable(title)}\n{common.table(lines, header, [1, *range(3, 8)])}"
             )
         texts += [common.printable(note) for note in notes]
     return "\n".join(texts)

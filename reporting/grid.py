@@ -42,9 +42,20 @@ NAMED = (
     "adapter",
 )
 # Flags that must agree with the run's if a command gives them.
-COMPARED = ("val_frac", "epochs", "epoch_size", "rank", "pool", "layer", "size", "crop", "name")
-COMPARED += ("loss", "class_weight", "augment")
-DEFAULTS = {"loss": "bce", "augment": "paper"}  # a command that gives them changes nothing
+COMPARED = ("val_frac", "epochs", "epoch_size", "rank", "pool", "layer", "balance")
+# Flags that must agree also if the command does not give them: a run's configuration holds them
+# only if they are not this default.
+OPTIONAL = {
+    "size": None,
+    "crop": None,
+    "name": None,
+    "loss": "bce",
+    "class_weight": None,
+    "augment": "paper",
+    "soft_labels": None,
+    "weight_decay": "0",
+    "patience": None,
+}
 STATES = ("done", "running", "failed", "missing")
 
 
@@ -118,13 +129,14 @@ def _parser():
 
 def cells(command):
     """The runs that one command makes, as dicts: what must agree with the flags of a run ("data",
-    "model", "method", what flags.split_grid gives, and of COMPARED what the command gives), "runs":
-    their folder, "probe", "label": the name of their folder if it has no additions.
+    "model", "method", what flags.split_grid gives, OPTIONAL, and of COMPARED what the command
+    gives), "runs": their folder, "probe", "label": the name of their folder if it has no additions.
     """
     position = next(i for i, word in enumerate(command) if word.endswith(".py"))
     words = command[position + 1 :]
     args, others = _parser().parse_known_args(words)
-    given = {key: value for key, value in _given(words).items() if DEFAULTS.get(key, "") != value}
+    given = _given(words)
+    given = {key: value for key, value in given.items() if OPTIONAL.get(key, "") != value}
     if Path(command[position]).name == "probe.py":
         method, probes = "probe", args.probe
     else:
@@ -139,6 +151,7 @@ def cells(command):
         "leave_out": None,
     }
     fixed |= {name: given[name] for name in COMPARED if name in given}
+    fixed |= {name: given.get(name) for name in OPTIONAL}
     if not given.keys() & set(NAMED):
         fixed["label"] = f"{args.model}-{method}"
     runs = []
@@ -152,12 +165,12 @@ def cells(command):
 
 
 def _given(words):
-    """{flag without dashes: its last value, None without one} of a command's words."""
+    """{flag without dashes: its last value, True without one} of a command's words."""
     given, name = {}, None
     for word in words:
         if word.startswith("--"):
             name = word[2:].replace("-", "_")
-            given[name] = None
+            given[name] = True
         elif name:
             given[name] = word
     return given

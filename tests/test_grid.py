@@ -44,7 +44,7 @@ def counts(text):
     return {
         tuple(words[:3]): tuple(map(int, words[3:]))
         for words in map(str.split, text.splitlines()[2:])
-        if len(words) == 7 and words[2] in ("probe", "lora", "full")
+        if len(words) == 7 and words[2].split("-")[0] in ("probe", "lora", "full")
     }
 
 
@@ -199,6 +199,30 @@ def test_grid_knows_domains_and_probes(begun, capsys, monkeypatch):
     ]
 
 
+def test_grid_tells_runs_apart_that_differ_in_one_setting(begun, capsys, monkeypatch):
+    """A run with focal loss is not the plain one, nor the other way round."""
+    for name, value in (("DATA", "tissue"), ("DATA_FLAGS", "--split case"), ("FOLDS", "0")):
+        monkeypatch.setenv(name, value)
+    tissue, center = annotations(), {"pool": "patch-center", "epochs": 6, "epoch_size": 640}
+    make(begun, tissue, "uni", "lora", suffixes=["patch-center"], **center)
+    sweep = f"{SWEEPS / 'amibr.sh'} uni"
+
+    def missing():
+        capsys.readouterr()
+        assert call(evaluate, "--grid", sweep) == 0
+        said = counts(capsys.readouterr().out)
+        return {method: numbers[3] for (_, _, method), numbers in said.items()}
+
+    # In runs/ are also a plain probe (begun) and LoRA without --pool, which are no part of this.
+    before = missing()
+    assert before["lora"] == 6 and before["lora-decay"] == before["lora-domains"] == 1
+    make(begun, tissue, "uni", "lora", suffixes=["focal", "patch-center"], loss="focal", **center)
+    changes = {"suffixes": ["patch-center", "decay"], "name": "decay", "weight_decay": 0.05}
+    make(begun, tissue, "uni", "lora", **changes, **center)
+    make(begun, tissue, "uni", "lora", suffixes=["patch-center", "other"], name="other", **center)
+    assert missing() == before | {"lora": 5, "lora-decay": 0}
+
+
 def test_grid_runs_nothing_but_a_sweep_that_can_list(tmp_path, capsys):
     script = tmp_path / "train_everything.sh"
     script.write_text(f"touch {tmp_path}/ran\n")
@@ -253,7 +277,7 @@ def test_flags_are_those_of_the_commands():
             assert action.default == ours[name].default, name
             assert (action.nargs, action.type) == (ours[name].nargs, ours[name].type), name
     known = commands[0].keys() | commands[1].keys()
-    assert {*grid.NAMED, *grid.COMPARED} <= known
+    assert {*grid.NAMED, *grid.COMPARED, *grid.OPTIONAL} <= known
 
 
 def test_choices_that_go_into_a_name_are_those_of_the_commands():

@@ -42,6 +42,11 @@ CHOICES = (
     "MODEL",
     "EPOCHS",
     "EPOCH_SIZE",
+    "QUICK",
+    "DATA",
+    "DATA_FLAGS",
+    "TESTS",
+    "REPORT",
 )
 
 
@@ -236,6 +241,50 @@ def test_the_quick_grid_has_five_repeats_and_everything_that_the_report_shows():
         assert len(domains) >= 3 or method == "full" and not domains  # a matrix
 
 
+def of_amibr(**environment):
+    """{(method, --pool): flags of its plain command}, [(method, {what a technique changes})]."""
+    plain, techniques = {}, []
+    for script, flags in map(parsed, listed("amibr.sh", "uni", **environment)):
+        method = "probe"
+        if script == "train":
+            method = "lora" if flags["lora"] else "full"
+        before = plain.setdefault((method, flags["pool"]), flags)
+        if before is not flags:
+            changed = {key: value for key, value in flags.items() if value != before[key]}
+            techniques.append((method, changed))
+    return plain, techniques
+
+
+def test_amibr_turns_each_technique_on_alone():
+    plain, techniques = of_amibr()
+    pools = [("probe", "cls"), ("lora", "cls"), ("probe", "patch-center")]
+    assert list(plain) == [*pools, ("lora", "patch-center"), ("full", "patch-center")]
+    shared = {"data": "amibr", "model": "uni", "split": "given", "runs": "runs-amibr"}
+    shared |= {"test": ["atnorm-br"], "fold": [0, 1, 2, 3, 4], "frac": [1.0], "resume": True}
+    for flags in plain.values():
+        assert {key: flags[key] for key in shared} == shared
+    assert techniques == [
+        ("probe", {"class_weight": "balanced"}),
+        ("lora", {"crop": 64}),
+        ("lora", {"loss": "focal"}),
+        ("lora", {"class_weight": "balanced"}),
+        ("lora", {"balance": "domain", "name": "domains"}),
+        ("lora", {"weight_decay": 0.05, "name": "decay"}),
+        ("lora", {"augment": "heavy"}),
+        ("lora", {"soft_labels": True}),
+    ]
+
+
+def test_amibr_for_two_cores_reads_the_middle_at_a_quarter_of_the_cost():
+    plain, techniques = of_amibr(QUICK="1")
+    for flags in plain.values():
+        assert (flags["crop"], flags["size"], flags["fold"]) == (64, 112, [0, 1])
+    assert len(plain) == 5 and len(techniques) == 7
+    assert not any("crop" in changed for _, changed in techniques)
+    plain, _ = of_amibr(QUICK="1", FOLDS="3")
+    assert plain["lora", "cls"]["fold"] == [3]
+
+
 def test_models_data_and_the_environment_choose():
     commands = listed(
         "scaling.sh",
@@ -380,6 +429,29 @@ def test_the_quick_grid_makes_the_report_also_where_a_run_failed(python, tmp_pat
     # without the dataset nothing can be run
     done = run("quick.sh", python=python, FAIL="demo.synthetic")
     assert done.returncode == 2 and started(python) == ["-m demo.synthetic"]
+
+
+def test_amibr_fetches_what_is_missing_and_reports_also_where_a_run_failed(python, tmp_path):
+    sweep = {"python": python, "MITOSIS_ROOT": str(tmp_path / "data"), "RUNS": str(tmp_path / "r")}
+    done = run("amibr.sh", "uni", FAIL="--soft-labels", **sweep)
+    commands = started(python)
+    assert commands[0] == "data.py --download amibr" and done.returncode == 1
+    report = "--ensemble --threshold-rule balanced --out report-amibr"
+    assert commands[-1] == f"evaluate.py {tmp_path / 'r'} {report}"
+    assert len(commands) == 1 + 13 + 1 + 1 and done.stderr.count("failed: ") == 1
+    (tmp_path / "log").write_text("")
+    done = run("amibr.sh", "uni", FAIL="--download", **sweep)
+    assert done.returncode == 2 and started(python) == ["data.py --download amibr"]
+    # With the patches in place nothing is fetched, nor with data of one's own.
+    (tmp_path / "log").write_text("")
+    for folder, count in (("AMi-Br", 3720), ("AtNorM-Br/Normal", 746)):
+        (tmp_path / "data/amibr" / folder).mkdir(parents=True)
+        for i in range(count):
+            (tmp_path / "data/amibr" / folder / f"{i}.png").touch()
+    (tmp_path / "data/amibr/AMI-BR.csv").touch()
+    assert run("amibr.sh", "uni", **sweep).returncode == 0
+    assert run("amibr.sh", "uni", DATA="my.csv", **sweep).returncode == 0
+    assert not [line for line in started(python) if "--download" in line]
 
 
 # ---------------------------------------------------------------- Slurm
