@@ -1,5 +1,6 @@
 """Slides that are a folder of DICOM files: one series, whose files are its levels and labels."""
 
+import contextlib
 import struct
 from pathlib import Path
 
@@ -29,8 +30,10 @@ def slide_of(paths):
     if first is None or any(series(path) != first for path in paths[1:]):
         return None
     for path in paths:
-        if openslide.OpenSlide.detect_format(str(path)) is not None:
-            return path
+        # Files of a series may be no images; whoever opens a damaged one says so.
+        with contextlib.suppress(openslide.OpenSlideError):
+            if openslide.OpenSlide.detect_format(str(path)) is not None:
+                return path
     return None
 
 

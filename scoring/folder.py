@@ -242,7 +242,7 @@ class Report:
         self.old = {}
         if not path.exists():
             return
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = path.read_text(encoding="utf-8-sig", errors="replace")  # spreadsheets add a mark
         whole = text[: text.rfind("\n") + 1]
         reader = csv.DictReader(io.StringIO(whole, newline=""))
         if not {"slide", "file", "fingerprint"} <= set(reader.fieldnames or ()):

@@ -122,3 +122,22 @@ def undefined(tag, *items):
 def test_the_series_of_a_header(content, expected, tmp_path):
     (tmp_path / "a.dcm").write_bytes(content)
     assert dicom.series(tmp_path / "a.dcm") == expected
+
+
+def test_damaged_files_are_no_slide_and_raise_nothing(tmp_path):
+    """Cut off anywhere in the header, or with a byte of it changed."""
+    pyramid(tmp_path / "whole")
+    content = (tmp_path / "whole/1.dcm").read_bytes()
+    rng = np.random.default_rng(0)
+    path = tmp_path / "a/1.dcm"
+    path.parent.mkdir()
+    found = set()
+    for place in rng.integers(128, 900, 150).tolist():
+        path.write_bytes(content[:place])
+        found.add(dicom.slide_of([path]))
+        damaged = bytearray(content[:3000])
+        damaged[place] ^= int(rng.integers(1, 256))
+        path.write_bytes(damaged)
+        dicom.slide_of([path])
+        assert dicom.slide_in(tmp_path / "whole") is not None
+    assert None in found

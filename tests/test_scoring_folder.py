@@ -182,6 +182,8 @@ def test_what_is_finished_is_skipped_until_something_changes(model, tmp_path, ca
         monkeypatch.undo()
         return sorted(scored)
 
+    path = tmp_path / "out/report.csv"  # saved by a spreadsheet, with its mark and line ends
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
     assert again() == [] and outputs(tmp_path / "out") == before
     assert "(4 of them before)" in capsys.readouterr().out
     assert len(report(tmp_path / "out")) == 4
