@@ -325,6 +325,7 @@ def describe(run, config, model, args, decision):
         "frac": choices.get("frac"),
         "fold": choices.get("fold"),
         "domain": choices.get("domain"),
+        **{key: choices[key] for key in ("folds", "leave_out") if choices.get(key)},
         **reading(config),
         "labels": data.get("classes") or list(MITOSIS),
         "threshold": {"value": threshold, "rule": rule},

@@ -825,6 +825,8 @@ def _find(path):
             download = (inside or text).split("/")[0]
             if download in DOWNLOADABLE:
                 how = f"download it with python data.py --download {download}, or "
+            elif KNOWN[text].address:
+                how = f"it is at {KNOWN[text].address}; "
             raise UserError(
                 f"{folder}: the dataset {text} does not exist; {how}set MITOSIS_ROOT to the folder "
                 f"that holds {text}/"
