@@ -299,7 +299,10 @@ def detect(args):
     pictures = figures.images(figures.detection(rows, threshold))
     files |= {f"detection.{kind}": content for kind, content in pictures.items()}
     folder.write(args.out, "detection", detection.files(rows, threshold) | files)
-    print(f"{args.out}/detection.csv, detection_curve.csv, detection.png")
+    written = ["detection.csv", "detection_curve.csv", "detection.png"]
+    if args.combine:
+        written.append("detection_combined.csv")
+    print(f"{args.out}/{', '.join(written)}")
 
 
 def main():
