@@ -13,6 +13,7 @@ al. 2018).
 noise of up to 0.04 (p 0.3), and JPEG of quality 30 to 95 (p 0.3)."""
 
 import argparse
+import functools
 import io
 
 import numpy as np
@@ -214,12 +215,20 @@ def stain_jitter(x, stains):
     return torch.exp(-(amounts @ to_rgb)).clamp_(0, 1).movedim(-1, 1)
 
 
+@functools.cache
+def _quantiles():
+    """Of the normal distribution, float32 [2^16]; made on the CPU, so that they are the same for
+    every device.
+    """
+    ranks = (torch.arange(2**16, dtype=torch.float64) + 0.5) / 2**16
+    return torch.special.ndtri(ranks).float()
+
+
 def noise(x, strength, key):
     """Gaussian noise of standard deviation `strength` [n] on x [n, 3, S, S]: a hash of key [n]
     (int64) and place holds four numbers of 16 bits, each the quantile of a normal one.
     """
-    ranks = (torch.arange(2**16, dtype=torch.float64, device=x.device) + 0.5) / 2**16
-    normal = torch.special.ndtri(ranks).float()
+    normal = _quantiles().to(x.device)
     key, count = torch.as_tensor(key, device=x.device), x[0].numel()
     words = splitmix(key[:, None] + torch.arange(1, count // 4 + 2, device=x.device) * WEYL)
     parts = words.view(torch.int16)[:, :count].int() + 2**15

@@ -333,11 +333,11 @@ class Engine:
         return float(total_over_processes(total)[0] / len(sample))
 
     def votes(self, sample):
-        """Targets float32 [B] of --soft-labels: the share of experts who voted positive; the label
-        where nobody voted, 0 of random patches.
+        """Targets float32 [B] of --soft-labels: the share of experts who voted for label 1; random
+        patches keep their label, 0.
         """
         share = self.sampler.annotations.share[sample["row"]]
-        return np.where((sample["row"] < 0) | np.isnan(share), sample["label"], share)
+        return np.where(sample["row"] < 0, np.float32(0), share)
 
     def step(self, step, images, samples, labels, whole, weights=None):
         """One optimiser step on this process's part of a batch → the sum of its losses.

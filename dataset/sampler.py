@@ -87,9 +87,12 @@ class Sampler:
         if annotations.kind == "patches":
             self.random = 0
             if random_share:
+                negative, positive = annotations.classes
+                drawn = f"half {positive}, half {negative}"
+                if not halves:
+                    drawn = f"{positive} and {negative} as they come, weighted alike"
                 print(
-                    f"{annotations.name}: ready-made patches have no random ones to draw: half "
-                    f"{annotations.classes[1]}, half {annotations.classes[0]}",
+                    f"{annotations.name}: ready-made patches have no random ones to draw: {drawn}",
                     flush=True,
                 )
         # A mitotic figure within half the diagonal may lie in the window, whatever the rotation.
