@@ -327,12 +327,25 @@ def describe(run, config, model, args, decision):
         "domain": choices.get("domain"),
         **{key: choices[key] for key in ("folds", "leave_out") if choices.get(key)},
         **reading(config),
-        "labels": data.get("classes") or list(MITOSIS),
+        "labels": class_names(run, config),
         "threshold": {"value": threshold, "rule": rule},
         "temperature": temperature,
         "metrics": stored.get("sets", stored),
         "weights_hash": digest,
     }
+
+
+def class_names(run, config):
+    """[name of label 0, name of label 1] of a run; runs of earlier versions do not say them."""
+    names = config["data"].get("classes")
+    if names is None and config["source"].get("positive"):
+        print(
+            f"warning: {run}: is of a version that did not record what its classes are called "
+            f"(--positive {config['source']['positive']}); the model calls them {MITOSIS[0]} and "
+            f"{MITOSIS[1]}. A run made anew says the names of the data",
+            file=sys.stderr,
+        )
+    return names or list(MITOSIS)
 
 
 def reading(config):

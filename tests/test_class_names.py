@@ -345,6 +345,18 @@ def test_an_old_run_is_of_the_mitosis_data_and_goes_on(tmp_path):
                 read(run)
 
 
+def test_the_export_of_an_old_run_says_that_its_names_are_a_guess(tmp_path, capsys):
+    config = {"data": {}, "source": {"positive": "Atypical"}}
+    assert export.class_names(tmp_path, config) == list(MITOSIS)
+    assert "did not record what its classes are called (--positive Atypical)" in (
+        capsys.readouterr().err
+    )
+    assert export.class_names(tmp_path, {"data": {}, "source": {}}) == list(MITOSIS)
+    config["data"]["classes"] = ["Normal", "Atypical"]
+    assert export.class_names(tmp_path, config) == ["Normal", "Atypical"]
+    assert not capsys.readouterr().err
+
+
 def test_an_adapter_in_pefts_format_keeps_the_names(tmp_path):
     encoder = models.load_encoder("tiny", "random")
     lora.add_lora(encoder, rank=2, alpha=2)
