@@ -141,3 +141,16 @@ def test_damaged_files_are_no_slide_and_raise_nothing(tmp_path):
         dicom.slide_of([path])
         assert dicom.slide_in(tmp_path / "whole") is not None
     assert None in found
+
+
+def test_datasets_name_a_slide_by_its_folder(tmp_path):
+    for name, series in (("A1", "1.2.1"), ("A2", "1.2.2")):
+        pyramid(tmp_path / "slides" / name, series=series)
+    rows = ["filename,x,y,label", "A1,100,120,1", "A2.dcm,130,140,0", "A1,200,210,0"]
+    (tmp_path / "table.csv").write_text("\n".join(rows))
+    table = annotations.load_dataset(tmp_path / "table.csv", images=tmp_path / "slides")
+    assert table.image.tolist() == ["A1/0.dcm", "A1/0.dcm", "A2/0.dcm"] and not table.missing
+    assert table.case.tolist() == ["A1", "A1", "A2"]
+    window = slides.read(table.path(2), table.x[2], table.y[2], 64)
+    expected = np.asarray(picture())[140 - 32 : 140 + 32, 130 - 32 : 130 + 32]
+    assert np.abs(window.astype(int) - expected).mean() < 8

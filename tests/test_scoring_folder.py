@@ -461,6 +461,14 @@ def test_a_slide_that_is_the_folder_itself(model, tmp_path):
     assert small.call(classify, *words(model, tmp_path)) == 0
     (row,) = report(tmp_path / "out")
     assert (row["slide"], row["scored"]) == ("slides", "1")
+    written = formats.read_candidates(tmp_path / "out/slides.csv")
+    one = classify.Classifier(model, "cpu", threads=1)
+    (probability,) = one.score(tmp_path / "slides", 60, 60)
+    assert float(written.probabilities[0]) == float(probability)
+    out, given = tmp_path / "alone.csv", tmp_path / "candidates/slides.csv"
+    places = ("--slide", tmp_path / "slides", "--candidates", given, "--out", out)
+    assert small.call(classify, model, *places, "--device", "cpu", "--threads", 1) == 0
+    assert out.read_bytes() == (tmp_path / "out/slides.csv").read_bytes()
 
 
 # ---------------------------------------------------------------- mistakes
