@@ -593,8 +593,11 @@ def _known_by_header(source):
     for name, known in KNOWN.items():
         if source.name not in known.files or not known.columns or not source.is_file():
             continue
-        with open(source, encoding="utf-8", errors="replace") as file:
-            header = {column.strip() for column in file.readline(10_000).split(",")}
+        try:
+            with open(source, encoding="utf-8-sig", errors="replace") as file:
+                header = {column.strip() for column in file.readline(10_000).split(",")}
+        except OSError:  # whoever reads the file says what is wrong with it
+            return None
         wanted = set()
         for text in known.columns.values():
             wanted.update(re.findall(r"\{([^{}]+)\}", text) or text.split("+"))
