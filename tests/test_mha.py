@@ -125,3 +125,22 @@ def test_no_more_is_decompressed_than_announced(tmp_path):
     short = zlib.compress(PIXELS.tobytes()[:-1])
     with pytest.raises(UserError, match="holds 314 bytes"):
         mha.read(write(tmp_path / "a.mha", compressed=True, data=short))
+
+
+def test_damaged_files_are_refused_or_read(tmp_path):
+    """Bytes changed, cut and inserted: an error of one line, or pixels of the announced size."""
+    generator = np.random.default_rng(0)
+    for compressed in (False, True):
+        whole = write(tmp_path / "a.mha", compressed=compressed).read_bytes()
+        for _ in range(150):
+            content = bytearray(whole)
+            for _ in range(generator.integers(1, 4)):
+                place = int(generator.integers(len(content)))
+                content[place : place + int(generator.integers(2))] = generator.bytes(1)
+            (tmp_path / "b.mha").write_bytes(content)
+            try:
+                image = mha.read(tmp_path / "b.mha")
+            except UserError as error:
+                assert "\n" not in str(error)
+            else:
+                assert image.pixels.dtype == np.uint8 and image.pixels.shape[3] == 3

@@ -827,3 +827,45 @@ def test_half_covered_pixels_lie_on_white(tmp_path, monkeypatch):
     found = slide.window(0, 0, 4)
     assert np.abs(found[:2].astype(int) - [227, 187, 207]).max() <= 1
     assert (found[2] == [10, 20, 30]).all() and (found[3] == 255).all()
+
+
+# ---------------------------------------------------------------- stacks
+
+
+def test_all_pages_of_a_stack_are_read(tmp_path):
+    """Also of different sizes, packed or not, grey ones as RGB."""
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (20 + i, 30, 3), np.uint8) for i in range(3)]
+    grey = rng.integers(0, 256, (9, 11), np.uint8)
+    with tifffile.TiffWriter(tmp_path / "a.tiff") as file:
+        for image, compression in zip(images, (None, "zlib", "zlib")):
+            file.write(image, photometric="rgb", compression=compression)
+        file.write(grey, photometric="minisblack")
+    pages = slides.pages(tmp_path / "a.tiff", 4)
+    assert len(pages) == 4
+    for page, image in zip(pages, images):
+        assert np.array_equal(page, image)
+    assert np.array_equal(pages[3], np.repeat(grey[..., None], 3, axis=2))
+    with pytest.raises(UserError, match="more than 3 images"):
+        slides.pages(tmp_path / "a.tiff", 3)
+
+
+def test_stacks_that_are_none_or_broken(tmp_path):
+    path = tmp_path / "a.tiff"
+    stack = np.random.default_rng(0).integers(0, 256, (3, 40, 40, 3), np.uint8)
+    tifffile.imwrite(path, stack, photometric="rgb", compression="zlib")
+    whole = path.read_bytes()
+    for share in (0, 0.01, 0.3, 0.6, 0.95):  # never fewer pages, without a word
+        path.write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(UserError):
+            slides.pages(path, 16)
+    tifffile.imwrite(path, stack.astype(np.float32), photometric="rgb")
+    with pytest.raises(UserError, match="floating-point"):
+        slides.pages(path, 16)
+    planes = np.moveaxis(stack[0], -1, 0)
+    tifffile.imwrite(path, planes, imagej=True, metadata={"axes": "CYX"})
+    with pytest.raises(UserError, match="colours of one image"):
+        slides.pages(path, 16)
+    Image.fromarray(stack[0]).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match="not a TIFF"):
+        slides.pages(tmp_path / "a.png", 16)
