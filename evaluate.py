@@ -155,7 +155,7 @@ def means_overview(means):
             )
         if lines:
             described = metrics.describe_rule(rows[0]["threshold_rule"])
-            title = f"{data}: mean of several runs' probabilities; t: the threshold {described}"
+            title = f"{data}: means of probabilities; t: the threshold {described}"
             texts.append(
                 f"{common.printable(title)}\n{common.table(lines, header, [1, *range(3, 8)])}"
             )
