@@ -203,8 +203,8 @@ def test_grid_tells_runs_apart_that_differ_in_one_setting(begun, capsys, monkeyp
     """A run with focal loss is not the plain one, nor the other way round."""
     for name, value in (("DATA", "tissue"), ("DATA_FLAGS", "--split case"), ("FOLDS", "0")):
         monkeypatch.setenv(name, value)
-    tissue, center = annotations(), {"pool": "patch-center", "epochs": 6, "epoch_size": 640}
-    make(begun, tissue, "uni", "lora", suffixes=["patch-center"], **center)
+    tissue, token = annotations(), {"pool": "cls", "epochs": 6, "epoch_size": 640}
+    make(begun, tissue, "uni", "lora", suffixes=["cls"], **token)
     sweep = f"{SWEEPS / 'amibr.sh'} uni"
 
     def missing():
@@ -216,10 +216,10 @@ def test_grid_tells_runs_apart_that_differ_in_one_setting(begun, capsys, monkeyp
     # In runs/ are also a plain probe (begun) and LoRA without --pool, which are no part of this.
     before = missing()
     assert before["lora"] == 6 and before["lora-decay"] == before["lora-domains"] == 1
-    make(begun, tissue, "uni", "lora", suffixes=["focal", "patch-center"], loss="focal", **center)
-    changes = {"suffixes": ["patch-center", "decay"], "name": "decay", "weight_decay": 0.05}
-    make(begun, tissue, "uni", "lora", **changes, **center)
-    make(begun, tissue, "uni", "lora", suffixes=["patch-center", "other"], name="other", **center)
+    make(begun, tissue, "uni", "lora", suffixes=["focal", "cls"], loss="focal", **token)
+    changes = {"suffixes": ["cls", "decay"], "name": "decay", "weight_decay": 0.05}
+    make(begun, tissue, "uni", "lora", **changes, **token)
+    make(begun, tissue, "uni", "lora", suffixes=["cls", "other"], name="other", **token)
     assert missing() == before | {"lora": 5, "lora-decay": 0}
 
 

@@ -258,7 +258,7 @@ def of_amibr(**environment):
 def test_amibr_turns_each_technique_on_alone():
     plain, techniques = of_amibr()
     pools = [("probe", "cls"), ("lora", "cls"), ("probe", "patch-center")]
-    assert list(plain) == [*pools, ("lora", "patch-center"), ("full", "patch-center")]
+    assert list(plain) == [*pools, ("lora", "patch-center"), ("full", "cls")]
     shared = {"data": "amibr", "model": "uni", "split": "given", "runs": "runs-amibr"}
     shared |= {"test": ["atnorm-br"], "fold": [0, 1, 2, 3, 4], "frac": [1.0], "resume": True}
     for flags in plain.values():
