@@ -42,7 +42,6 @@ NOT_RUN = {
     "$D": "needs AMi-Br",
     "evaluate.py runs/": "needs the runs above it",
     "--fold 0 1 2": "an hour on the demo",
-    "--data D ": "the reader's dataset",
     "--epochs 6": "a minute; sweeps/demo.sh runs the same",
     "runs/demo/": "needs the run above it",
     "data/demo/": "needs the model of the run above it",
