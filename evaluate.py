@@ -43,6 +43,7 @@ from reporting.metrics import (  # noqa: F401  other programs use them as evalua
     weighted_f1,
 )
 
+MOST_REPLICATES = 20_000  # of which the draws of 1,000 cases take half a gigabyte
 DETECTION_FILES = (
     "detection.csv",
     "detection_curve.csv",
@@ -307,8 +308,8 @@ def detect(args):
 
 def main():
     args = arguments()
-    if args.replicates < 100:
-        raise UserError(f"--replicates {args.replicates}: at least 100 are needed")
+    if not 100 <= args.replicates <= MOST_REPLICATES:
+        raise UserError(f"--replicates {args.replicates}: give 100 to {MOST_REPLICATES}")
     if args.threshold_rule and (args.grid is not None or args.detection is not None):
         raise UserError("--threshold-rule goes with a report on runs, not with --grid, --detection")
     if args.grid is not None:
