@@ -16,6 +16,7 @@ import common
 from reporting import metrics, results
 
 WIDTH = 3.4  # inches
+WIDE_LABEL = 26  # characters; two such labels of a legend are wider than the figure
 # Names come from the data: a "$" in them starts no formula (text.parse_math).
 STYLE = {
     "font.size": 8,
@@ -85,6 +86,9 @@ def images(figure):
 
 
 def _legend(figure, handles, labels, columns=2):
+    labels = list(labels)
+    if max(map(len, labels), default=0) > WIDE_LABEL:
+        columns = 1
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, columnspacing=1.2)
 
 

@@ -6,6 +6,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import matplotlib.colors
+import matplotlib.figure
 import numpy as np
 from PIL import Image
 from small import call
@@ -30,6 +31,17 @@ def test_an_equal_report_is_equal_byte_by_byte(study, tmp_path):
         for end in ("png", "svg")
     } <= set(names)
     assert not [name for name in names if name.endswith(".tmp")]
+
+
+@figures.styled
+def test_a_legend_of_long_names_is_not_cut_off():
+    names = [f"dinov2-s soft patch center 112px crop64 {number}" for number in range(4)]
+    figure = matplotlib.figure.Figure(figsize=(figures.WIDTH, 4), layout="constrained")
+    lines = figure.subplots().plot(np.zeros((2, 4)))
+    figures._legend(figure, lines, names)
+    figure.draw_without_rendering()
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width
 
 
 def test_figures_are_a_column_wide_not_empty_and_valid(study):
