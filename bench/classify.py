@@ -207,6 +207,9 @@ def main():
     parser.add_argument(
         "--threads", type=int, default=os.cpu_count(), help="of the CPU (default: all)"
     )
+    parser.add_argument(
+        "--calls", type=int, help="whose latency is measured, each way (default: 200; --quick: 20)"
+    )
     parser.add_argument("--quick", action="store_true", help="the demo's encoder, 500 candidates")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -246,9 +249,7 @@ def main():
         plain = loop(some)
         plain_rate = len(some) / (time.perf_counter() - start)
         rates.append(alone(classifier, patches, batches))
-        calls = 200
-        if args.quick:
-            calls = 20
+        calls = args.calls or (20 if args.quick else 200)
         waits = latencies(classifier, slide, points, patches, loop, one_by_one, calls)
     base = float(np.mean(rates))
     # Not 0 for int8: the batches differ, and with them the scales of the activations.
