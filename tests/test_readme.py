@@ -42,6 +42,7 @@ NOT_RUN = {
     "$D": "needs AMi-Br",
     "evaluate.py runs/": "needs the runs above it",
     "--fold 0 1 2": "an hour on the demo",
+    "--candidates blobs": "a minute on this much noise; tests/test_blobs.py runs it",
     "--epochs 6": "a minute; sweeps/demo.sh runs the same",
     "runs/demo/": "needs the run above it",
     "data/demo/": "needs the model of the run above it",
