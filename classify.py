@@ -269,21 +269,21 @@ def area_of(args, job, labels, searched):
     """The area.Area of the one slide of a plan; UserError if none can be. searched: the slide's
     tissue if its candidates were found there.
     """
-    if args.area is None and searched is not None and area.are_mitotic(labels):
-        return area.Area(tissue=searched.area(job.readers[0].mpp))
+    of_tissue, outline = args.area == area.TISSUE, None
     if args.area is None:
-        return area.Area()
-    check_mitotic(labels)
+        of_tissue = searched is not None and area.are_mitotic(labels)
+    else:
+        check_mitotic(labels)
+    if not of_tissue:
+        outline = args.area
     if not job.readers:
         return area.Area()
-    if len(job.readers) > 1:
+    if args.area is not None and len(job.readers) > 1:
         raise UserError(
             f"--area is of one slide, and the candidates lie on {len(job.readers)}; score a folder "
             "of files, one per slide"
         )
-    if args.area == area.TISSUE:
-        return area.of_slide(job.readers[0], of_tissue=True)
-    return area.of_slide(job.readers[0], args.area)
+    return area.of_slide(job.readers[0], outline, of_tissue, searched)
 
 
 def check_mitotic(labels):
@@ -388,13 +388,7 @@ def classify(args):
 
     probability = np.full(len(candidates), np.nan, np.float32)
     probability[job.rows], seconds = score_all(classifier, job, args)
-    counted, regions = None, []
-    if len(job.readers) == 1 and area.are_mitotic(labels):
-        counted = area.count_figures(
-            job.readers[0], job, probability[job.rows], threshold, counted_on
-        )
-        if counted_on != area.Area():
-            regions = area.regions_of(counted)
+    counted, regions = area.count_figures(job, probability[job.rows], threshold, labels, counted_on)
     not_in_file = formats.write(
         candidates,
         args.out,

@@ -56,8 +56,8 @@ from dataset import splits
 from dataset.formats.cells import MITOSIS
 from dataset.patches import Patches
 from encoders.table import SIZE
-from onnx_model import doctor, graph, parity, session
-from reporting import card, ensemble, metrics, results
+from onnx_model import card, doctor, graph, parity, session
+from reporting import ensemble, metrics, results
 
 LIMIT = 2**31 - 2**24  # bytes of one protobuf, less room for the graph
 FEWEST = 64  # patches to compare on, if the dataset has as many

@@ -403,14 +403,17 @@ def test_source(args, text):
     """
     keys = "|".join((*formats.COLUMNS, *TEST_CHOICES))
     match = re.fullmatch(rf"(.+?):((?:{keys})=.*)", text, re.DOTALL)
-    name, own = match.groups() if match else (text, "")
+    name, parts = text, []
+    if match:
+        name = match[1]
+        # A comma ends a value where another key follows; classes=mitotic=1,other=2 holds one.
+        parts = re.split(rf",(?=(?:{keys})=)", match[2])
     known = annotation_tables.KNOWN.get(name)
-    if not own and not (known and known.labels):
+    if not parts and not (known and known.labels):
         return name, args
     reading = dict.fromkeys(("classes", "profile", "positive", "negative", "columns", "images"))
     columns = []
-    # A comma ends a value where another key follows; classes=mitotic=1,other=2 holds one.
-    for part in re.split(rf",(?=(?:{keys})=)", own) if own else ():
+    for part in parts:
         key, _, value = part.partition("=")
         if key not in TEST_CHOICES:
             columns.append(part)

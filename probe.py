@@ -31,6 +31,7 @@ import runs
 from common import UserError
 from dataset import memmap
 from dataset.patches import FINGERPRINT, Patches
+from dataset.sampler import balanced
 
 PROBES = {
     "uni": "logistic regression of UNI's evaluation: 1/C * |W| / 2, the norm not squared (the "
@@ -450,9 +451,7 @@ def fit_logistic(X, labels, jobs, penalty, standardize, fixed_C, device, class_w
         if len(logits):
             losses = np.logaddexp(0, (1 - 2.0 * labels[job.val, None]) * logits)  # [n, C]
             if class_weight:
-                share = labels[job.train].mean()
-                weights = 1 / (2 * np.array([1 - share, share]))
-                losses *= weights[labels[job.val], None]
+                losses *= balanced(labels[job.train].mean())[labels[job.val], None]
             losses = losses.mean(0)
         best = int(np.argmin(losses))  # on a tie the smaller C, which comes first
         result, C = results[best], grid[best]

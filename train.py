@@ -101,7 +101,7 @@ def arguments():
         "--class-weight",
         choices=("balanced",),
         help="draw annotations as they come, and weight the loss so that both classes count the "
-        "same (default: half of the patches drawn are mitotic figures)",
+        "same (default: half of the patches drawn are of class 1)",
     )
     group.add_argument(
         "--loss",

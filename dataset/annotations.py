@@ -717,12 +717,13 @@ def _midog_facts(cases, known):
     facts = {}
     for case in set(cases):
         identity = case_identity(case, known)
-        facts[case] = "", "human" if identity.startswith("tupac") else ""
+        facts[case] = "", ""
+        if identity.startswith("tupac"):
+            facts[case] = "", "human"
         number = _number_of(identity)
-        for last, *both in MIDOG_FACTS if number else ():
-            if number <= last:
-                facts[case] = tuple(both)
-                break
+        if number:
+            ranges = (both for last, *both in MIDOG_FACTS if number <= last)
+            facts[case] = tuple(next(ranges, facts[case]))
     return [facts[case] for case in cases]
 
 

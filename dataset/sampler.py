@@ -23,6 +23,13 @@ SAMPLE = np.dtype(
 )
 
 
+def balanced(share):
+    """Weights float64 [2] of the labels 0 and 1 that give both half of the loss: n / (2 n_c), as
+    scikit-learn's "balanced". share: of label 1.
+    """
+    return 1 / (2 * np.array([1 - share, share]))
+
+
 class Sampler:
     """The patches of each pseudo-epoch: half of label 1 (mitotic figures), and of the rest those of
     label 0 (hard negatives) and random patches.
@@ -169,15 +176,12 @@ class Sampler:
         return shuffled(rng, sample)
 
     def class_weights(self):
-        """Weights float64 [2] of the labels 0 and 1 that give both half of the loss.
-
-        n / (2 n_c) of the numbers that an epoch holds on average, as scikit-learn's "balanced".
-        """
+        """`balanced` of the numbers that an epoch holds on average."""
         share = 0.5
         if not self.halves:
             shares = [self.annotations.label[rows].mean() for rows in self._groups(self.rows)]
             share = np.mean(shares) * (1 - self.random / self.epoch_size)
-        return 1 / (2 * np.array([1 - share, share]))
+        return balanced(share)
 
     def _groups(self, rows):
         """`rows` by what is drawn first."""

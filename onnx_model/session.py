@@ -229,26 +229,29 @@ def describe_parity(parity):
         "changed decisions",
         "Δ AUROC",
     )
-    rows = []
-    for row in parity["measured"]:
-        change = "–"
-        if row["auroc_change"] is not None:
-            change = f"{row['auroc_change']:+.5f}"
-        rows.append(
-            (
-                row["provider"].replace("ExecutionProvider", ""),
-                row["batch"],
-                row["patches"],
-                f"{row['largest']:.2e}",
-                f"{row['mean']:.2e}",
-                row["changed"],
-                change,
-            )
-        )
+    rows = [parity_cells(row) for row in parity["measured"]]
     return (
         f"against torch fp32 on {parity['source']}; required: {parity['wanted']}\n"
         + common.table(rows, header, right=range(1, 7))
     )
+
+
+def parity_cells(row):
+    """A row of "measured" in the parity report as texts: provider, batch, patches, largest and mean
+    difference, changed decisions, change of AUROC.
+    """
+    change = "–"
+    if row["auroc_change"] is not None:
+        change = f"{row['auroc_change']:+.5f}"
+    return [
+        row["provider"].replace("ExecutionProvider", ""),
+        str(row["batch"]),
+        str(row["patches"]),
+        f"{row['largest']:.2e}",
+        f"{row['mean']:.2e}",
+        str(row["changed"]),
+        change,
+    ]
 
 
 # ---------------------------------------------------------------- devices

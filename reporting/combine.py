@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common import UserError
+from reporting import metrics
 
 LIMIT = 1e-6  # probabilities nearer to 0 or 1 count as this near
 RIDGE = 1e-3  # of the squared weights: keeps them finite where a score separates everything
@@ -100,8 +101,8 @@ def columns(detector, probability, log_odds):
                 "the detector's scores of the validation candidates lie between 0 and 1, these go "
                 f"from {detector.min():g} to {detector.max():g}: scores of one detector are needed"
             )
-        detector = logit(detector)
-    return np.column_stack([detector, logit(probability)])
+        detector = metrics.logit(detector, LIMIT)
+    return np.column_stack([detector, metrics.logit(probability, LIMIT)])
 
 
 def checked(detector, probability):
@@ -121,11 +122,6 @@ def checked(detector, probability):
 
 def are_probabilities(values):
     return bool(((values >= 0) & (values <= 1)).all())
-
-
-def logit(p):
-    p = np.clip(p, LIMIT, 1 - LIMIT)
-    return np.log(p) - np.log1p(-p)
 
 
 def sigmoid(z):

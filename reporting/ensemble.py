@@ -78,7 +78,7 @@ def _why_not(members, name):
 
 def _mean(parts):
     probability = np.mean([part["probability"] for part in parts], axis=0)
-    return {**parts[0], "probability": probability, "logit": logit(probability)}
+    return {**parts[0], "probability": probability, "logit": metrics.logit(probability)}
 
 
 def _validation(members):
@@ -92,13 +92,7 @@ def _validation(members):
     sums = np.bincount(patch, columns["probability"], len(first))
     probability = sums / np.bincount(patch, minlength=len(first))
     columns = {key: values[first] for key, values in columns.items()}
-    return columns | {"probability": probability, "logit": logit(probability)}
-
-
-def logit(probability):
-    """log(p / (1 - p)), finite also for probabilities that were rounded to 0 or 1."""
-    p = np.clip(np.asarray(probability, np.float64), np.finfo(np.float64).tiny, 1 - 2.0**-53)
-    return np.log(p) - np.log1p(-p)
+    return columns | {"probability": probability, "logit": metrics.logit(probability)}
 
 
 # ---------------------------------------------------------------- which runs belong together

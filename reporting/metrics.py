@@ -255,6 +255,15 @@ def expected_calibration_error(y, p, bins=ECE_BINS, weight=None):
     return float(np.nansum(count * np.abs(mean - share)) / count.sum())
 
 
+def logit(p, least=0.0):
+    """log(p / (1 - p)); p nearer to 0 or 1 than `least` counts as this near. Finite also without
+    it, for probabilities that were rounded to 0 or 1.
+    """
+    low, high = max(least, np.finfo(np.float64).tiny), 1 - max(least, 2.0**-53)
+    p = np.clip(np.asarray(p, np.float64), low, high)
+    return np.log(p) - np.log1p(-p)
+
+
 # ---------------------------------------------------------------- thresholds and summaries
 
 

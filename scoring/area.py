@@ -39,14 +39,20 @@ def of_slide(reader, outline=None, of_tissue=False, searched=None):
     return Area(tissue=searched.area(reader.mpp))
 
 
-def count_figures(reader, job, probability, threshold, area):
-    """The count.Count of the cells of a plan, all on the slide of `reader`, whose probability is
-    `threshold` at least.
+def count_figures(job, probability, threshold, labels, area):
+    """(count.Count of the cells of a plan whose probability is `threshold` at least, what a GeoJSON
+    shows of it: `regions_of`, nothing without an Area). (None, []) unless they lie on one slide and
+    are mitotic figures.
     """
-    figures = probability >= threshold
+    if len(job.readers) != 1 or not are_mitotic(labels):
+        return None, []
+    reader, figures = job.readers[0], probability >= threshold
     x, y = np.asarray(job.x)[figures], np.asarray(job.y)[figures]
     size = reader.width, reader.height
-    return count.count(x, y, reader.mpp, size, area.tumour, area.tissue)
+    counted = count.count(x, y, reader.mpp, size, area.tumour, area.tissue)
+    if area == Area():
+        return counted, []
+    return counted, regions_of(counted)
 
 
 def are_mitotic(labels):

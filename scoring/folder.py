@@ -390,19 +390,13 @@ class Work:
         """Write the output → its numbers."""
         probability = np.full(len(self.candidates), np.nan, np.float32)
         probability[self.job.rows] = self.cells.probability
-        numbers, regions = {}, []
-        if self.job.readers and area.are_mitotic(settings.labels):
-            counted = area.count_figures(
-                self.job.readers[0],
-                self.job,
-                self.cells.probability,
-                settings.threshold,
-                self.area,
-            )
+        counted, regions = area.count_figures(
+            self.job, self.cells.probability, settings.threshold, settings.labels, self.area
+        )
+        numbers = {}
+        if counted is not None:
             numbers = count.record(counted)
             numbers["area_figures"] = numbers.pop("figures")
-            if self.area != area.Area():
-                regions = area.regions_of(counted)
         formats.write(
             self.candidates,
             self.output(settings),

@@ -82,6 +82,18 @@ def signal_stack():
     libc.sigaltstack(ctypes.byref(stack), None)
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """An exported model, a small classifier of random weights."""
+    from onnx_models import classifier, register, write_model
+
+    path = tmp_path_factory.mktemp("model") / "model.onnx"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        register(monkeypatch)
+        write_model(path, classifier("gelu"))
+    return path
+
+
 @pytest.fixture(scope="session")
 def study(tmp_path_factory):
     """(folder of runs, folder of their report): run_folders.report_study()."""

@@ -11,7 +11,6 @@ from pathlib import Path
 import jpeg_tiff
 import numpy as np
 import pytest
-from onnx_models import classifier, register, write_model
 from PIL import Image
 from small import call
 
@@ -188,15 +187,6 @@ def test_the_strongest_of_neighbours_remains():
 
 
 # ---------------------------------------------------------------- classify.py --candidates blobs
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "model.onnx"
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        register(monkeypatch)
-        write_model(path, classifier("gelu"))
-    return path
 
 
 PLACES = [(300, 300), (400, 420), (700, 200), (650, 800)]

@@ -15,7 +15,8 @@ import evaluate
 import export
 import train
 from common import UserError
-from reporting import bootstrap, card, tables
+from onnx_model import card
+from reporting import bootstrap, tables
 
 PARITY = {
     "source": "validation patches of tissue",

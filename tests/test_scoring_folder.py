@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import small
 import tifffile
-from onnx_models import classifier, patches, register, write_model
+from onnx_models import patches
 from PIL import Image
 
 import classify
@@ -30,15 +30,6 @@ from scoring import folder
 
 ROOT = Path(__file__).resolve().parent.parent
 SIDE = 512  # px
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "model.onnx"
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        register(monkeypatch)
-        write_model(path, classifier("gelu"))
-    return path
 
 
 def tiled(path, pixels, mpp=0.25):

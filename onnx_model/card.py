@@ -9,6 +9,7 @@ import re
 
 import common
 from common import UserError
+from onnx_model.session import parity_cells
 from reporting import bootstrap, metrics, results, tables
 from reporting.tables import Table, plain_markdown
 
@@ -163,7 +164,7 @@ def metric_table(run, measured):
     for name, values in measured.items():
         row = [name]
         for key in tables.METRICS:
-            row.append(number(values["summary"][key]))
+            row.append(tables.number(values["summary"][key]))
             bounds = values["intervals"][key]
             if bounds is not None:
                 row[-1] += " [{:.3f}, {:.3f}]".format(*bounds)
@@ -186,7 +187,7 @@ def decision_table(measured, about):
     threshold = about["threshold"]
     rows = []
     for name, values in measured.items():
-        rows.append([name, *(number(values["decisions"][key]) for key in DECISIONS)])
+        rows.append([name, *(tables.number(values["decisions"][key]) for key in DECISIONS)])
     header = ["test set", *DECISIONS.values()]
     notes = [f"Threshold {threshold['value']:.4g}: {threshold['rule']}."]
     if about["temperature"] != 1:
@@ -196,31 +197,10 @@ def decision_table(measured, about):
 
 
 def parity_table(parity):
-    rows = []
-    for row in parity["measured"]:
-        change = "–"
-        if row["auroc_change"] is not None:
-            change = f"{row['auroc_change']:+.5f}"
-        rows.append(
-            [
-                row["provider"].replace("ExecutionProvider", ""),
-                str(row["batch"]),
-                str(row["patches"]),
-                f"{row['largest']:.2e}",
-                f"{row['mean']:.2e}",
-                str(row["changed"]),
-                change,
-            ]
-        )
+    rows = [parity_cells(row) for row in parity["measured"]]
     header = ["provider", "batch", "patches", "largest Δp", "mean Δp", "changed", "Δ AUROC"]
     notes = [f"On {parity['source']}, against torch in float32; required: {parity['wanted']}."]
     return Table("parity", "Probabilities in ONNX Runtime and in torch", header, rows, notes)
-
-
-def number(value):
-    if value is None:
-        return "–"
-    return f"{value:.3f}"
 
 
 # ---------------------------------------------------------------- text
