@@ -272,8 +272,6 @@ def area_of(args, job, labels, searched):
     of_tissue, outline = args.area == area.TISSUE, None
     if args.area is None:
         of_tissue = searched is not None and area.are_mitotic(labels)
-    else:
-        check_mitotic(labels)
     if not of_tissue:
         outline = args.area
     if not job.readers:
@@ -284,13 +282,6 @@ def area_of(args, job, labels, searched):
             "of files, one per slide"
         )
     return area.of_slide(job.readers[0], outline, of_tissue, searched)
-
-
-def check_mitotic(labels):
-    if not area.are_mitotic(labels):
-        raise UserError(
-            f"--area counts mitotic figures, and the class 1 of this model is {labels[1]}"
-        )
 
 
 def score_all(classifier, job, args):
@@ -317,7 +308,9 @@ def score_all(classifier, job, args):
 
 
 def open_model(args, device):
-    """The Classifier on a device; UserError if it gives no probabilities of patches."""
+    """The Classifier on a device; UserError if it gives no probabilities of patches, or none of
+    what --area counts.
+    """
     classifier = Classifier(args.model, device, args.batch_size, args.threads)
     if classifier.input != "uint8":
         raise UserError(
@@ -326,6 +319,11 @@ def open_model(args, device):
         )
     if classifier.threshold is None:
         raise UserError(f"{args.model}: is an encoder without a head and gives no probabilities")
+    if args.area is not None and not area.are_mitotic(classifier.labels):
+        raise UserError(
+            f"--area counts mitotic figures, and the class 1 of this model is "
+            f"{classifier.labels[1]}"
+        )
     say(f"{args.model}: {classifier.note}")
     return classifier
 
@@ -474,8 +472,6 @@ def classify_folder(args):
     if threshold is None:
         threshold = classifiers[0].threshold
     labels = classifiers[0].labels
-    if args.area is not None:
-        check_mitotic(labels)
     settings = folder.Settings(
         threshold,
         args.mpp,

@@ -11,6 +11,7 @@ from pathlib import Path
 import jpeg_tiff
 import numpy as np
 import pytest
+from onnx_models import classifier, register, write_model
 from PIL import Image
 from small import call
 
@@ -296,3 +297,17 @@ def test_mistakes_with_blobs_end_with_one_line(model, slide, tmp_path, capsys):
     ):
         assert call(classify, model, "--slide", where, "--candidates", "blobs", "--out", out) == 2
         assert says in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_model_of_other_classes_is_refused_before_the_search(
+    slide, tmp_path, monkeypatch, capsys
+):
+    register(monkeypatch)
+    atypical = tmp_path / "atypical.onnx"
+    write_model(atypical, classifier("gelu"), metadata={"labels": ["normal", "atypical"]})
+    monkeypatch.setattr(blobs, "find", None)
+    for where, out in ((slide, "o.geojson"), (slide.parent, "out")):
+        words = ["--slide", where, "--candidates", "blobs", "--out", tmp_path / out]
+        assert call(classify, atypical, *words, "--area", "tissue") == 2
+        assert "the class 1 of this model is atypical" in capsys.readouterr().err
+        assert not (tmp_path / out).exists()
