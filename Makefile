@@ -4,6 +4,7 @@
 # make test       the quick tests, minutes; make test PYTEST="-k lora" for some of them
 # make test-slow  tests of more than 5 seconds each, without those of more than 3 minutes
 # make test-all   every test, an hour or more
+# make test-gpu   those that need an NVIDIA GPU, which all the others do not see
 PYTHON  ?= python3
 VENV    ?= .venv
 BIN      = $(VENV)/bin
@@ -16,7 +17,7 @@ pip = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Tests of one file share fixtures, so a worker starts with a run of neighbouring tests.
 pytest = $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
-.PHONY: demo lint test test-slow test-all clean
+.PHONY: demo lint test test-slow test-all test-gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -34,6 +35,9 @@ test-slow: $(VENV)/installed-dev
 
 test-all: $(VENV)/installed-dev
 	$(pytest) -m "" $(PYTEST)
+
+test-gpu: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m gpu $(PYTEST)
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

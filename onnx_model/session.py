@@ -290,6 +290,8 @@ def open_cuda(path, index, threads, expected):
     """
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         return None, "this onnxruntime has no CUDA (pip install 'onnxruntime-gpu[cuda,cudnn]')"
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return None, "CUDA_VISIBLE_DEVICES hides every GPU"
     if not (expected or nvidia_device() or sys.platform == "win32"):
         return None, "no NVIDIA device"
     # Loaded by path from the nvidia packages: the provider's own search finds them only by luck.

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -60,6 +61,30 @@ def default_signals():
 
 cache = clear_environment(os.environ)
 default_signals()
+
+
+def wants_gpu(marks):
+    """Whether the expression of pytest's -m asks for the tests marked gpu."""
+    words = re.findall(r"\w+", marks)
+    return any(word == "gpu" and before != "not" for before, word in zip(["", *words], words))
+
+
+def pytest_configure(config):
+    """Hide the GPUs from this process and its children, unless it runs the tests marked gpu.
+
+    So a test means the same everywhere: `auto` is the CPU and float32. CUDA reads the variable
+    once, hence a run of its own for the others. Empty would do too, but not on Windows.
+    """
+    if not wants_gpu(config.option.markexpr):
+        os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("no GPU here, or hidden (pytest -m gpu shows them)")
 
 
 class SignalStack(ctypes.Structure):

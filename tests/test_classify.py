@@ -1058,6 +1058,7 @@ def test_a_session_that_fell_back_is_an_error(tiny, monkeypatch):
     nothing.
     """
     folder, _ = tiny
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr(
         session.onnxruntime,
         "get_available_providers",

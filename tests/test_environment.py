@@ -33,3 +33,10 @@ def test_what_steers_the_commands_is_gone():
 def test_this_process_has_it_too():
     assert not {"HF_TOKEN", "HF_HUB_OFFLINE", "MITOSIS_DATA", "WORLD_SIZE"} & os.environ.keys()
     assert os.environ["HF_HOME"].startswith(conftest.cache.name)
+
+
+def test_no_test_but_those_marked_gpu_sees_one():
+    assert conftest.wants_gpu("gpu") and conftest.wants_gpu("(gpu and not slow)")
+    for marks in ("", "not gpu", "not slow and not long", "slow and not (gpu)", "gpus"):
+        assert not conftest.wants_gpu(marks), marks
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "-1"

@@ -437,7 +437,19 @@ def test_no_file_of_the_project_needs_a_module_that_windows_lacks():
             assert not set(names) & set(missing), f"{file}, line {node.lineno}"
 
 
+@pytest.mark.parametrize("nothing", ["", "-1"])
+def test_hidden_gpus_are_not_tried(nothing, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", nothing)
+    monkeypatch.setattr(
+        session.onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"]
+    )
+    monkeypatch.setattr(session, "start", lambda *_: pytest.fail("tried"))
+    reason = "CUDA_VISIBLE_DEVICES hides every GPU"
+    assert session.open_cuda("m.onnx", 0, 1, expected=True) == (None, reason)
+
+
 def test_windows_tries_the_gpu_without_devices_in_dev(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr(session, "nvidia_device", lambda: False)
     monkeypatch.setattr(
         session.onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"]
