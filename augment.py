@@ -102,8 +102,16 @@ def parameters(seed, step, samples, stain=0.0, heavy=False):
 # on images float [B, 3, S, S] in [0, 1]
 
 
+def tensor(values, device, dtype=None):
+    """An array as a tensor on `device`. No GPU is waited for: what it still has to do goes on."""
+    values = torch.as_tensor(values, dtype=dtype)
+    if device.type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
+
+
 def _column(values, like):
-    return torch.as_tensor(values, dtype=like.dtype, device=like.device).view(-1, 1, 1, 1)
+    return tensor(values, like.device, like.dtype).view(-1, 1, 1, 1)
 
 
 def grey(x):
@@ -138,7 +146,7 @@ def hue(x, turns):
     # Each channel of a hue h: value - chroma * clip(2 - |k - 2|, 0, 1), k = (n + 6 h) mod 6, n = 5,
     # 3, 1; with d = n + 6 h - 2, which lies between -4 and 10, the modulo is ||d - 3| - 3| in the
     # place of |d|.
-    d = torch.tensor([0.0, -2.0, -4.0], device=x.device).view(1, 3, 1, 1) + sixth  # d - 3
+    d = tensor([0.0, -2.0, -4.0], x.device).view(1, 3, 1, 1) + sixth  # d - 3
     d.abs_().sub_(3).abs_().clamp_(1, 2)
     return torch.addcmul(value.sub_(chroma, alpha=2), chroma, d)
 
@@ -155,7 +163,7 @@ def blur(x, sigma):
     """Gaussian blur with a kernel of BLUR px, reflected at the border; sigma [n] px."""
     half = BLUR // 2
     t = torch.arange(BLUR, dtype=torch.float32, device=x.device) - half
-    sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device)
+    sigma = tensor(sigma, x.device, torch.float32)
     kernel = torch.exp(-0.5 * (t / sigma[:, None]) ** 2)
     kernel = (kernel / kernel.sum(1, keepdim=True))[:, :, None, None, None]  # [n, BLUR, 1, 1, 1]
     # Shifted sums, not a convolution: cuDNN would compute that in TF32, and a GPU's images would
@@ -178,11 +186,11 @@ def rotated(x, angle, size, shown=None, bend=None):
     if missing > 0:  # a ready-made patch has no margin: reflect it
         before = missing // 2
         x = F.pad(x, (before, missing - before) * 2, mode="reflect")
-    radians = torch.deg2rad(torch.as_tensor(angle, dtype=torch.float32, device=x.device))
+    radians = torch.deg2rad(tensor(angle, x.device, torch.float32))
     cos = torch.cos(radians)[:, None] * (size / x.shape[-1])
     sin = torch.sin(radians)[:, None] * (size / x.shape[-1])
     if shown is not None:
-        shown = torch.as_tensor(shown, dtype=torch.float32, device=x.device)[:, None]
+        shown = tensor(shown, x.device, torch.float32)[:, None]
         cos, sin = cos * shown, sin * shown
     # Centres of the pixels, as F.affine_grid has them.
     t = (torch.arange(size, device=x.device) * 2 + 1) / size - 1
@@ -193,10 +201,10 @@ def rotated(x, angle, size, shown=None, bend=None):
         return F.grid_sample(x, grid, align_corners=False)
     bent = np.flatnonzero(bend.any((1, 2, 3)))
     if len(bent):
-        knots = torch.as_tensor(bend[bent], dtype=torch.float32, device=x.device)
+        knots = tensor(bend[bent], x.device, torch.float32)
         knots = knots.permute(0, 3, 1, 2) * (size / x.shape[-1])  # [n, 2, KNOTS, KNOTS]
         smooth = F.interpolate(knots, size=(size, size), mode="bicubic", align_corners=True)
-        grid.index_add_(0, torch.from_numpy(bent).to(x.device), smooth.permute(0, 2, 3, 1))
+        grid.index_add_(0, tensor(bent, x.device), smooth.permute(0, 2, 3, 1))
     # Bent over the border of the margin, a corner would be black.
     return F.grid_sample(x, grid, align_corners=False, padding_mode="reflection")
 
@@ -206,10 +214,9 @@ def stain_jitter(x, stains):
 
     stains: [n, 3, 2], factor and shift.
     """
-    kind = {"dtype": torch.float32, "device": x.device}
-    to_rgb = torch.as_tensor(HED, **kind)
-    to_stains = torch.as_tensor(np.linalg.inv(HED), **kind)
-    stains = torch.as_tensor(stains, **kind)
+    kind = (x.device, torch.float32)
+    to_rgb, to_stains = tensor(HED, *kind), tensor(np.linalg.inv(HED), *kind)
+    stains = tensor(stains, *kind)
     density = -torch.log(x.clamp(min=1 / 255)).movedim(1, -1)  # [n, S, S, 3]
     amounts = (density @ to_stains) * stains[:, None, None, :, 0] + stains[:, None, None, :, 1]
     return torch.exp(-(amounts @ to_rgb)).clamp_(0, 1).movedim(-1, 1)
@@ -228,8 +235,8 @@ def noise(x, strength, key):
     """Gaussian noise of standard deviation `strength` [n] on x [n, 3, S, S]: a hash of key [n]
     (int64) and place holds four numbers of 16 bits, each the quantile of a normal one.
     """
-    normal = _quantiles().to(x.device)
-    key, count = torch.as_tensor(key, device=x.device), x[0].numel()
+    normal = tensor(_quantiles(), x.device)
+    key, count = tensor(key, x.device), x[0].numel()
     words = splitmix(key[:, None] + torch.arange(1, count // 4 + 2, device=x.device) * WEYL)
     parts = words.view(torch.int16)[:, :count].int() + 2**15
     return (x + _column(strength, x) * normal[parts].view_as(x)).clamp_(0, 1)
@@ -268,12 +275,12 @@ def augment(images, keys, size=224, stain=0.0, heavy=False):
     def change(chosen, operation, *names):
         """x[chosen] = operation(x[chosen], the parameters of these samples)."""
         if chosen.any():
-            rows = torch.from_numpy(np.flatnonzero(chosen)).to(x.device)
+            rows = tensor(np.flatnonzero(chosen), x.device)
             values = [p[name][chosen] for name in names]
             x.index_copy_(0, rows, operation(x.index_select(0, rows), *values))
 
     if p["rotate"].any():
-        rows = torch.from_numpy(np.flatnonzero(p["rotate"])).to(x.device)
+        rows = tensor(np.flatnonzero(p["rotate"]), x.device)
         # Contiguous, because channels that lie beside each other are sampled half as fast.
         whole = images.index_select(0, rows).permute(0, 3, 1, 2).float().div_(255).contiguous()
         names = ("angle", "shown", "bend") if heavy else ("angle",)

@@ -20,6 +20,7 @@ import runs
 from common import UserError
 from dataset.patches import margin
 
+EAGER_STEPS = 3  # before a step is captured: they compile, and show whether the batch fits
 WATCH = 16  # steps between looks at the loss: each look waits for the device
 CROPS_IN_MEMORY = 4 << 30  # bytes of validation patches that are kept decoded
 
@@ -121,12 +122,17 @@ def process_device(name):
     return device
 
 
-def join_processes(device, batch_size, epoch_size):
-    """Join the other processes of torchrun, if there are any."""
+def join_processes(name, device, batch_size, epoch_size):
+    """Join the other processes of torchrun, if there are any.
+
+    name, device: of --device, see process_device. A GPU that is named is all processes', and NCCL
+    serves one process on each.
+    """
     _, count = launched()
     if count == 1:
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    own_gpu = device.type == "cuda" and ":" not in name
+    dist.init_process_group("nccl" if own_gpu else "gloo")
     if batch_size % count or epoch_size % batch_size:
         raise UserError(
             f"--batch-size {batch_size} --epoch-size {epoch_size}: with {count} processes their "
@@ -250,6 +256,17 @@ def training_loss(logits, targets, gamma=None, weights=None):
 # ---------------------------------------------------------------- the pseudo-epochs
 
 
+def record(work, stream, pool=None):
+    """Capture the kernels that work() launches → (function that runs them again, their memory).
+
+    Other threads go on, such as the one that reads patches and pins their memory.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+        work()
+    return graph.replay, graph.pool()
+
+
 class SampleReader:
     """The patches of a pseudo-epoch, by place in it, for models.reading."""
 
@@ -263,6 +280,11 @@ class SampleReader:
 class Engine:
     """The steps of one run: model, optimiser and what they need.
 
+    A step works on static buffers: augmented images, labels, weights, the keys of the dropout
+    masks, and the learning rate. So a GPU captures it, after a few eager ones, as CUDA graphs that
+    each later step of a whole batch replays: without them it would wait for thousands of launches.
+    Parts of a batch, a smaller last batch, fp16 with its scaler and CPUs run the same code eagerly.
+
     parts: compute each batch in so many; compiled: torch.compile the model.
     """
 
@@ -273,7 +295,12 @@ class Engine:
         self.sampler, self.patches = sampler, patches
         self.device, self.dtype = device, dtype
         self.parts = parts
-        choices = {"lr": settings.lr, "fused": device.type in ("cpu", "cuda")}
+        on_gpu = device.type == "cuda"
+        # The fused Adam of GPUs reads float32 there; float64 keeps every digit elsewhere.
+        self.rate = torch.zeros((), dtype=torch.float64)
+        if on_gpu:
+            self.rate = torch.zeros((), device=device)
+        choices = {"lr": self.rate, "fused": device.type in ("cpu", "cuda"), "capturable": on_gpu}
         if settings.weight_decay:
             self.optimizer = torch.optim.AdamW(
                 parameters.values(), weight_decay=settings.weight_decay, **choices
@@ -286,14 +313,33 @@ class Engine:
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.steps_per_epoch = math.ceil(settings.epoch_size / settings.batch_size)
         self.steps = settings.epochs * self.steps_per_epoch
-        trained = model
-        if world() > 1:
-            trained = torch.nn.parallel.DistributedDataParallel(
-                model,
-                device_ids=[device] if device.type == "cuda" else None,
-                broadcast_buffers=False,
-            )
-        self.trained = torch.compile(trained) if compiled else trained
+        self.make_buffers()
+        # A captured step cannot hold the exchange within ResNet50's SyncBatchNorm.
+        self.may_capture = on_gpu and not self.scaler.is_enabled()
+        self.may_capture = self.may_capture and (world() == 1 or bool(model.encoder.blocks))
+        self.eager_steps = 0  # of whole batches
+        self.replays = None  # of the captured gradients and update
+        self.stream = torch.cuda.Stream(device) if on_gpu else None
+        self.trained = torch.compile(model) if compiled else model
+
+    def make_buffers(self):
+        """What a step reads and, with several processes, the gradients in one piece."""
+        share, size = self.settings.batch_size // world(), self.patches.size
+        self.images = torch.zeros(share, 3, size, size, device=self.device)
+        self.labels = torch.zeros(share, device=self.device)
+        self.weights = torch.ones(share, device=self.device)
+        self.adapters = [layer for _, layer in lora.adapted(self.model.encoder)]
+        self.keys = torch.zeros(len(self.adapters), share, dtype=torch.int64, device=self.device)
+        self.gradients = None
+        if world() == 1:
+            return
+        for parameter in self.parameters.values():
+            dist.broadcast(parameter.data, src=0)
+        sizes = [parameter.numel() for parameter in self.parameters.values()]
+        kind = next(iter(self.parameters.values()))
+        self.gradients = torch.zeros(sum(sizes), dtype=kind.dtype, device=self.device)
+        for parameter, piece in zip(self.parameters.values(), self.gradients.split(sizes)):
+            parameter.grad = piece.view_as(parameter)
 
     def epoch(self, number, bar, validated=""):
         """Train one pseudo-epoch → its mean loss over all processes.
@@ -345,65 +391,144 @@ class Engine:
         images: uint8 [B, S, S, 3]; samples: their numbers [B] in the batch; labels: [B] in [0, 1];
         whole: size of the batch over all processes; weights: float32 [B] of the losses, or None.
         """
-        labels = torch.from_numpy(labels.astype(np.float32)).to(self.device, non_blocking=True)
-        if weights is not None:
-            weights = torch.from_numpy(weights).to(self.device, non_blocking=True)
-        images = images.to(self.device, non_blocking=True)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, self.steps, self.settings.lr)
-        while True:
-            try:
-                total = self.backward(step, images, samples, labels, whole, weights)
-                break
-            except torch.OutOfMemoryError:
-                # Half the patches at once give the same gradient. Several processes would have to
-                # agree on it: they stop.
-                if world() > 1 or 2 * self.parts > len(labels):
-                    raise UserError(
-                        f"out of memory on {self.device} with {len(labels) // self.parts} patches "
-                        "at once; use --accumulate, --checkpointing or --dtype bf16"
-                    ) from None
-                self.parts *= 2
-                models.note(
-                    f"the batch does not fit into memory: from now on gradients are accumulated "
-                    f"over {self.parts} parts of it (--accumulate {self.parts})"
-                )
-                torch.cuda.empty_cache()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        batch = (step, images.to(self.device, non_blocking=True), samples, labels, weights)
+        with self.own_stream():
+            self.rate.fill_(learning_rate(step, self.steps, self.settings.lr))
+            captured = self.captured(len(labels), whole)
+            while True:
+                try:
+                    if captured:
+                        self.fill(*batch)
+                        self.replays[0]()
+                        total = self.total.clone()
+                    else:
+                        total = self.accumulate(batch, whole)
+                    break
+                except torch.OutOfMemoryError:
+                    self.make_room(len(labels))
+                    captured = False
+            if world() > 1:
+                dist.all_reduce(self.gradients)
+            if captured:
+                self.replays[1]()
+            else:
+                self.update()
         return total
 
-    def backward(self, step, images, samples, labels, whole, weights=None):
+    @contextlib.contextmanager
+    def own_stream(self):
+        """On a GPU, work on a stream of the engine's own, in order with what surrounds it: the
+        default one cannot be captured.
+        """
+        if self.stream is None:
+            yield
+            return
+        outside = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(outside)
+        with torch.cuda.stream(self.stream):
+            yield
+        outside.wait_stream(self.stream)
+
+    def accumulate(self, batch, whole):
         """Gradients of the batch's mean loss, part by part → the sum of the losses (see step)."""
-        uses_lora = self.settings.method == "lora"
-        seed, stain = self.settings.run_seed, self.settings.stain_jitter
-        heavy = self.settings.augment == "heavy"
-        autocast = not uses_lora and self.dtype != torch.float32
+        step, images, samples, labels, weights = batch
         size = math.ceil(len(labels) / self.parts)
         total = torch.zeros((), device=self.device)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.clear_gradients()
         for first in range(0, len(labels), size):
             part = slice(first, first + size)
-            key = (seed, step, samples[part])
-            patches = augment.augment(images[part], key, self.patches.size, stain, heavy)
-            if uses_lora:
-                lora.set_step(self.model.encoder, *key)
-            synchronised = contextlib.nullcontext()
-            if world() > 1 and first + size < len(labels):  # exchange gradients once per batch
-                synchronised = self.trained.no_sync()
-            with synchronised:
-                with torch.autocast(self.device.type, self.dtype, enabled=autocast):
-                    logits = self.trained(patches)
-                loss = training_loss(
-                    logits.float(),
-                    labels[part],
-                    self.settings.focal_gamma,
-                    None if weights is None else weights[part],
-                )
-                # The mean over the whole batch. DDP averages over processes; the factor undoes it.
-                self.scaler.scale(loss * (world() / whole)).backward()
-            total += loss.detach()
+            own = None if weights is None else weights[part]
+            self.fill(step, images[part], samples[part], labels[part], own)
+            total += self.backward(len(labels[part]), whole)
         return total
+
+    def fill(self, step, images, samples, labels, weights):
+        """Augment the patches into the buffers, beside all else that the next pass reads."""
+        key = (self.settings.run_seed, step, samples)
+        stain, heavy = self.settings.stain_jitter, self.settings.augment == "heavy"
+        n = len(labels)
+        self.images[:n] = augment.augment(images, key, self.patches.size, stain, heavy)
+        self.labels[:n] = augment.tensor(labels, self.device, torch.float32)
+        if weights is not None:
+            self.weights[:n] = augment.tensor(weights, self.device)
+        if self.adapters:
+            self.keys[:, :n] = augment.tensor(lora.step_keys(self.adapters, *key), self.device)
+            lora.use_keys(self.adapters, self.keys[:, :n])
+
+    def backward(self, n, whole):
+        """Add the gradients of the first n patches in the buffers → the sum of their losses."""
+        autocast = self.settings.method != "lora" and self.dtype != torch.float32
+        with torch.autocast(self.device.type, self.dtype, enabled=autocast):
+            logits = self.trained(self.images[:n])
+        weights = None if self.class_weights is None else self.weights[:n]
+        gamma = self.settings.focal_gamma
+        loss = training_loss(logits.float(), self.labels[:n], gamma, weights)
+        # The mean over the whole batch; processes add up their parts of it.
+        self.scaler.scale(loss * (1 / whole)).backward()
+        return loss.detach()
+
+    def clear_gradients(self):
+        if self.gradients is None:
+            self.optimizer.zero_grad(set_to_none=True)
+        else:
+            self.gradients.zero_()
+
+    def update(self):
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def captured(self, n, whole):
+        """Whether this step is replayed; captures it first when its time has come."""
+        if not self.may_capture or self.parts > 1 or n < len(self.labels):
+            return False
+        if self.replays is None and self.eager_steps < EAGER_STEPS:
+            self.eager_steps += 1
+            return False
+        if self.replays is None:
+            try:
+                self.capture(n, whole)
+            except RuntimeError as error:  # out of memory too: a graph's is its own
+                self.may_capture = False
+                reason = str(error).strip().split("\n")[0][:100]
+                models.note(f"note: the step runs without a CUDA graph ({reason})")
+                return False
+        return True
+
+    def capture(self, n, whole):
+        """Record, without running it, the step of a whole batch in two pieces: what comes before
+        the exchange between processes, and after it.
+        """
+
+        def before():
+            self.clear_gradients()
+            self.total = self.backward(n, whole)
+
+        if self.adapters:
+            lora.use_keys(self.adapters, self.keys)
+        first, pool = record(before, self.stream)
+        second, _ = record(self.update, self.stream, pool)
+        self.replays = (first, second)
+
+    def make_room(self, n):
+        """After a step that did not fit into memory: give up the graph, or halve the parts.
+
+        Half the patches at once give the same gradient. Several processes would have to agree on
+        it: they stop.
+        """
+        if world() > 1 or (self.replays is None and 2 * self.parts > n):
+            raise UserError(
+                f"out of memory on {self.device} with {n // self.parts} patches at once; use "
+                "--accumulate, --checkpointing or --dtype bf16"
+            ) from None
+        if self.replays is not None:
+            self.replays, self.may_capture = None, False
+        else:
+            self.parts *= 2
+            models.note(
+                f"the batch does not fit into memory: from now on gradients are accumulated over "
+                f"{self.parts} parts of it (--accumulate {self.parts})"
+            )
+        torch.cuda.empty_cache()
 
     def watch(self, losses, first, sample, places, share, epoch):
         """Mean of the losses since step `first` of the epoch.

@@ -267,11 +267,21 @@ def set_step(encoder, seed, step, samples):
     samples: numbers [B] of the batch's samples within the step.
     """
     layers = [module for _, module in adapted(encoder)]
+    keys = step_keys(layers, seed, step, samples)
+    use_keys(layers, keys.to(layers[0].weight.device))
+
+
+def step_keys(layers, seed, step, samples):
+    """Keys int64 [layers, B] of the dropout masks of a step, on the CPU; see set_step."""
     seed = torch.tensor((seed + 2**63) % 2**64 - 2**63)  # any whole number, as 64 bits
     numbers = torch.tensor([module.layer for module in layers])
     keys = splitmix(splitmix(splitmix(seed) + step) + numbers)
-    keys = splitmix(keys[:, None] + torch.as_tensor(samples, dtype=torch.int64))  # [layers, B]
-    for module, key in zip(layers, keys.to(layers[0].weight.device)):
+    return splitmix(keys[:, None] + torch.as_tensor(samples, dtype=torch.int64))
+
+
+def use_keys(layers, keys):
+    """Let the layers read their rows of `keys` [layers, B] in the next forward passes."""
+    for module, key in zip(layers, keys):
         module.key = key
 
 

@@ -330,7 +330,7 @@ def main():
         base_facts["adapter_hash"] = lora.adapter_hash(args.adapter)
     quiet = engine.launched()[0] > 0
     device = engine.process_device(args.device)
-    engine.join_processes(device, args.batch_size, args.epoch_size)
+    engine.join_processes(args.device, device, args.batch_size, args.epoch_size)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

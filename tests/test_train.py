@@ -372,15 +372,15 @@ def test_a_full_disk_leaves_the_former_checkpoint(tmp_path, table, monkeypatch, 
 
 def test_parts_of_a_batch_give_the_same_gradient(tmp_path, table, monkeypatch):
     """Gradient accumulation: the same samples, masks and augmentation; equal but for rounding."""
-    grads, real = {}, engine.Engine.backward
+    grads, real = {}, engine.Engine.accumulate
 
-    def backward(self, step, *rest):
-        total = real(self, step, *rest)
-        if step == 0:  # later ones start from weights that differ by Adam's amplified rounding
+    def accumulate(self, batch, whole):
+        total = real(self, batch, whole)
+        if batch[0] == 0:  # later ones start from weights that differ by Adam's amplified rounding
             grads[self.parts] = {name: p.grad.clone() for name, p in self.parameters.items()}
         return total
 
-    monkeypatch.setattr(engine.Engine, "backward", backward)
+    monkeypatch.setattr(engine.Engine, "accumulate", accumulate)
     for parts in (1, 3):
         assert small.call(train, *flags(table, tmp_path / str(parts)), "--accumulate", parts) == 0
     for name, whole in grads[1].items():
@@ -557,14 +557,14 @@ def test_the_bar_shows_loss_auroc_speed_and_time_left(
 
 
 def test_out_of_memory_halves_the_batch(tmp_path, table, monkeypatch, capsys):
-    real = engine.Engine.backward
+    real = engine.Engine.accumulate
 
-    def backward(self, step, images, *rest):
+    def accumulate(self, *rest):
         if self.parts == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(self, step, images, *rest)
+        return real(self, *rest)
 
-    monkeypatch.setattr(engine.Engine, "backward", backward)
+    monkeypatch.setattr(engine.Engine, "accumulate", accumulate)
     assert small.call(train, *flags(table, tmp_path, epochs=1)) == 0
     assert "accumulated over 2 parts" in capsys.readouterr().err
 
