@@ -25,7 +25,7 @@ import common
 import flags
 from common import UserError
 from dataset.patches import Patches, margin
-from lora import WEYL, splitmix
+from encoders.dropout import WEYL, splitmix
 
 # Share of the samples that each operation changes, in the order of their random numbers.
 PROBABILITY = {"rotate": 0.5, "hflip": 0.5, "vflip": 0.5, "jitter": 0.5, "blur": 0.1, "stain": 0.5}

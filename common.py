@@ -43,6 +43,17 @@ class UserError(Exception):
     """
 
 
+def note(text):
+    """One line on stderr: what a user should know but need not act on."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def first_line(error):
+    """What an exception says, in one short line; its type's name if it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0][:160] if text else type(error).__name__
+
+
 # What the user can mend; any other OSError is a bug and keeps its traceback.
 ADVICE = {
     errno.ENOSPC: "the disk is full: make room, then run the same command again",

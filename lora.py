@@ -6,8 +6,8 @@ A [r, in] starts kaiming-uniform(a = sqrt 5), B [out, r] at zero, so a fresh ada
 nothing. Parameters are called lora_A, lora_B (DoRA: also lora_magnitude); everything else is
 frozen.
 
-The dropout mask is a hash of (seed, step, layer, sample, element): it needs no memory for the
-backward pass, a resumed run draws the same one, and so does any number of processes."""
+The dropout mask is a hash of (seed, step, layer, sample, element), see encoders/dropout.py: a
+resumed run draws the same one, and so does any number of processes."""
 
 import contextlib
 import hashlib
@@ -25,44 +25,10 @@ from torch import nn
 import common
 from common import UserError
 from dataset.formats.cells import are_class_names
+from encoders.dropout import WEYL, Dropout, add_kept, drop, kept_share, splitmix
 from encoders.layers import Linear, linear
 
 TARGETS = ("qkv", "proj", "fc1", "fc2")
-# splitmix64's constants (Steele et al. 2014), as signed numbers
-MIX1, MIX2, WEYL = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15, -0x61C8864680B583EB
-
-
-def splitmix(x):
-    """splitmix64's finaliser on an int64 tensor, mostly in place: half the time on CPUs."""
-    x = (x >> 30).bitwise_and_(0x3FFFFFFFF).bitwise_xor_(x).mul_(MIX1)
-    x = (x >> 27).bitwise_and_(0x1FFFFFFFFF).bitwise_xor_(x).mul_(MIX2)
-    return (x >> 31).bitwise_and_(0x1FFFFFFFF).bitwise_xor_(x)
-
-
-def keep_mask(key, elements, p):
-    """Boolean [B, elements]: which are kept. key: int64 [B], one per sample. Four 16-bit numbers
-    per hash.
-    """
-    # 1, 2, 3, … times WEYL, in 64 bits. Written (i + 1) * WEYL, inductor would compute with
-    # constants beyond them.
-    counter = ~torch.arange((elements + 3) // 4, device=key.device) * -WEYL
-    words = splitmix(key[:, None] + counter)
-    if torch.compiler.is_compiling():
-        # On CPUs, inductor's code for the view writes beyond its memory.
-        shifts = torch.arange(0, 64, 16, device=key.device)
-        lanes = (words[..., None] >> shifts).to(torch.int16).flatten(1)
-    else:
-        lanes = words.view(torch.int16)
-    return lanes[:, :elements] >= round(p * 65536) - 32768
-
-
-def kept_share(p):
-    """The true probability of being kept: p in steps of 2^-16."""
-    return 1 - round(p * 65536) / 65536
-
-
-# Devices that keep the dropout masks; others hash them again in the backward pass.
-MASK_KEPT_ON = ("cpu",)
 
 
 class LoRAFunction(torch.autograd.Function):
@@ -76,22 +42,14 @@ class LoRAFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, scale, key, p):
         ctx.p, ctx.scale, ctx.shape = p, scale / kept_share(p), x.shape
-        keep = LoRAFunction.mask(x.shape, key, p)
+        ctx.elements = x.shape[1:].numel()  # of a sample
         x = x.reshape(-1, x.shape[-1])
-        seen = x if keep is None else x * keep  # not yet divided by the kept share
+        seen, keep = drop(x, key, ctx.elements, p)  # not yet divided by the kept share
         h = linear(seen, A.to(x.dtype))  # [n, r]
         y = linear(x, weight, bias)  # [n, out]
         y.addmm_(h, (B * ctx.scale).to(x.dtype).T)
-        if x.device.type not in MASK_KEPT_ON:
-            keep = None
         ctx.save_for_backward(seen, weight, A, B, key, h, keep)
         return y.view(*ctx.shape[:-1], -1)
-
-    @staticmethod
-    def mask(shape, key, p):
-        if p == 0:
-            return None
-        return keep_mask(key, shape[1:].numel(), p).view(-1, shape[-1])
 
     @staticmethod
     def backward(ctx, grad):
@@ -102,14 +60,8 @@ class LoRAFunction(torch.autograd.Function):
         gA = linear(gh.T, seen.T).to(A.dtype)
         gx = None
         if ctx.needs_input_grad[0]:
-            if keep is None:
-                keep = LoRAFunction.mask(ctx.shape, key, ctx.p)
             back = linear(gh, A.to(g.dtype).T)
-            gx = linear(g, weight.T)
-            if keep is None:
-                gx.add_(back)
-            else:
-                gx.addcmul_(back, keep.to(g.dtype))
+            gx = add_kept(linear(g, weight.T), back, key, ctx.elements, ctx.p, keep)
             gx = gx.view(ctx.shape)
         return gx, None, None, gA, gB, None, None, None
 
@@ -162,8 +114,7 @@ class LoRALinear(nn.Module):
         """
         weight, low = self.weight.to(self.lora_A.dtype), self.scale * self.lora_B @ self.lora_A
         factor = (self.lora_magnitude / (weight + low).norm(dim=1).detach()).to(x.dtype)
-        keep = LoRAFunction.mask(x.shape, key, p)
-        seen = x if keep is None else x * keep.view(x.shape) / kept_share(p)
+        seen = Dropout.apply(x, key, p) / kept_share(p) if p > 0 else x
         up = F.linear(F.linear(seen, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype)) * self.scale
         # As in peft: what the factor adds sees the dropout too.
         return (

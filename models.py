@@ -16,7 +16,6 @@ import contextlib
 import json
 import os
 import queue
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from torch import nn
 
 import common
 import weights as published
-from common import UserError
+from common import UserError, first_line, note
 from encoders.swin import Swin
 from encoders.table import ENCODERS, POOLS, find_encoder, flops
 from encoders.vit import ViT
@@ -147,8 +146,7 @@ def resolve_device(name="auto"):
         torch.zeros(1, device=device)  # the only reliable sign that it works
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(
-            f"--device {name}: not usable here ({published.first_line(error)}); use --device cpu "
-            "or auto"
+            f"--device {name}: not usable here ({first_line(error)}); use --device cpu or auto"
         ) from None
     return device
 
@@ -173,10 +171,6 @@ def resolve_dtype(name, device, spec=None):
             "choices"
         )
     return DTYPES[name]
-
-
-def note(text):
-    print(text, file=sys.stderr, flush=True)
 
 
 def add_arguments(parser):

@@ -26,15 +26,10 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
-from common import UserError
+from common import UserError, first_line
 from encoders.names import rename
 
 ROOT = Path(__file__).resolve().parent  # the demo's encoder lies in a folder of the project
-
-
-def first_line(error):
-    text = str(error).strip()
-    return text.splitlines()[0][:160] if text else type(error).__name__
 
 
 def listing(missing=(), unexpected=(), shapes=()):

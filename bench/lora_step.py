@@ -41,6 +41,7 @@ from encode import flops, matmul_rate, peak, wait
 
 import lora
 import models
+from encoders import dropout
 
 DEFAULT_MODEL = {"cpu": "lunit-s16", "cuda": "h-optimus-0"}
 BLOCKS = r"blocks\.\d+\..*\.(qkv|proj|fc1|fc2)"
@@ -203,7 +204,7 @@ def count(name, batch):
     Fake tensors: nothing is computed. They are on the CPU, whose attention saves the same tensors
     as a GPU's. Library caches and the allocator's waste come on top.
     """
-    lora.MASK_KEPT_ON = ()
+    dropout.MASK_KEPT_ON = ()
     with FakeTensorMode(allow_non_fake_inputs=True), Counter() as counter:
         torch.set_default_dtype(torch.bfloat16)
         encoder = models.build(models.ENCODERS[name], pool="cls")

@@ -13,6 +13,7 @@ from torch import nn
 import lora
 import models
 from common import UserError
+from encoders.dropout import keep_mask, kept_share
 from encoders.table import Encoder
 
 KINDS = [{}, {"dora": True}, {"rslora": True}]
@@ -86,11 +87,7 @@ class OurDropout(nn.Module):
         if not self.training:
             return x
         (layer,) = self.layers
-        return (
-            x
-            * lora.keep_mask(layer.key, x[0].numel(), layer.p).view(x.shape)
-            / lora.kept_share(layer.p)
-        )
+        return x * keep_mask(layer.key, x[0].numel(), layer.p).view(x.shape) / kept_share(layer.p)
 
 
 def trained(ours, theirs):
@@ -373,13 +370,13 @@ def test_masks_have_the_share_and_are_independent():
     def masks(seed, step, samples):
         lora.set_step(network, seed, step, samples)
         return torch.stack(
-            [lora.keep_mask(m.key, 50 * 256, 0.1) for m in layer]
+            [keep_mask(m.key, 50 * 256, 0.1) for m in layer]
         ).float()  # [layer, B, elements]
 
     a = masks(0, 0, range(16))
     n = a.numel()
-    assert abs(a.mean() - lora.kept_share(0.1)) < 4 * (0.09 / n) ** 0.5
-    assert abs(lora.kept_share(0.1) - 0.9) < 1e-5
+    assert abs(a.mean() - kept_share(0.1)) < 4 * (0.09 / n) ** 0.5
+    assert abs(kept_share(0.1) - 0.9) < 1e-5
     assert abs(a.mean((0, 2)) - 0.9).max() < 0.01 and abs(a.mean((0, 1)) - 0.9).max() < 0.35
     others = [
         masks(0, 1, range(16)),
