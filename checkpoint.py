@@ -74,41 +74,62 @@ def _json_or_text(value):
 
 # ---------------------------------------------------------------- while it trains
 
+KEPT = 3  # models that are best on a sample of the validation set, validated on all of it
+
 
 class Progress:
-    """Where a run stands after a pseudo-epoch, and its checkpoint in two files.
+    """Where a run stands after a pseudo-epoch, and its checkpoint in several files.
 
-    checkpoint.safetensors holds parameters, Adam's moments and the numbers below; the best model so
-    far has a file of its own, checkpoint.best-<epoch>.safetensors, which the first one names, so
-    that a kill between the two does no harm.
+    checkpoint.safetensors holds parameters, Adam's moments and the numbers below; each of the best
+    models so far has a file of its own, checkpoint.best-<epoch>.safetensors, which the first one
+    names, so that a kill between the two does no harm. keep: the number of best models.
+
+    After the last epoch, checkpoint.logits-<epoch>.safetensors holds what a kept model predicts for
+    the whole validation set, so that none is validated twice.
     """
 
-    def __init__(self, run):
-        self.run = run
+    def __init__(self, run, keep=1):
+        self.run, self.keep = run, keep
         self.epoch = 0  # pseudo-epochs done
-        self.best_epoch, self.best_loss = None, math.inf
+        self.best = []  # (validation loss, epoch) of the models that are kept, the lowest first
 
-    def best_file(self):
-        return self.run.path / f"checkpoint.best-{self.best_epoch}.safetensors"
+    @property
+    def best_epochs(self):
+        """Pseudo-epochs of the models that are kept, that of the lowest validation loss first."""
+        return [epoch for _, epoch in self.best]
+
+    @property
+    def best_epoch(self):
+        """The pseudo-epoch of the lowest validation loss; None before the first."""
+        return self.best[0][1] if self.best else None
+
+    def best_file(self, epoch):
+        return self.run.path / f"checkpoint.best-{epoch}.safetensors"
+
+    def logits_file(self, epoch):
+        return self.run.path / f"checkpoint.logits-{epoch}.safetensors"
 
     def is_stale(self, patience):
         """Whether `patience` pseudo-epochs brought no lower validation loss; None: never."""
         return patience is not None and self.epoch - (self.best_epoch or 0) >= patience
 
-    def save(self, model, method, parameters, optimizer, scaler, loss, auroc):
-        """Take in the validation loss and AUROC of the epoch just done, and write it all."""
+    def save(self, model, method, parameters, optimizer, scaler, loss, scores):
+        """Take in the validation loss of the epoch just done, and write it all.
+
+        scores: {name: number} of its validation, for the header of its file.
+        """
         self.epoch += 1
         state = trained_state(model, method)
-        if loss < self.best_loss:
-            self.best_loss, self.best_epoch = loss, self.epoch
+        if loss < math.inf:  # equal losses: the earlier epoch
+            self.best = sorted([*self.best, (loss, self.epoch)])[: self.keep]
+        if self.epoch in self.best_epochs:
             save_tensors(
-                self.best_file(),
+                self.best_file(self.epoch),
                 state,
                 format=f"{common.NAME}-run",
                 method=method,
                 epoch=self.epoch,
-                val_loss=loss,
-                val_auroc=auroc,
+                **scores,
             )
         tensors = {f"model.{name}": value for name, value in state.items()}
         for name, parameter in parameters.items():
@@ -118,12 +139,12 @@ class Progress:
             self.run.checkpoint,
             tensors,
             epoch=self.epoch,
-            best_epoch=self.best_epoch,
-            best_loss=self.best_loss,
+            best=self.best,
             scaler=scaler.state_dict(),
         )
+        kept = set(map(self.best_file, self.best_epochs))
         for old in self.run.path.glob("checkpoint.best-*"):
-            if old != self.best_file():
+            if old not in kept:
                 old.unlink()
 
     def restore(self, model, parameters, optimizer, scaler):
@@ -132,7 +153,7 @@ class Progress:
             return False
         try:
             self._restore(model, parameters, optimizer, scaler)
-        except (UserError, KeyError, TypeError) as error:
+        except (UserError, KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{self.run.checkpoint}: the run cannot be continued ({error}); start it over with "
                 "--force"
@@ -162,7 +183,28 @@ class Progress:
         if numbers["scaler"]:
             scaler.load_state_dict(numbers["scaler"])
         self.epoch = numbers["epoch"]
-        self.best_epoch, self.best_loss = numbers["best_epoch"], numbers["best_loss"]
+        if "best" in numbers:
+            self.best = [(float(loss), int(epoch)) for loss, epoch in numbers["best"]]
+        elif numbers["best_epoch"] is not None:  # earlier versions kept one
+            self.best = [(numbers["best_loss"], numbers["best_epoch"])]
+
+    def load(self, epoch):
+        """({name: tensor}, facts) of the model that was kept after `epoch`."""
+        return load_tensors(self.best_file(epoch))
+
+    def save_logits(self, epoch, logits):
+        """Keep the logits [N] of the whole validation set, by the model of `epoch`."""
+        save_tensors(self.logits_file(epoch), {"logits": torch.from_numpy(logits)})
+
+    def load_logits(self, epoch, count):
+        """The float64 logits [count] that were kept; None if there are none."""
+        path = self.logits_file(epoch)
+        if not path.exists():
+            return None
+        logits = load_tensors(path)[0].get("logits")
+        if logits is None or logits.dtype != torch.float64 or logits.shape != (count,):
+            raise UserError(f"{path}: not the logits of this validation set; delete the file")
+        return logits.numpy()
 
 
 # ---------------------------------------------------------------- when it is done

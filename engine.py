@@ -45,6 +45,7 @@ class TrainingSettings(runs.Settings):
     patience: int | None = None  # pseudo-epochs
     augment: str = "paper"  # or "heavy"
     soft_labels: bool = False
+    val_patches: int | None = None  # annotations validated after each pseudo-epoch; None: all
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -276,6 +276,16 @@ class Run:
             kept = lines[: rows + 1] if rows else []  # the header is written with the first row
             common.write_text(path, "".join(kept))
 
+    def complete_log(self, values):
+        """Fill cells of log.csv that were left blank: {epoch: {column: value}}."""
+        path = self.path / "log.csv"
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        for row in rows:
+            row.update(values.get(int(row["epoch"]), {}))
+        lines = [list(rows[0]), *(map(_cell, row.values()) for row in rows)]
+        common.write_text(path, "".join(",".join(line) + "\n" for line in lines))
+
     def finish(self, metrics):
         """Write metrics.json, which makes the run finished, then drop the checkpoint."""
         common.write_json(self.path / "metrics.json", metrics)

@@ -32,8 +32,12 @@ import models
 import runs
 from common import UserError
 from dataset.patches import Patches
-from dataset.sampler import Sampler
+from dataset.sampler import Sampler, validation_sample
 from reporting import figures, metrics
+
+# Loss and AUROC in log.csv and metrics.json: of the whole validation set, of --val-patches.
+VALIDATION_COLUMNS = ("val_loss", "val_auroc")
+SAMPLE_COLUMNS = ("sample_loss", "sample_auroc")
 
 # ---------------------------------------------------------------- the command's flags
 
@@ -133,6 +137,17 @@ def arguments():
         help="stop after N pseudo-epochs without a lower validation loss (default: never)",
     )
     group.add_argument(
+        "--val-patches",
+        type=int,
+        metavar="N",
+        help="validate each pseudo-epoch on a fixed sample of N validation annotations, in "
+        f"proportion by class and case; of the {checkpoint.KEPT} epochs with the lowest loss on "
+        "it, the one with the lowest loss on the whole validation set is kept. --patience counts "
+        "on the sample. An N of the set's size or more gives the results without the flag, in a "
+        "run of another name (default: validate on all, as the protocol says; --val-frac makes "
+        "the set itself smaller)",
+    )
+    group.add_argument(
         "--random-share", type=float, default=0.25, help="share of random patches (default: 0.25)"
     )
     group.add_argument(
@@ -190,6 +205,8 @@ def check(args):
         raise UserError(f"--weight-decay {args.weight_decay:g}: give a number from 0 to below 1000")
     if args.patience is not None:
         flags.at_least(args, 1, "patience")
+    if args.val_patches is not None:
+        flags.at_least(args, 2, "val_patches")  # one of each class
     if args.accumulate > args.batch_size:
         raise UserError(f"--accumulate {args.accumulate}: more parts than patches in a batch")
     spec = models.find_encoder(args.model)
@@ -273,6 +290,7 @@ def settings_of(args, split, base, dtype, adapter):
         class_weight=args.class_weight,
         weight_decay=args.weight_decay,
         patience=args.patience,
+        val_patches=args.val_patches,
         **adapter,
     )
 
@@ -312,6 +330,8 @@ def choices(settings, adapter_hash):
         own.append(settings.augment)
     if settings.soft_labels:
         own.append("soft")
+    if settings.val_patches:
+        own.append(f"val{settings.val_patches}")
     return settings.choices(own, settings.pool)
 
 
@@ -449,20 +469,25 @@ def train(args, settings, annotations, patches, run, split, base, device, dtype)
         args.accumulate,
         args.compile,
     )
-    validation = annotations.rows(split.val)
+    validation, sampled = annotations.rows(split.val), samples_validation(settings, split)
+    if sampled:
+        validation = validation_sample(
+            annotations, validation, settings.val_patches, settings.seed, settings.fold
+        )
     labels, decoded = annotations.label[validation], engine.Decoded(patches, validation)
+    columns = SAMPLE_COLUMNS if sampled else VALIDATION_COLUMNS
     # Training end to end predicts under autocast, LoRA in the precision of its frozen weights.
     autocast = None if args.lora else dtype
 
     # Where the run stands.
-    state = checkpoint.Progress(run)
+    state = checkpoint.Progress(run, keep=checkpoint.KEPT if sampled else 1)
     continued = state.restore(model, parameters, trainer.optimizer, trainer.scaler)
     if first:
         run.truncate_log(state.epoch)
         if continued:
             print(f"continuing after pseudo-epoch {state.epoch} of {settings.epochs}", flush=True)
         else:
-            print(summary(model, parameters, split, dtype, device), flush=True)
+            print(summary(settings, model, parameters, split, dtype, device), flush=True)
 
     # Pseudo-epochs: train, validate, write the checkpoint.
     todo, validated = (settings.epochs - state.epoch) * settings.epoch_size, ""
@@ -479,14 +504,16 @@ def train(args, settings, annotations, patches, run, split, base, device, dtype)
             loss, auroc = engine.validation_loss(labels, logits), metrics.auroc(labels, logits)
             if first:
                 last_step = (number + 1) * trainer.steps_per_epoch - 1
+                scores = dict(zip(columns, (loss, auroc)))
                 row = {
                     "epoch": number + 1,
                     "lr": engine.learning_rate(last_step, trainer.steps, settings.lr),
                     "train_loss": train_loss,
-                    "val_loss": loss,
-                    "val_auroc": auroc,
+                    **scores,
                     "patches_per_s": round(speed, 2),
                 }
+                if sampled:  # filled for the epochs that are validated on all of it
+                    row |= dict.fromkeys(VALIDATION_COLUMNS, "")
                 run.log(row)
                 state.save(
                     model,
@@ -495,14 +522,21 @@ def train(args, settings, annotations, patches, run, split, base, device, dtype)
                     trainer.optimizer,
                     trainer.scaler,
                     loss,
-                    auroc,
+                    scores,
                 )
                 validated = f", validation {loss:.3f}, AUROC {auroc:.3f}"
             if engine.world() > 1:
                 dist.barrier()
     if first and state.epoch < settings.epochs:
         print(stopped(state, settings), flush=True)
+    if sampled:
+        decoded = engine.Decoded(patches, annotations.rows(split.val))
     return finish(settings, annotations, patches, run, split, model, state, decoded, autocast)
+
+
+def samples_validation(settings, split):
+    """Whether a pseudo-epoch is validated on a part of the validation set."""
+    return settings.val_patches is not None and settings.val_patches < len(split.val)
 
 
 def stopped(state, settings):
@@ -513,44 +547,107 @@ def stopped(state, settings):
     )
 
 
-def summary(model, parameters, split, dtype, device):
+def summary(settings, model, parameters, split, dtype, device):
     """The line about a run that begins."""
     trained = sum(p.numel() for p in parameters.values())
     everything = sum(p.numel() for p in model.parameters())
     place = f"{models.name_of(dtype)} on {device}"
     if engine.world() > 1:
         place += f", {engine.world()} processes"
+    validation = f"{len(split.val):,}"
+    if samples_validation(settings, split):
+        validation += f" ({settings.val_patches:,} of them after each pseudo-epoch)"
     return (
         f"training {trained:,} of {everything:,} parameters in {place}; {len(split.train):,} "
-        f"annotations, validation {len(split.val):,}, test {len(split.test):,}"
+        f"annotations, validation {validation}, test {len(split.test):,}"
     )
 
 
 def finish(settings, annotations, patches, run, split, model, state, decoded, autocast):
-    """The best model: its file, its predictions on every set, its metrics → rows of the table."""
-    best = numbers = None
-    if engine.rank() == 0:
-        best, numbers = checkpoint.load_tensors(state.best_file())
-    best = engine.from_first(best)
-    model.load_state_dict(best, strict=False)
+    """The chosen model: its file, its predictions on every set, its metrics → rows of the table.
+
+    decoded: the whole validation set.
+    """
+    epochs = engine.from_first(state.best_epochs)
+    if not epochs:
+        raise UserError(
+            f"{run.path}: no pseudo-epoch has a finite validation loss; start over with --force "
+            "and a smaller --lr"
+        )
+    epoch, on_all, scores = epochs[0], {}, {}
+    if samples_validation(settings, split):
+        on_all = validate_kept(epochs, settings, model, state, decoded, autocast)
+        labels = annotations.label[decoded.rows]
+        for number, logits in on_all.items():
+            loss, auroc = engine.validation_loss(labels, logits), metrics.auroc(labels, logits)
+            scores[number] = dict(zip(VALIDATION_COLUMNS, (loss, auroc)))
+        # Of equal losses that of the epoch that was better on the sample: it comes first.
+        epoch = min(epochs, key=lambda number: scores[number]["val_loss"])
+        if engine.rank() == 0:
+            run.complete_log(scores)
+            print(chosen(epoch, scores), flush=True)
+    best, numbers = load_kept(epoch, model, state)
     predicted = []
     for name, ids in runs.sets_of(split).items():
         rows = annotations.rows(ids)
-        reader = decoded if name == "val" else engine.Decoded(patches, rows)
-        logits = engine.predict_together(model, reader, len(rows), settings.batch_size, autocast)
+        if name == "val" and on_all:
+            logits = on_all[epoch]
+        else:
+            reader = decoded if name == "val" else engine.Decoded(patches, rows)
+            logits = engine.predict_together(
+                model, reader, len(rows), settings.batch_size, autocast
+            )
         predicted.append((name, annotations, rows, logits))
     if engine.rank():
         return []
     figures.curves(run.path)
-    auroc = numbers["val_auroc"]
-    training = {
-        "epochs": state.epoch,
-        "best_epoch": numbers["epoch"],
-        "val_loss": numbers["val_loss"],
-        "val_auroc": None if math.isnan(auroc) else auroc,
-        "train_annotations": len(split.train),
-    }
+    training = {"epochs": state.epoch, "best_epoch": epoch}
+    measured = numbers | scores.get(epoch, {})
+    for name in (*VALIDATION_COLUMNS, *SAMPLE_COLUMNS):
+        if name in measured:
+            training[name] = None if math.isnan(measured[name]) else measured[name]
+    training["train_annotations"] = len(split.train)
     return checkpoint.finish(run, best, predicted, training)
+
+
+def load_kept(epoch, model, state):
+    """Load the model that was kept after `epoch`, in every process → (its tensors, in the first
+    process the facts of its file).
+    """
+    tensors = facts = None
+    if engine.rank() == 0:
+        tensors, facts = state.load(epoch)
+    tensors = engine.from_first(tensors)
+    model.load_state_dict(tensors, strict=False)
+    return tensors, facts
+
+
+def validate_kept(epochs, settings, model, state, decoded, autocast):
+    """{epoch: logits of the whole validation set} of the models that were kept after `epochs`; what
+    an interrupted run has computed is not computed again.
+    """
+    first, found = engine.rank() == 0, {}
+    for epoch in epochs:
+        logits = engine.from_first(state.load_logits(epoch, len(decoded)) if first else None)
+        if logits is None:
+            load_kept(epoch, model, state)
+            title = f"validating pseudo-epoch {epoch}" if first else None
+            logits = engine.predict_together(
+                model, decoded, len(decoded), settings.batch_size, autocast, title
+            )
+            if first:
+                state.save_logits(epoch, logits)
+        found[epoch] = logits
+    return found
+
+
+def chosen(epoch, scores):
+    """The line about the choice among the epochs that were best on the sample."""
+    losses = [f"{number} has {values['val_loss']:.4f}" for number, values in scores.items()]
+    return (
+        f"kept pseudo-epoch {epoch}: the lowest loss on the whole validation set "
+        f"({', '.join(losses)})"
+    )
 
 
 def further_tests(args, settings, tests, path, device, dtype):

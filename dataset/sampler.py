@@ -1,5 +1,5 @@
 """The sampler of pseudo-epochs: which patches training sees, as a function of seed, fold and epoch
-alone.
+alone; and a sample of the validation set.
 """
 
 import math
@@ -237,3 +237,36 @@ class Sampler:
             of_turn = draws // n == turn
             index[of_turn] = self._order[1][draws[of_turn] % n]
         return index
+
+
+# ---------------------------------------------------------------- validation
+
+
+def validation_sample(annotations, rows, count, seed, fold):
+    """`count` of the validation set `rows`, in their order; all of them if there are no more.
+
+    One sample for each (seed, fold): the classes in proportion, with at least one annotation of
+    each if count > 1, and within a class the domains and cases in proportion, to within one.
+    """
+    if count >= len(rows):
+        return rows
+    rng = generator("validation", seed, fold)
+    positive = rows[annotations.label[rows] == 1]
+    negative = rows[annotations.label[rows] == 0]
+    least, most = min(1, len(positive)), count - min(1, len(negative))
+    positives = int(np.clip(round(count * len(positive) / len(rows)), least, most))
+    drawn = [
+        _spread(annotations, positive, positives, rng),
+        _spread(annotations, negative, count - positives, rng),
+    ]
+    return rows[np.isin(rows, np.concatenate(drawn))]
+
+
+def _spread(annotations, rows, count, rng):
+    """`count` of `rows` at equal steps through them, sorted by domain and case, so that each of
+    these holds its share to within one; in random order within a case.
+    """
+    case, domain = (annotations.codes(name)[1][rows] for name in ("case", "domain"))
+    order = np.lexsort((rng.random(len(rows)), case, domain))
+    start = int(rng.random() * len(rows))
+    return rows[order[(np.arange(count) * len(rows) + start) // max(1, count)]]

@@ -362,30 +362,44 @@ def detection(rows, threshold):
 def training(logs, width=WIDTH):
     """Losses and validation AUROC over the pseudo-epochs. logs: {label: [results.read_log() of each
     repeat]}; a marker stands at the epoch that was kept, the one of the lowest validation loss.
+
+    Lines of runs with --val-patches are of the sample, crosses of the whole validation set.
     """
     figure = Figure(figsize=(width, 2.15 + 0.07 * len(logs)))
     losses, ranking = figure.subplots(1, 2)
-    handles = {}
+    handles, sampled = {}, False
     for i, (label, repeats) in enumerate(logs.items()):
         line = look(i)
         thin = {"color": line["color"], "linewidth": 0.5, "alpha": 0.6}
+        cross = {"color": line["color"], "marker": "x", "linestyle": ""}
         for log in repeats:
-            kept = [int(np.argmin(log["val_loss"]))]
-            losses.plot(log["epoch"], log["train_loss"], **thin)
-            (handles[label],) = losses.plot(log["epoch"], log["val_loss"], markevery=kept, **line)
-            ranking.plot(log["epoch"], log["val_auroc"], markevery=kept, **line)
+            epoch, loss, auroc = log["epoch"], log["val_loss"], log["val_auroc"]
+            kept = [int(np.nanargmin(loss))]
+            losses.plot(epoch, log["train_loss"], **thin)
+            if "sample_loss" in log:
+                losses.plot(epoch, loss, **cross)
+                ranking.plot(epoch, auroc, **cross)
+                loss, auroc = log["sample_loss"], log["sample_auroc"]
+                sampled = True
+            (handles[label],) = losses.plot(epoch, loss, markevery=kept, **line)
+            ranking.plot(epoch, auroc, markevery=kept, **line)
     losses.set(xlabel="pseudo-epoch", ylabel="cross-entropy")
     ranking.set(xlabel="pseudo-epoch", ylabel="validation AUROC")
     for ax in (losses, ranking):
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     handles["thin: training loss"] = Line2D([], [], color="#555555", linewidth=0.5)
+    if sampled:
+        cross = {"color": "#555555", "marker": "x", "linestyle": ""}
+        handles["whole validation set"] = Line2D([], [], **cross)
     _legend(figure, handles.values(), handles.keys())
     return figure
 
 
 def curves(path):
     """Write curves.png of a run's log.csv: losses and validation AUROC over the pseudo-epochs."""
-    log = results.read_log(path)
-    figure = training({"validation (mark: kept epoch)": [log]}, width=2 * WIDTH)
+    log, label = results.read_log(path), "validation (mark: kept epoch)"
+    if "sample_loss" in log:
+        label = "sample of validation (mark: kept epoch)"
+    figure = training({label: [log]}, width=2 * WIDTH)
     with common.atomic(Path(path) / "curves.png") as temporary:
         temporary.write_bytes(images(figure)["png"])

@@ -33,6 +33,7 @@ NAMED = (
     "class_weight",
     "augment",
     "soft_labels",
+    "val_patches",
     "fit",
     "tta",
     "C",
@@ -55,6 +56,7 @@ OPTIONAL = {
     "soft_labels": None,
     "weight_decay": "0",
     "patience": None,
+    "val_patches": None,
 }
 STATES = ("done", "running", "failed", "missing")
 

@@ -284,6 +284,11 @@ def training_picture(name, where, share, named):
         f"{where}: training, {share}, each repeat. Left: cross-entropy on validation; right: "
         "validation AUROC. Mark: the epoch that was kept."
     )
+    if any("sample_loss" in log for repeats in logs.values() for log in repeats):
+        caption += (
+            " Lines of runs with --val-patches are of a sample of the validation set; crosses: on "
+            "all of it."
+        )
     return [
         Picture(f"training_{name}", caption, figures.images(figures.training(logs))),
         *notes,

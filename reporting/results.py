@@ -33,6 +33,7 @@ GROUPED = {"frac", "fold", "domain", "leave_out", "weights", "adapter", "dtype"}
 BASES = {"weights_hash": "weights", "adapter_hash": "adapter"}
 LEFT_OUT = "left out"  # Finished.by of runs with --leave-out
 LOG_COLUMNS = ("epoch", "train_loss", "val_loss", "val_auroc")
+SAMPLE_COLUMNS = ("sample_loss", "sample_auroc")  # of runs with --val-patches
 
 
 @dataclass
@@ -460,6 +461,9 @@ def _hash(*arrays):
 def read_log(path):
     """log.csv of a run as {column: float64 [epochs]}, LOG_COLUMNS; None without one (probes).
     UserError: damaged.
+
+    With --val-patches also SAMPLE_COLUMNS, of every epoch; what the whole validation set gives is
+    NaN but for the epochs that were validated on it.
     """
     path = Path(path) / "log.csv"
     if not path.is_file():
@@ -467,7 +471,14 @@ def read_log(path):
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-        log = {key: np.array([float(row[key]) for row in rows]) for key in LOG_COLUMNS}
+        columns = LOG_COLUMNS
+        if rows and set(SAMPLE_COLUMNS) <= rows[0].keys():
+            columns += SAMPLE_COLUMNS
+            for row in rows:
+                row |= {name: row[name] or "nan" for name in ("val_loss", "val_auroc")}
+        log = {key: np.array([float(row[key]) for row in rows]) for key in columns}
+        if rows and np.isnan(log["val_loss"]).all():
+            raise ValueError
     except (KeyError, TypeError, ValueError, csv.Error, OSError):
         raise UserError(f"{path}: not a log of training; the file is damaged") from None
     if not rows:

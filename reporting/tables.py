@@ -239,6 +239,14 @@ def name_of(run):
     return " ".join([*words, *filter(None, choices), *filter(None, [tag])])
 
 
+def papers_label(run):
+    """A run's label for published(): --val-patches makes validation cheaper, not the method another
+    one.
+    """
+    count = run.flags.get("val_patches")
+    return run.label.replace(f"-val{count}", "", 1) if count else run.label
+
+
 def without_method(run):
     """name_of() for a panel whose title is the method."""
     return name_of(run).replace(f" {METHODS.get(run.method, run.method)}", "", 1)
@@ -303,7 +311,8 @@ def full_table(name, title, named, trust, paper):
         row.append(_bounds(trust.get(label, {}).get("interval")))
         if paper:
             first = repeats[0]
-            row += [paper.get((first.data, first.label, "all", key), "–") for key in METRICS]
+            label = papers_label(first)
+            row += [paper.get((first.data, label, "all", key), "–") for key in METRICS]
         rows.append(row)
     for column, key in enumerate(METRICS, start=2):
         embolden(rows, column, means[key])
@@ -452,7 +461,7 @@ def cross_table(name, title, finished, paper):
             row.append(mean_sd(values))
             means[key, side].append(mean(values))
             if paper and key in METRICS:
-                row.append(paper.get(("5", repeats[0].label, side, key), "–"))
+                row.append(paper.get(("5", papers_label(repeats[0]), side, key), "–"))
         rows.append(row)
     header = ["model", "runs"]
     for key, side in means:
