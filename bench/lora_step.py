@@ -27,6 +27,7 @@ import sys
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -204,7 +205,10 @@ def count(name, batch):
     Fake tensors: nothing is computed. They are on the CPU, whose attention saves the same tensors
     as a GPU's. Library caches and the allocator's waste come on top.
     """
-    dropout.MASK_KEPT_ON = ()
+    kernels = SimpleNamespace(  # as those for GPUs: no memory but that of the result
+        drop=lambda x, *_: torch.empty_like(x), add_kept=lambda total, *_: total
+    )
+    dropout.kernels_for = lambda x: kernels
     with FakeTensorMode(allow_non_fake_inputs=True), Counter() as counter:
         torch.set_default_dtype(torch.bfloat16)
         encoder = models.build(models.ENCODERS[name], pool="cls")
