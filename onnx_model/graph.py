@@ -7,9 +7,9 @@ inside its weights. And the weights pass one tensor at a time into a file, so th
 is the model's own.
 
 fp32   everything in float32
-fp16   weights and products in float16; float32 where a transformer needs it: the residual stream
-       and its LayerNorms, softmax, patch embedding, head, and every part of a block whose
-       activations come near the end of float16
+fp16   weights, products and the residual stream in float16; float32 where a transformer needs it:
+       patch embedding, last LayerNorm, head, and every part of a block whose activations come near
+       the end of float16, the stream through it included. LayerNorm and softmax are float32 inside
 int8   products of signed bytes (weights per output channel, symmetric) and unsigned bytes
        (activations, scaled by the range each batch has, after channels that stand out were evened
        out); everything between them in float32
@@ -185,8 +185,8 @@ def flips_and_turns(g, x, input_type):
 @contextlib.contextmanager
 def activation_peaks(encoder):
     """Largest absolute values while images go through the encoder: of each part of a block,
-    {(block, "attn" | "mlp"): number}, and of each channel that goes into a product, {(block,
-    "attn.qkv" | …): array}.
+    {(block, "attn" | "mlp"): number}, of the residual stream through it, {(block, "stream"):
+    number}, and of each channel that goes into a product, {(block, "attn.qkv" | …): array}.
     """
     peaks, hooks = {}, []
 
@@ -200,7 +200,18 @@ def activation_peaks(encoder):
 
         hooks.append(module.register_forward_hook(hook))
 
+    def watch_stream(block, i):
+        """Before each LayerNorm, and after the block."""
+
+        def see(x):
+            peaks[i, "stream"] = max(peaks.get((i, "stream"), 0.0), x.detach().abs().amax().item())
+
+        for norm in (block.norm1, block.norm2):
+            hooks.append(norm.register_forward_pre_hook(lambda module, inputs: see(inputs[0])))
+        hooks.append(block.register_forward_hook(lambda module, inputs, result: see(result)))
+
     for i, block in enumerate(encoder.blocks or ()):
+        watch_stream(block, i)
         for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
             watch(block.get_submodule(layer), i, layer)
     try:
@@ -214,7 +225,7 @@ def float32_blocks(peaks):
     """Numbers of the blocks of which a part stays in float32 in an fp16 graph."""
     blocks = set()
     for (i, part), peak in peaks.items():
-        if part in ("attn", "mlp") and not fits_half(peak):
+        if part in ("attn", "mlp", "stream") and not fits_half(peak):
             blocks.add(i)
     return sorted(blocks)
 

@@ -101,9 +101,18 @@ def float_type(half):
     return np.float16 if half else np.float32
 
 
+def cast(g, x, half, wanted, at):
+    """x, which is float16 if `half`, as float16 if `wanted`."""
+    if half == wanted:
+        return x
+    if wanted:
+        return g.to_half(x, at)
+    return g.to_float(x, at)
+
+
 def linear(g, x, at, weight, bias=None, half=False, shared=None):
     """x [..., in] times weight [out, in], plus bias → [..., out]; `half`: x is float16 and so is
-    the result.
+    the result. A bias of zeros is left out.
 
     shared: a dict in which products of the same x keep its quantised form.
     """
@@ -111,7 +120,7 @@ def linear(g, x, at, weight, bias=None, half=False, shared=None):
         return linear_int8(g, x, at, weight, bias, {} if shared is None else shared)
     kind = float_type(half)
     y = g.op("MatMul", x, g.tensor(f"{at}.weight", weight.T, kind), at=at)
-    if bias is None:
+    if bias is None or not bias.any():
         return y
     return g.op("Add", y, g.tensor(f"{at}.bias", bias, kind), at=at)
 
@@ -134,19 +143,19 @@ def linear_int8(g, x, at, weight, bias, shared):
     return g.op("Add", y, g.tensor(f"{at}.bias", bias, np.float32), at=at)
 
 
-def layer_norm(g, x, norm, at, divisor=1.0):
-    weight = g.tensor(f"{at}.weight", to_numpy(norm.weight) / divisor, np.float32)
-    bias = g.tensor(f"{at}.bias", to_numpy(norm.bias) / divisor, np.float32)
+def layer_norm(g, x, norm, at, divisor=1.0, half=False):
+    """`half`: x is float16 and so is the result; the operator computes in float32 between them."""
+    weight = g.tensor(f"{at}.weight", to_numpy(norm.weight) / divisor, float_type(half))
+    bias = g.tensor(f"{at}.bias", to_numpy(norm.bias) / divisor, float_type(half))
     return g.op("LayerNormalization", x, weight, bias, at=at, axis=-1, epsilon=norm.eps)
 
 
 def attention(g, q, k, v, heads, dim, half, at):
     """softmax(q kᵀ / √d) v per head; q [N, Q, dim], k and v [N, T, dim] → [N, Q, dim]."""
     if g.opset >= FUSED:
-        precise = {}
-        if half:  # softmax in float32, also between float16 products
-            precise["softmax_precision"] = TensorProto.FLOAT
-        return g.op("Attention", q, k, v, at=at, q_num_heads=heads, kv_num_heads=heads, **precise)
+        # Without softmax_precision: the kernels for float16 sum in float32 in any case, and some
+        # versions of ONNX Runtime have none on GPUs for a node that asks for it.
+        return g.op("Attention", q, k, v, at=at, q_num_heads=heads, kv_num_heads=heads)
     split = g.ints(0, -1, heads, dim // heads)
     # to [N, heads, Q, d], [N, heads, d, T] and [N, heads, T, d]
     q = g.op("Transpose", g.op("Reshape", q, split, at=at), at=at, perm=[0, 2, 1, 3])
@@ -154,19 +163,9 @@ def attention(g, q, k, v, heads, dim, half, at):
     v = g.op("Transpose", g.op("Reshape", v, split, at=at), at=at, perm=[0, 2, 1, 3])
     scale = g.tensor(f"{at}.scale", (dim // heads) ** -0.5, float_type(half))
     q = g.op("Mul", q, scale, at=at)
-    weights = softmax(g, g.op("MatMul", q, k, at=at), half, at)
+    weights = g.op("Softmax", g.op("MatMul", q, k, at=at), at=at, axis=-1)
     y = g.op("Transpose", g.op("MatMul", weights, v, at=at), at=at, perm=[0, 2, 1, 3])
     return g.op("Reshape", y, g.ints(0, -1, dim), at=at)
-
-
-def softmax(g, x, half, at):
-    """Over the last axis, computed in float32."""
-    if half:
-        x = g.to_float(x, at)
-    x = g.op("Softmax", x, at=at, axis=-1)
-    if half:
-        x = g.to_half(x, at)
-    return x
 
 
 def gelu(g, x, half, at):
@@ -201,38 +200,51 @@ def evening(g, peaks, key, weight):
 # ---------------------------------------------------------------- a transformer's block
 
 
+def stream_type(g, peaks, i):
+    """Whether the residual stream through block number i is float16."""
+    return g.precision == "fp16" and fits_half(peaks.get((i, "stream"), 0))
+
+
 def block(g, x, layers, spec, at, i, peaks, attend, first=False):
-    """A pre-norm block (encoders/vit.py) on x [N, T, dim], float32 → the same.
+    """A pre-norm block (encoders/vit.py) on the residual stream x [N, T, dim], whose type is
+    `stream_type` → the same.
 
     i       the block's number, as in `peaks`
     attend  called with q, k, v [N, T, dim], whether they are float16, and the place; returns what
             attention gives [N, T, dim]
     first   only the first token's query → [N, 1, dim]
     """
-    halves = {}
+    stream, halves = stream_type(g, peaks, i), {}
     for part in ("attn", "mlp"):
         halves[part] = g.precision == "fp16" and fits_half(peaks.get((i, part), 0))
-    x = self_attention(g, x, layers, at, i, peaks, halves["attn"], attend, first)
-    return perceptron(g, x, layers, spec, at, i, peaks, halves["mlp"])
+    x = self_attention(g, x, stream, layers, spec, at, i, peaks, halves["attn"], attend, first)
+    return perceptron(g, x, stream, layers, spec, at, i, peaks, halves["mlp"])
 
 
-def self_attention(g, x, layers, at, i, peaks, half, attend, first):
-    """x + LayerScale(attention(LayerNorm(x)))."""
-    weight = to_numpy(layers.attn.qkv.weight)
+def self_attention(g, x, stream, layers, spec, at, i, peaks, half, attend, first):
+    """x + LayerScale(attention(LayerNorm(x))); x float16 if `stream`, the products if `half`."""
+    weight, proj = to_numpy(layers.attn.qkv.weight), layers.attn.proj
     dim = weight.shape[1]
     bias = np.zeros(3 * dim)
     if layers.attn.qkv.bias is not None:
         bias = to_numpy(layers.attn.qkv.bias)
+    proj_weight, proj_bias = to_numpy(proj.weight), to_numpy(proj.bias)
+    if g.precision != "int8":  # there the runtime adds a bias while it scales the product
+        # Each bias is a pass over the tokens. That of k adds the same number to all scores of a
+        # query, which softmax does not see, unless k is turned after it.
+        if spec.pos != "rotary":
+            bias[dim : 2 * dim] = 0
+        # Attention averages v, so what is added to v is added to its result, the input of proj.
+        proj_bias = proj_bias + proj_weight @ bias[2 * dim :]
+        bias[2 * dim :] = 0
     divisor = evening(g, peaks, (i, "attn.qkv"), weight)
-    y = layer_norm(g, x, layers.norm1, f"{at}.norm1", divisor)
+    y = normed(g, x, stream, layers.norm1, f"{at}.norm1", divisor, half)
     weight = weight * divisor
-    if half:
-        y = g.to_half(y, at)
     asking = y
     if first:  # only the first token is read after this block, so only its query is computed
         asking, x = (g.op("Slice", t, g.ints(0), g.ints(1), g.ints(1), at=at) for t in (y, x))
-    # Attention averages v, so what divides v divides its result, the input of proj.
-    divisor = evening(g, peaks, (i, "attn.proj"), to_numpy(layers.attn.proj.weight))
+    # For the same reason, what divides v divides the input of proj.
+    divisor = evening(g, peaks, (i, "attn.proj"), proj_weight)
     weight[2 * dim :] /= np.reshape(divisor, (-1, 1))
     bias = np.concatenate([bias[: 2 * dim], bias[2 * dim :] / divisor])
     shared, parts = {}, {}
@@ -240,39 +252,52 @@ def self_attention(g, x, layers, at, i, peaks, half, attend, first):
         rows = slice(start, start + dim)
         parts[name] = linear(g, tokens, f"{at}.attn.{name}", weight[rows], bias[rows], half, shared)
     y = attend(**parts, half=half, at=f"{at}.attn")
-    proj, scale = layers.attn.proj, layers.ls1
-    return residual(g, x, y, proj, scale, f"{at}.attn.proj", f"{at}.ls1", half, divisor)
+    projection, scale = (proj_weight * divisor, proj_bias), layers.ls1
+    return residual(g, x, stream, y, half, projection, scale, f"{at}.attn.proj", f"{at}.ls1")
 
 
-def perceptron(g, x, layers, spec, at, i, peaks, half):
-    """x + LayerScale(fc2(activation(fc1(LayerNorm(x)))))."""
+def perceptron(g, x, stream, layers, spec, at, i, peaks, half):
+    """x + LayerScale(fc2(activation(fc1(LayerNorm(x))))); x float16 if `stream`, the products if
+    `half`.
+    """
     at_fc1 = f"{at}.mlp.fc1"
     weight, bias = to_numpy(layers.mlp.fc1.weight), to_numpy(layers.mlp.fc1.bias)
     divisor = evening(g, peaks, (i, "mlp.fc1"), weight)
-    y = layer_norm(g, x, layers.norm2, f"{at}.norm2", divisor)
+    y = normed(g, x, stream, layers.norm2, f"{at}.norm2", divisor, half)
     weight = weight * divisor
-    if half:
-        y = g.to_half(y, at)
-    divisor = evening(g, peaks, (i, "mlp.fc2"), to_numpy(layers.mlp.fc2.weight))
+    fc2_weight, fc2_bias = to_numpy(layers.mlp.fc2.weight), to_numpy(layers.mlp.fc2.bias)
+    divisor = evening(g, peaks, (i, "mlp.fc2"), fc2_weight)
     if spec.mlp == "swiglu":
         # silu(gate) · value is linear in the value, so that half takes the divisor of fc2's input.
         middle, shared = len(weight) // 2, {}
         gate = linear(g, y, f"{at}.mlp.gate", weight[:middle], bias[:middle], half, shared)
         evened = weight[middle:] / np.reshape(divisor, (-1, 1))
         value = linear(g, y, f"{at}.mlp.value", evened, bias[middle:] / divisor, half, shared)
+        # Not as Swish, of opset 24: ONNX Runtime has no kernel for it, but fuses these two.
         gate = g.op("Mul", gate, g.op("Sigmoid", gate, at=at_fc1), at=at_fc1)
         y = g.op("Mul", gate, value, at=at_fc1)
     else:
         y = gelu(g, linear(g, y, at_fc1, weight, bias, half), half, at_fc1)
         if np.ndim(divisor):  # GELU is not linear, so nothing can be divided before it
             y = g.op("Mul", y, g.tensor(f"{at_fc1}.even", 1 / divisor, np.float32), at=at_fc1)
-    fc2, scale = layers.mlp.fc2, layers.ls2
-    return residual(g, x, y, fc2, scale, f"{at}.mlp.fc2", f"{at}.ls2", half, divisor)
+    projection, scale = (fc2_weight * divisor, fc2_bias), layers.ls2
+    return residual(g, x, stream, y, half, projection, scale, f"{at}.mlp.fc2", f"{at}.ls2")
 
 
-def residual(g, x, y, projection, scale, at, at_scale, half, divisor):
-    """x + LayerScale(projection(divisor · y)), LayerScale folded into the projection; x float32."""
-    weight, bias = to_numpy(projection.weight) * divisor, to_numpy(projection.bias)
+def normed(g, x, stream, norm, at, divisor, half):
+    """LayerNorm of x as the input of products: float16 if `half`. It is computed on float16 only if
+    both the stream and the products are.
+    """
+    narrow = stream and half
+    y = layer_norm(g, cast(g, x, stream, narrow, at), norm, at, divisor, narrow)
+    return cast(g, y, narrow, half, at)
+
+
+def residual(g, x, stream, y, half, projection, scale, at, at_scale):
+    """x + LayerScale(y · weightᵀ + bias), LayerScale folded into the projection (weight, bias); x
+    float16 if `stream`, y if `half`.
+    """
+    weight, bias = projection
     gamma = None
     if hasattr(scale, "gamma"):
         gamma = to_numpy(scale.gamma)
@@ -282,24 +307,23 @@ def residual(g, x, y, projection, scale, at, at_scale, half, divisor):
         if not half or np.median(np.abs(folded).max(axis=1)) > 2**-9:
             weight, bias, gamma = folded, bias * gamma, None
     y = linear(g, y, at, weight, bias, half)
-    if half:
-        y = g.to_float(y, at)
     if gamma is not None:
+        y = cast(g, y, half, False, at)
         y = g.op("Mul", y, g.tensor(f"{at_scale}.gamma", gamma, np.float32), at=at_scale)
-    return g.op("Add", x, y, at=at)
+        half = False
+    return g.op("Add", x, cast(g, y, half, stream, at), at=at)
 
 
 # ---------------------------------------------------------------- pixels
 
 
-def patch_product(g, x, at, weight, bias, position, grid, input_type, mean, std):
+def patch_product(g, x, at, weight, bias, grid, input_type, mean, std):
     """Patch embedding: a convolution whose stride is its kernel size, as one product.
 
     x       "uint8" input_type: float32 [N, S, S, 3] in 0 … 255 | "float": normalised [N, 3, S, S]
-    weight  [dim, 3, p, p]; bias [dim]; position: the patches' position embedding [grid², dim], or
-            None
-    → [N, grid², dim], float32 in every precision: it is 0.1% of the work, and pixels are worth
-    their eight bits
+    weight  [dim, 3, p, p]; bias [dim]
+    → (x [N, grid², dim], the bias [dim] that is still to be added). float32 in every precision: it
+    is 0.1% of the work, and pixels are worth their eight bits
     """
     dim, _, p, _ = weight.shape
     if input_type == "uint8":
@@ -316,9 +340,7 @@ def patch_product(g, x, at, weight, bias, position, grid, input_type, mean, std)
         x = g.op("Transpose", x, at=at, perm=[0, 2, 4, 1, 3, 5])
     x = g.op("Reshape", x, g.ints(-1, grid * grid, 3 * p * p), at=at)
     x = g.op("MatMul", x, g.tensor(f"{at}.weight", weight.T, np.float32), at=at)
-    if position is None:
-        return g.op("Add", x, g.tensor(f"{at}.bias", bias, np.float32), at=at)
-    return g.op("Add", x, g.tensor("pos_embed", (position + bias)[None], np.float32), at=at)
+    return x, bias
 
 
 def normalised(g, x, input_type, mean, std):

@@ -6,13 +6,14 @@ import numpy as np
 
 from onnx_model.nodes import (
     block,
+    cast,
     convolution,
     float_type,
     layer_norm,
     linear,
     normalised,
     patch_product,
-    softmax,
+    stream_type,
     to_numpy,
 )
 
@@ -42,18 +43,22 @@ def patch_embed(g, encoder, x, input_type, mean, std):
         x = g.op("Transpose", x, at=at, perm=[0, 2, 1])
     else:
         weight, bias = to_numpy(stem.weight), to_numpy(stem.bias)
-        x = patch_product(g, x, at, weight, bias, None, side, input_type, mean, std)
+        x, bias = patch_product(g, x, at, weight, bias, side, input_type, mean, std)
+        x = g.op("Add", x, g.tensor(f"{at}.bias", bias, np.float32), at=at)
     return layer_norm(g, x, encoder.patch_embed.norm, "patch_embed.norm")
 
 
 def swin_stage(g, x, stage, spec, at, i, peaks):
-    """As Stage.forward: the tokens stay in the order of windows between the blocks."""
+    """As Stage.forward, from float32 to float32: the tokens stay in the order of windows between
+    the blocks.
+    """
     if stage.downsample is not None:
         x = merge_patches(g, x, stage.downsample, 2 * stage.side, f"{at}.downsample")
-    place = np.arange(stage.side**2)
+    place, half = np.arange(stage.side**2), False
     for number, layers in enumerate(stage.blocks):
         order, mask = stage.windows(number, "cpu")
-        order = order.numpy()
+        order, wanted = order.numpy(), stream_type(g, peaks, i + number)
+        x, half = cast(g, x, half, wanted, f"{at}.blocks.{number}"), wanted
         x = reorder(g, x, place[order], f"{at}.blocks.{number}")
         bias = to_numpy(layers.attn.bias(mask))
         d = layers.attn.qkv.in_features // layers.attn.heads
@@ -62,7 +67,7 @@ def swin_stage(g, x, stage, spec, at, i, peaks):
         )
         x = block(g, x, layers, spec, f"{at}.blocks.{number}", i + number, peaks, attend)
         place = np.argsort(order)
-    return reorder(g, x, place, at)
+    return cast(g, reorder(g, x, place, at), half, False, at)
 
 
 def reorder(g, x, order, at):
@@ -84,7 +89,7 @@ def window_attention(g, q, k, v, half, at, bias, d, windows):
     scale = g.tensor(f"{at}.scale", d**-0.5, float_type(half))
     scores = g.op("MatMul", g.op("Mul", q, scale, at=at), k, at=at)
     scores = g.op("Add", scores, g.tensor(f"{at}.bias", bias, float_type(half)), at=at)
-    y = g.op("MatMul", softmax(g, scores, half, at), v, at=at)
+    y = g.op("MatMul", g.op("Softmax", scores, at=at, axis=-1), v, at=at)
     y = g.op("Transpose", y, at=at, perm=[0, 1, 3, 2, 4])
     return g.op("Reshape", y, g.ints(0, windows * area, -1), at=at)
 

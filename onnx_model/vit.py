@@ -4,25 +4,38 @@ import functools
 
 import numpy as np
 
-from onnx_model.nodes import attention, block, float_type, layer_norm, patch_product, to_numpy
+from onnx_model.nodes import (
+    attention,
+    block,
+    cast,
+    float_type,
+    layer_norm,
+    patch_product,
+    stream_type,
+    to_numpy,
+)
 
 
 def vit(g, encoder, x, input_type, mean, std, peaks):
     spec = encoder.spec
     attend = functools.partial(attention, g, heads=spec.heads, dim=spec.dim)
     x = tokens(g, encoder, x, input_type, mean, std)
-    last = len(encoder.blocks) - 1
+    last, half = len(encoder.blocks) - 1, False
     for i, layers in enumerate(encoder.blocks):
         first = i == last and encoder.pool == "cls"
+        wanted = stream_type(g, peaks, i)
+        x, half = cast(g, x, half, wanted, f"blocks.{i}"), wanted
         if spec.pos == "rotary":
             attend = functools.partial(rotary_attention, g, encoder=encoder, first=first)
         x = block(g, x, layers, spec, f"blocks.{i}", i, peaks, attend, first)
-    x = layer_norm(g, x, encoder.norm, "norm")
+    x = layer_norm(g, cast(g, x, half, False, "norm"), encoder.norm, "norm")
     return pool(g, encoder, x)
 
 
 def tokens(g, encoder, x, input_type, mean, std):
-    """Patch embedding as one product; class token, registers and positions as constants."""
+    """Patch embedding as one product; class token, registers and positions as one constant →
+    [N, T, dim], float32.
+    """
     weight = to_numpy(encoder.patch_embed.proj.weight)
     bias = to_numpy(encoder.patch_embed.proj.bias)
     position = None
@@ -39,13 +52,16 @@ def tokens(g, encoder, x, input_type, mean, std):
         if input_type == "uint8":  # [N, size, size, 3]
             axes = (1, 2)
         x = g.op("Slice", x, g.ints(start, start), g.ints(end, end), g.ints(*axes), at="field")
-    x = patch_product(
-        g, x, "patch_embed.proj", weight, bias, position, encoder.grid, input_type, mean, std
+    x, bias = patch_product(
+        g, x, "patch_embed.proj", weight, bias, encoder.grid, input_type, mean, std
     )  # [N, grid², dim]
-    batch = g.op("Slice", g.op("Shape", x, at="tokens"), g.ints(0), g.ints(1), at="tokens")
-    shape = g.op("Concat", batch, g.ints(*prefix.shape), at="tokens", axis=0)
-    prefix = g.op("Expand", g.tensor("prefix", prefix[None], np.float32), shape, at="tokens")
-    return g.op("Concat", prefix, x, at="tokens", axis=1)
+    patches = np.broadcast_to(bias, (encoder.grid**2, len(bias)))
+    if position is not None:
+        patches = position + bias
+    # The tokens before the patches are zeros to which a constant is added, like the position.
+    x = g.op("Pad", x, g.ints(0, len(prefix), 0, 0, 0, 0), at="tokens")
+    constant = np.concatenate([prefix, patches])[None]
+    return g.op("Add", x, g.tensor("tokens", constant, np.float32), at="tokens")
 
 
 def rotary_attention(g, q, k, v, half, at, encoder, first):

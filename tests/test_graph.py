@@ -2,6 +2,8 @@
 other runtimes.
 """
 
+import collections
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -80,6 +82,77 @@ def test_one_attention_per_block_and_nothing_left_to_fold(family, tmp_path):
         "LayerScale is folded"
     )
     assert kinds.count("Mul") == (2 if FAMILIES[family].mlp == "swiglu" else 0) * 2
+
+
+def kinds_of(proto):
+    return collections.Counter(node.op_type for node in proto.graph.node)
+
+
+def optimised(path):
+    """The graph as ONNX Runtime runs it on the CPU, where it has the fused kernels for float32."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(path.with_name("optimised.onnx"))
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return onnx.load(options.optimized_model_filepath)
+
+
+@pytest.mark.parametrize("family", VITS)
+def test_the_runtime_fuses_what_the_blocks_are_written_as(family, tmp_path):
+    """Bias and GELU, and sigmoid and product, become one node each. Of the Adds in a block five are
+    left: biases of q, proj and fc2, and the two of the residual stream; with SwiGLU also the
+    biases of gate and value. No bias of k and v; no shape is computed."""
+    model, path = classifier(family), tmp_path / "m.onnx"
+    write_model(path, model)
+    left, depth = kinds_of(optimised(path)), len(model.encoder.blocks)
+    swiglu = FAMILIES[family].mlp == "swiglu"
+    assert left["QuickGelu" if swiglu else "BiasGelu"] == depth
+    assert not {"Gelu", "Swish", "Shape", "Expand"} & set(left)
+    assert left["Sigmoid"] == 1  # of the head
+    adds = (7 if swiglu else 5) * depth + 1  # and one for the tokens
+    if (
+        family == "swin"
+    ):  # bias and mask of the windows; the last convolution of the stem has its own
+        adds += depth - 1
+    if family == "dinov3":  # q and k are turned; of the last block k alone
+        adds += 2 * depth - 1
+    assert left["Add"] == adds
+
+
+@pytest.mark.parametrize("family", VITS)
+def test_half_precision_stays_half_through_the_blocks(family, tmp_path):
+    """The same nodes as in float32, and the casts of bytes to float32, of the tokens to float16,
+    and back.
+    """
+    model = classifier(family)
+    single = kinds_of(write_model(tmp_path / "a.onnx", model))
+    half = kinds_of(write_model(tmp_path / "b.onnx", model, "fp16"))
+    stages = len(FAMILIES[family].stages or (1,))  # of Swin, which merges its tokens in float32
+    assert half - single == {"Cast": 2 * stages} and not single - half
+
+
+def test_biases_of_keys_and_values_are_in_that_of_the_projection(tmp_path):
+    """But with rotary positions the key's stays, since it is turned differently at each place."""
+
+    def biases(family, precision="fp32"):
+        proto = write_model(tmp_path / "m.onnx", classifier(family), precision)
+        names = [tensor.name for tensor in proto.graph.initializer]
+        return [name.split(".")[3] for name in names if "blocks.0.attn" in name and "bias" in name]
+
+    assert biases("gelu") == ["q", "proj"]
+    assert biases("gelu", "int8") == ["q", "k", "v", "proj"]
+    model = classifier("dinov3")
+    with torch.no_grad():
+        model.encoder.blocks[0].attn.qkv.bias[64:128] = 1.0
+    model.encoder.blocks[0].attn.qkv.forward = torch.nn.Linear.forward.__get__(
+        model.encoder.blocks[0].attn.qkv
+    )
+    images = patches(3)
+    proto = write_model(tmp_path / "m.onnx", model)
+    assert any("blocks.0.attn.k.bias" in tensor.name for tensor in proto.graph.initializer)
+    (p,) = session(tmp_path / "m.onnx").run(["probability"], {"patches": images})
+    assert np.abs(p - torch_numbers(model, images)[0]).max() <= 1e-5
 
 
 def test_constants_of_the_positions_are_baked(tmp_path):
@@ -174,6 +247,30 @@ def test_half_precision_survives_large_activations(family, tmp_path):
         write_model(tmp_path / "m.onnx", model, "fp16", peaks=peaks)
         (p,) = session(tmp_path / "m.onnx").run(["probability"], {"patches": images})
         assert np.isfinite(p).all() and np.abs(p - expected).max() <= 5e-3, where
+
+
+@pytest.mark.parametrize("family", ["gelu", "swin"])
+def test_a_residual_stream_beyond_float16_stays_float32(family, tmp_path):
+    """A channel of 1e5 from the first block on, which the last one takes back: the stream is
+    float32 in the blocks that see it, and products stay float16, whose inputs are normalised.
+    """
+    model, images = classifier(family), patches(4)
+    blocks = model.encoder.blocks
+    with torch.no_grad():
+        blocks[0].mlp.fc2.bias[3] = 1e5
+        blocks[1].mlp.fc2.bias[3] = -1e5
+    expected = torch_numbers(model, images)[0]
+    with graph.activation_peaks(model.encoder) as peaks, torch.inference_mode():
+        model(torch.from_numpy(images))
+    assert min(peaks[0, "stream"], peaks[1, "stream"]) > 9e4
+    assert graph.float32_blocks(peaks) == [0, 1]
+    write_model(tmp_path / "m.onnx", model, "fp16", peaks=peaks)
+    (p,) = session(tmp_path / "m.onnx").run(["probability"], {"patches": images})
+    assert np.isfinite(p).all() and np.abs(p - expected).max() <= 5e-3
+    with np.errstate(over="ignore"):
+        write_model(tmp_path / "m.onnx", model, "fp16", peaks={})
+    (p,) = session(tmp_path / "m.onnx").run(["probability"], {"patches": images})
+    assert not np.abs(p - expected).max() <= 5e-3, "the stream would have done in float16"
 
 
 @pytest.mark.parametrize("family", ["gelu", "swiglu"])
