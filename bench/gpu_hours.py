@@ -3,7 +3,7 @@
     python bench/gpu_hours.py
         measures on this machine, a few minutes on a CPU
     python bench/gpu_hours.py --model h-optimus-0 --lora A B --full A B --infer A B --read A B C
-        adds up rates that were measured on a GPU
+        adds up rates that were measured on a GPU; --device cuda where there is none
 
 Two ways of doing the same work are added up:
 
@@ -16,7 +16,8 @@ Two ways of doing the same work are added up:
 
 65 runs: 4 fractions x 5 repeats on each of 2 datasets, and 5 domains x 5 repeats. A run trains on
 100 x 1,280 patches whatever the fraction, validates on all its validation annotations 100 times,
-and tests once.
+and tests once. With --val-patches N, as train.py has it, it validates on N of them 100 times and on
+all of them with the best three models: both ways of working, so that the ratio compares the same.
 
 Patches per second of ONE encoder are measured, or given as `--lora OURS ORDINARY` and so on. The
 other encoders' are scaled by their operations per patch, which is an estimate: a small network uses
@@ -44,6 +45,7 @@ import lora_step
 import patches as bench_patches  # bench/patches.py
 from encode import flops, times
 
+import checkpoint
 import common
 import data
 import lora
@@ -69,8 +71,6 @@ EXPERIMENTS = [
 ]
 RUNS = sum(runs for runs, _, _ in EXPERIMENTS)
 TRAINED = RUNS * EPOCHS * EPOCH_SIZE
-VALIDATED = sum(runs * EPOCHS * val for runs, val, _ in EXPERIMENTS)
-ONCE = sum(runs * (val + test) for runs, val, test in EXPERIMENTS)  # after the training
 
 
 # ---------------------------------------------------------------- measuring
@@ -162,17 +162,56 @@ def reading_rates(device, rounds):
 # ---------------------------------------------------------------- adding up
 
 
-def hours(trained, inferred, read, reread, together):
+def predictions(val_patches=None):
+    """What 65 runs predict, in patches: (in the pseudo-epochs, after them, different ones of all).
+
+    val_patches: of train.py; None: all of the validation set.
+    """
+    during = after = different = 0
+    for runs, val, test in EXPERIMENTS:
+        sample, whole, read_again = val, 1, 0  # the chosen model predicts the whole set once more
+        if val_patches is not None and val_patches < val:
+            sample, whole, read_again = val_patches, checkpoint.KEPT, val_patches
+        during += runs * EPOCHS * sample
+        after += runs * (whole * val + test)
+        different += runs * (read_again + val + test)
+    return during, after, different
+
+
+def hours(trained, inferred, read, reread, together, val_patches=None):
     """(hours of training, of validation and tests) of 65 runs from patches per second.
 
     reread: of reading for validation; None: every validation patch is read once and kept.
     """
-    passes = VALIDATED + ONCE
-    reading = passes / reread if reread else ONCE / read
+    during, after, different = predictions(val_patches)
+    reading = (during + after) / reread if reread else different / read
     training = [TRAINED / trained, TRAINED / read]
-    validation = [passes / inferred, reading]
+    validation = [(during + after) / inferred, reading]
     both = max if together else sum
     return both(training) / 3600, both(validation) / 3600
+
+
+def grid(rates, scales, together, val_patches):
+    """{model: hours of training, of validation and of both; ours, then ordinary}.
+
+    rates: {"lora", "full", "infer", "read": patches per second}; scales: {model: its speed as a
+    multiple of these rates}.
+    """
+    table = {}
+    for model, scale in scales.items():
+        kind, numbers = "lora" if model in LORA else "full", []
+        for who, reread in ((0, None), (1, rates["read"][2])):
+            training, validation = hours(
+                scale * rates[kind][who],
+                scale * rates["infer"][who],
+                rates["read"][who],
+                reread,
+                together,
+                val_patches,
+            )
+            numbers += [training, validation, training + validation]
+        table[model] = numbers
+    return table
 
 
 def table_row(label, gflop, numbers):
@@ -207,7 +246,15 @@ def main():
         help="of reading and augmenting, and of ordinary reading for validation (default: "
         "measured)",
     )
+    parser.add_argument(
+        "--val-patches",
+        type=int,
+        metavar="N",
+        help="count validation as train.py --val-patches N does it (default: on all, the protocol)",
+    )
     args = parser.parse_args()
+    if args.val_patches is not None and args.val_patches < 2:
+        raise common.UserError(f"--val-patches {args.val_patches}: give a number from 2")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     name = args.model or lora_step.DEFAULT_MODEL[device]
     rates, how = {}, {}
@@ -225,8 +272,8 @@ def main():
     per_patch["resnet50"] = RESNET50
 
     machine = f"CPU, {torch.get_num_threads()} threads"
-    if device == "cuda":
-        machine = torch.cuda.get_device_name()
+    if device != "cpu":
+        machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "a GPU"
     print(f"{name} on {machine}, torch {torch.__version__}; patches per second, ours and ordinary:")
     for kind, text in (
         ("lora", "a LoRA step"),
@@ -235,29 +282,22 @@ def main():
         ("read", "reading and augmenting; ordinary reading for validation"),
     ):
         print(f"    {', '.join(f'{rate:,.1f}' for rate in rates[kind])}   {text} ({how[kind]})")
+    during, after, _ = predictions(args.val_patches)
     print(
         f"\n{RUNS} runs of a model: {TRAINED / 1e6:.1f} M patches trained on, "
-        f"{VALIDATED / 1e6:.1f} M validated, {ONCE / 1e6:.1f} M after the training. "
+        f"{during / 1e6:.1f} M validated, {after / 1e6:.1f} M after the training. "
         f"The hours of other encoders are scaled by GFLOP from {name} "
         f"({per_patch[name] / 1e9:.1f}).\n"
     )
-    rows, sums = [], np.zeros(6)
-    for model in (*LORA, *FULL):
-        kind, method = ("lora", "LoRA") if model in LORA else ("full", "end to end")
-        scale = per_patch[name] / per_patch[model]
-        numbers = []
-        for who, reread in ((0, None), (1, rates["read"][2])):
-            training, validation = hours(
-                scale * rates[kind][who],
-                scale * rates["infer"][who],
-                rates["read"][who],
-                reread,
-                device != "cpu",
-            )
-            numbers += [training, validation, training + validation]
-        sums += numbers
+    scales = {model: per_patch[name] / per_patch[model] for model in (*LORA, *FULL)}
+    table, rows = grid(rates, scales, device != "cpu", args.val_patches), []
+    for model, numbers in table.items():
+        method = "LoRA" if model in LORA else "end to end"
         rows.append(table_row(f"{model}, {method}", f"{per_patch[model] / 1e9:.1f}", numbers))
-    rows.append(table_row("whole grid", "", sums))
+    rows.append(table_row("whole grid", "", np.sum(list(table.values()), 0)))
+    if args.val_patches is not None:
+        table = grid(rates, scales, device != "cpu", None)
+        rows.append(table_row("validated on all", "", np.sum(list(table.values()), 0)))
     print(
         common.table(
             rows,

@@ -8,6 +8,9 @@
 #                                                       separate names that hold blanks by ";"
 #     sweeps/cross_domain.sh --list midog2022 uni       prints the commands and runs none
 #
+# Every pseudo-epoch is validated on the whole validation set, as the protocol says: that of a domain
+# has a few hundred annotations. FLAGS="--val-patches 500" for more of them.
+#
 # grid: --list prints the commands and runs none of them
 set -u
 . "$(dirname "$0")/grid.sh"

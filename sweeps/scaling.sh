@@ -6,6 +6,13 @@
 #     sweeps/scaling.sh --list midog2022 uni        prints the commands and runs none
 #     python evaluate.py runs/ --grid "sweeps/scaling.sh midog2022 uni"
 #                                                   what is done, failed and missing
+#     VAL_PATCHES=all sweeps/scaling.sh ccmct       validated as the protocol says
+#
+# The protocol validates every pseudo-epoch on the whole validation set: 11,655 annotations of CCMCT
+# a hundred times, where a run trains on 128,000 patches. The sweep validates on a fixed sample of
+# VAL_PATCHES=2000 and the best three pseudo-epochs on everything, a fifth of the work; what it
+# chooses may be another epoch. Its runs are named -val2000, so those of a sweep that was begun
+# without it count, and are continued, with VAL_PATCHES=all.
 #
 # grid: --list prints the commands and runs none of them
 set -u
@@ -15,6 +22,9 @@ data=$1
 shift
 
 fracs=${FRACS:-0.001 0.01 0.1 1}
+val_patches=${VAL_PATCHES:-2000}
+sample=
+[ "$val_patches" = all ] || sample="--val-patches $val_patches"
 for model in ${*:-$paper_models}; do
     for method in $(methods_of "$model"); do
         if [ "$method" = probe ]; then  # all of them from one pass over the patches
@@ -26,7 +36,7 @@ for model in ${*:-$paper_models}; do
             for fold in $folds; do
                 run train.py --data "$data" --model "$model" $(lora_flag "$method") \
                     --frac "$frac" --fold "$fold" --runs "$runs" --resume \
-                    ${FLAGS:-} ${MODEL_FLAGS:-}
+                    $sample ${FLAGS:-} ${MODEL_FLAGS:-}
             done
         done
     done

@@ -36,6 +36,7 @@ CHOICES = (
     "FOLDS",
     "DOMAINS",
     "METHODS",
+    "VAL_PATCHES",
     "PYTHON",
     "FLAGS",
     "MODEL_FLAGS",
@@ -115,6 +116,22 @@ def test_scaling_is_the_papers_grid():
     assert set(found) == wanted and set(found.values()) == {1} and len(wanted) == 17 * 20
     assert {flags["data"] for _, flags in map(parsed, commands)} == {"midog2022"}
     assert all(flags["resume"] for _, flags in map(parsed, commands))
+
+
+def test_scaling_validates_on_a_sample_and_as_the_protocol_says_if_asked():
+    for environment, expected in (
+        ({}, 2000),
+        ({"VAL_PATCHES": "300"}, 300),
+        ({"FLAGS": "--val-patches 40"}, 40),
+        ({"VAL_PATCHES": "all"}, None),
+    ):
+        commands = listed("scaling.sh", "ccmct", "uni", "vit-b", **environment)
+        found = [
+            flags["val_patches"] for script, flags in map(parsed, commands) if script == "train"
+        ]
+        assert found == [expected] * 40
+    for _, flags in map(parsed, listed("cross_domain.sh", "midog2022", "vit-b")):
+        assert flags["val_patches"] is None
 
 
 def test_cross_domain_is_every_domain_five_times():
@@ -389,7 +406,7 @@ def test_what_fails_stops_nothing_is_tried_again_and_named(python):
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
         f"failed: python train.py --data my\\ data --model uni --lora --frac 0.2 --fold {fold} "
-        "--runs runs --resume "
+        "--runs runs --resume --val-patches 2000 "
         for fold in "01"
     ]
     assert all("--data my data --model" in line for line in started(python))  # also the second time
@@ -575,7 +592,7 @@ def test_a_sweep_killed_twice_and_restarted_gives_the_report_of_an_uninterrupted
     runs_of = tmp_path / "killed" / "runs"
     for moment in (
         "*/tiny-probe/*/config.json",
-        "*/tiny-lora/frac0.3-fold1/checkpoint.safetensors",
+        "*/tiny-lora-val2000/frac0.3-fold1/checkpoint.safetensors",
     ):
         process = sweep(tmp_path / "killed")
         while not list(runs_of.glob(moment)):

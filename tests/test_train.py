@@ -253,15 +253,16 @@ class Lives:
 
 
 @pytest.mark.slow
-def test_kill_9_at_twenty_moments(tmp_path, table):
+@pytest.mark.parametrize("more, name", [([], "lora"), (["--val-patches", 8], "lora-val8")])
+def test_kill_9_at_twenty_moments(tmp_path, table, more, name):
     rng, epochs, per_epoch = random.Random(1), 14, 4
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    run, kills, checkpointed, writing, reached = folder(cut), 0, 0, 0, 0
+    run, kills, checkpointed, writing, reached = folder(cut, name), 0, 0, 0, 0
     with Lives(tmp_path) as lives:
-        status, steps = lives.start(flags(table, whole, epochs=epochs))
+        status, steps = lives.start(flags(table, whole, *more, epochs=epochs))
         assert status == 0 and [number for number, _ in steps] == list(range(epochs * per_epoch))
         start, epoch = steps[0][1], steps[per_epoch][1] - steps[0][1]
-        args = [*flags(table, cut, epochs=epochs), "--resume"]
+        args = [*flags(table, cut, *more, epochs=epochs), "--resume"]
         while kills < 20:
             if kills % 4 == 3:
                 end = {"file": rng.randint(1, 3), "share": rng.random()}
@@ -289,7 +290,7 @@ def test_kill_9_at_twenty_moments(tmp_path, table):
             and reached - per_epoch <= steps[0][0] <= reached
             and steps[-1][0] == epochs * per_epoch - 1
         )
-    assert_equal_runs(folder(whole), run)
+    assert_equal_runs(folder(whole, name), run)
     assert not list(run.glob("checkpoint*")) and not list(run.glob(".*.tmp"))
 
 

@@ -2,7 +2,10 @@
 
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -442,3 +445,26 @@ def test_the_papers_values_and_the_grid_know_such_runs(tmp_path):
         (cell,) = grid.cells([*words, *more])
         assert grid._is_cell(cell, run.flags, run.label, run.source) == found, more
     assert json.loads((path / "config.json").read_text())["flags"]["val_patches"] == 2000
+
+
+@pytest.mark.slow
+def test_the_grid_of_gpu_hours_counts_the_same_passes():
+    """Against the passes of each run, by hand; the default is the protocol's."""
+    calls = "*g.predictions(), *g.predictions(2000), *g.predictions(10**9)"
+    code = f"import gpu_hours as g; print({calls})"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(small.HERE.parent / "bench"), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    counts = np.array(done.stdout.split(), float).reshape(3, 3)
+    val = np.array([0.16 * 72845, 0.16 * 20552, 0.16 * 20552 / 5])
+    test = np.array([0.2 * 72845, 0.2 * 20552, 4.2 * 20552 / 5])
+    runs_of = np.array([20, 20, 25])
+    whole = [runs_of @ (100 * val), runs_of @ (val + test), runs_of @ (val + test)]
+    kept, sample = np.array([3, 3, 1]), np.array([2000, 2000, val[2]])
+    again = np.array([2000, 2000, 0])
+    part = [runs_of @ (100 * sample), runs_of @ (kept * val + test), runs_of @ (again + val + test)]
+    np.testing.assert_allclose(counts, [whole, part, whole], rtol=1e-12)
