@@ -181,7 +181,7 @@ def check_graph(device):
 
 
 def check_beyond_32_bits(device):
-    """The last of three samples of 2^30 elements starts at 2^31; 11 GiB of memory."""
+    """The last of three samples of 2^30 elements starts at 2^31; 18 GiB of memory."""
     size = 2**30
     key = torch.tensor([1, 2, 3], device=device)
     x = torch.ones(3, size, dtype=torch.bfloat16, device=device)
