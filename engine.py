@@ -188,10 +188,11 @@ def adapt(base, rank, alpha, dropout, targets, dora, rslora, adapter=None):
     return encoder
 
 
-def make_model(settings, base, device, checkpointing=False):
+def make_model(settings, base, device, checkpointing=False, compiled=False):
     """PatchClassifier ready for training, and what is trained of it: {name: parameter}.
 
-    checkpointing: compute activations again in the backward pass.
+    checkpointing: compute activations again in the backward pass; compiled: see
+    models.compile_blocks.
     """
     spec = models.find_encoder(settings.model)
     torch.manual_seed(settings.run_seed)
@@ -200,6 +201,8 @@ def make_model(settings, base, device, checkpointing=False):
         encoder = adapt(base, **{name: getattr(settings, name) for name in names})
     else:
         encoder = copy.deepcopy(base).to(device)
+    if compiled:
+        models.compile_blocks(encoder, quiet=rank() > 0)
     if checkpointing:
         for block in encoder.blocks:
             # LoRA's masks are hashed, so that no random state has to be kept.
@@ -286,12 +289,10 @@ class Engine:
     each later step of a whole batch replays: without them it would wait for thousands of launches.
     Parts of a batch, a smaller last batch, fp16 with its scaler and CPUs run the same code eagerly.
 
-    parts: compute each batch in so many; compiled: torch.compile the model.
+    parts: compute each batch in so many.
     """
 
-    def __init__(
-        self, settings, model, parameters, sampler, patches, device, dtype, parts=1, compiled=False
-    ):
+    def __init__(self, settings, model, parameters, sampler, patches, device, dtype, parts=1):
         self.settings, self.model, self.parameters = settings, model, parameters
         self.sampler, self.patches = sampler, patches
         self.device, self.dtype = device, dtype
@@ -321,7 +322,6 @@ class Engine:
         self.eager_steps = 0  # of whole batches
         self.replays = None  # of the captured gradients and update
         self.stream = torch.cuda.Stream(device) if on_gpu else None
-        self.trained = torch.compile(model) if compiled else model
 
     def make_buffers(self):
         """What a step reads and, with several processes, the gradients in one piece."""
@@ -460,7 +460,7 @@ class Engine:
         """Add the gradients of the first n patches in the buffers → the sum of their losses."""
         autocast = self.settings.method != "lora" and self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype, enabled=autocast):
-            logits = self.trained(self.images[:n])
+            logits = self.model(self.images[:n])
         weights = None if self.class_weights is None else self.weights[:n]
         gamma = self.settings.focal_gamma
         loss = training_loss(logits.float(), self.labels[:n], gamma, weights)
@@ -595,7 +595,8 @@ def predict_together(model, patches, count, batch_size, dtype, progress=None):
     """
     logits, rows = np.zeros(count), np.arange(rank(), count, world())
     if len(rows):
-        batch_size = max(batch_size, 64)
+        device = next(model.parameters()).device
+        batch_size = max(batch_size, models.default_batch(device))
         with lora.folded(model):
             logits[rows] = models.predict(
                 model, patches, rows, batch_size, dtype=dtype, progress=progress

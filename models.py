@@ -13,12 +13,14 @@ check of exports share.
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import queue
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,6 +29,7 @@ from torch import nn
 import common
 import weights as published
 from common import UserError, first_line, note
+from encoders.layers import Block
 from encoders.swin import Swin
 from encoders.table import ENCODERS, POOLS, find_encoder, flops
 from encoders.vit import ViT
@@ -222,6 +225,114 @@ def add_arguments(parser):
     )
 
 
+def add_compile_argument(group):
+    """--compile, for the commands that put many patches through an encoder."""
+    group.add_argument(
+        "--compile",
+        nargs="?",
+        const="on",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="auto, on or off: compile the transformer blocks, which takes up to a "
+        f"minute the first time; auto: on CUDA GPUs, from {COMPILE_FROM:,} patches on (default: "
+        "auto)",
+    )
+
+
+# ---------------------------------------------------------------- compiled blocks
+
+# Patches through the encoder that earn the compilation. On 16 cores it took 25 s; on an H200 it
+# saves 0.2 ms per patch of h-optimus-0 in inference, 0.6 ms or more in training.
+COMPILE_FROM = 64_000
+# Ways to call a block that are compiled: with and without gradients, adapters, `first`, per shape.
+FORMS = 64
+
+
+def check_compile(choice, spec):
+    """UserError if --compile asks for what this encoder does not have."""
+    if choice == "on" and not spec.depth:
+        raise UserError(f"--compile works on transformer blocks, {spec.name} has none")
+
+
+def should_compile(choice, device, patches, spec):
+    """Whether to compile an encoder's blocks. choice: of --compile; patches: that go through it."""
+    if choice == "auto":
+        return bool(spec.depth) and device.type == "cuda" and patches >= COMPILE_FROM
+    return choice == "on"
+
+
+def compile_blocks(encoder, quiet=False):
+    """Run the encoder's blocks through torch.compile from now on, in place; each is compiled when
+    it is first called in a new way.
+
+    One compilation serves all blocks that are called alike. `predict` gives such an encoder batches
+    of one size only.
+    """
+    for block in encoder.blocks:
+        block.forward = functools.partial(block_compiler(quiet), block)
+    encoder.compiled = True
+
+
+@functools.cache
+def block_compiler(quiet=False):
+    """Block.forward(block, …) through torch.compile, the same function for all blocks.
+
+    Where the compiler fails, that call and all later ones run as they are written, after one note.
+    """
+    from torch._dynamo import config, exc  # seconds to import
+    from torch._functorch import config as functorch
+
+    config.recompile_limit = max(config.recompile_limit, FORMS)
+    # A failure in the backward pass would come too late to run the block in another way.
+    functorch.force_non_lazy_backward_lowering = True
+    folder = compiler_cache()
+    say = (lambda text: None) if quiet else note
+    try:
+        # fullgraph: what cannot be compiled is an error here, not silently slower.
+        compiled = torch.compile(Block.forward, dynamic=False, fullgraph=True)
+    except RuntimeError as error:  # not for this version of Python
+        say(failure(error))
+        return Block.forward
+    state = "new"
+
+    def run(block, *args, **kwargs):
+        nonlocal state
+        if state == "failed":
+            return Block.forward(block, *args, **kwargs)
+        if state == "new":
+            state = "used"
+            say(f"compiling the network's blocks (once; kept in {folder})")
+        try:
+            return compiled(block, *args, **kwargs)
+        except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit) as error:
+            cause = getattr(error, "inner_exception", error)
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
+            state = "failed"
+            say(failure(cause))
+        return Block.forward(block, *args, **kwargs)
+
+    return run
+
+
+def failure(error):
+    return (
+        f"the compiler fails here ({first_line(error)}): going on with blocks that are "
+        "not compiled, as by --compile off"
+    )
+
+
+def compiler_cache():
+    """The folder that keeps compiled code: $TORCHINDUCTOR_CACHE_DIR, else beside torch's downloads,
+    else (not writable) torch's own choice, which the system may empty.
+    """
+    folder = Path(torch.hub.get_dir()).parent / "inductor"
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    return os.environ.get("TORCHINDUCTOR_CACHE_DIR", "the system's temporary folder")
+
+
 # ---------------------------------------------------------------- the classifier
 
 
@@ -279,7 +390,7 @@ def predict(
     model: PatchClassifier,
     patches,
     rows: np.ndarray | None = None,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     output: str = "logits",
@@ -292,13 +403,16 @@ def predict(
     patches   anything with .read(rows) → uint8 [n, size, size, 3] (dataset.patches.Patches), or
               such an array
     rows      row numbers; None: all
+    batch_size  None: 128 on CUDA GPUs, else 64
     device    the model is moved there first; None: it stays where it is
     dtype     bf16 or fp16 with float32 parameters: autocast; else the precision of the parameters
     progress  text before the progress bar; None: no bar
     keep      called with (row numbers, values) of every batch; then nothing is collected, and None
               returned
 
-    A thread reads the next batches while the model works. UserError if an output is not finite.
+    A thread reads the next batches while the model works. With compiled blocks, and in passes of
+    several batches on CUDA, the last batch is filled up: one shape. UserError if an output is not
+    finite.
     """
     assert output in ("logits", "embedding"), output
     if isinstance(patches, np.ndarray):
@@ -307,7 +421,10 @@ def predict(
     if device is not None:
         model.to(device)
     device = next(model.encoder.parameters()).device
+    batch_size = batch_size or default_batch(device)
     precision, autocast = inference_precision(model, dtype)
+    compiled = getattr(model.encoder, "compiled", False)
+    one_shape = compiled or (device.type == "cuda" and len(rows) > batch_size)
     result = None
     if keep is None:
         shape = (len(rows), model.encoder.embed_dim) if output == "embedding" else (len(rows),)
@@ -332,26 +449,36 @@ def predict(
     model.eval()
     try:
         with (
-            torch.inference_mode(),
+            # inference_mode does not go with compiled code.
+            torch.no_grad() if compiled else torch.inference_mode(),
             bar,
             reading(patches, rows, starts, batch_size, device) as batches,
         ):
             # A batch's result is fetched after the next one is queued: fetching waits for the GPU.
             waiting = None
             for start, images in batches:
+                count = len(images)
                 images = images.to(device, non_blocking=True)
+                if one_shape and count < batch_size:
+                    filling = images[-1:].expand(batch_size - count, -1, -1, -1)
+                    images = torch.cat([images, filling])
                 with torch.autocast(device.type, precision, enabled=autocast):
                     values = model.embed(images)
                 if output == "logits":
                     values = model.classify(values)
                 if waiting:
                     collect(*waiting)
-                waiting = start, values
+                waiting = start, values[:count]
             if waiting:
                 collect(*waiting)
     finally:
         model.train(training)
     return result
+
+
+def default_batch(device):
+    """Patches per forward pass: enough to keep a GPU busy."""
+    return 128 if device.type == "cuda" else 64
 
 
 def inference_precision(model, dtype):

@@ -90,8 +90,9 @@ def arguments():
         "--tta", action="store_true", help="embedding: mean over the eight flips and quarter turns"
     )
     group.add_argument(
-        "--batch-size", type=int, default=64, help="patches per forward pass (default: 64)"
+        "--batch-size", type=int, help="patches per forward pass (default: 128 on GPUs, else 64)"
     )
+    models.add_compile_argument(group)
     flags.add_run_arguments(parser)
     return parser.parse_args()
 
@@ -180,7 +181,10 @@ def main():
     # Flags, data, encoder.
     args = arguments()
     flags.check_name(args)
-    flags.at_least(args, 1, "k", "shots", "batch_size")
+    flags.at_least(args, 1, "k", "shots")
+    if args.batch_size is not None:
+        flags.at_least(args, 1, "batch_size")
+    models.check_compile(args.compile, models.find_encoder(args.model))
     if args.class_weight and not {"uni", "l2"} & set(args.probe):
         raise UserError(f"--class-weight {args.class_weight}: only the probes uni and l2 have one")
     if args.C is not None and not 0 < args.C < math.inf:
@@ -325,16 +329,16 @@ def all_embeddings(model, annotations, patches, args, dtype):
     if args.tta:
         parts.append("tta")
     path = Path(args.runs) / "embeddings" / annotations.name / "-".join(parts)
-    return embeddings(model, patches, annotations, path, dtype, args.batch_size)
+    return embeddings(model, patches, annotations, path, dtype, args.batch_size, args.compile)
 
 
-def embeddings(model, patches, annotations, path, dtype, batch_size):
+def embeddings(model, patches, annotations, path, dtype, batch_size=None, choice="off"):
     """Embeddings [N, D] of all annotated patches as a read-only memory map, computed if missing.
 
     In float32, or float16 if the encoder's own numbers are that: half the disk, not a digit lost. A
     kill costs the last seconds. Stored embeddings of other weights, pixels, annotations or another
     normalisation are computed anew, which is said. Under torchrun each process computes a share of
-    the rows, and the first returns when all are done (the others get None).
+    the rows, and the first returns when all are done (the others get None). choice: of --compile.
     """
     encoder = model.encoder
     rank, world = engine.launched()
@@ -359,6 +363,9 @@ def embeddings(model, patches, annotations, path, dtype, batch_size):
             print(f"{stale}; computing the embeddings anew", flush=True)
     shape = (len(annotations), encoder.embed_dim)
     kind = np.float16 if dtype == torch.float16 and not model.tta else np.float32
+    device = model.head.weight.device
+    if models.should_compile(choice, device, len(annotations), encoder.spec):
+        models.compile_blocks(encoder, quiet=rank > 0)
     with memmap.Writer(path, shape, kind, fingerprint, shared=world > 1) as writer:
         todo = writer.todo
         share = todo[todo % world == rank]

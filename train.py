@@ -171,11 +171,7 @@ def arguments():
         help="compute activations again in the backward pass: a third slower, a fraction of the "
         "memory",
     )
-    group.add_argument(
-        "--compile",
-        action="store_true",
-        help="torch.compile the training step (for GPUs; on CPUs it is slower than without)",
-    )
+    models.add_compile_argument(group)
     group.add_argument(
         "--deterministic",
         action="store_true",
@@ -215,6 +211,7 @@ def check(args):
             f"--accumulate {args.accumulate}: {args.model} normalises over the batch, and would "
             "normalise each part by itself; use a smaller --batch-size"
         )
+    models.check_compile(args.compile, spec)
     if args.checkpointing and not spec.depth:
         raise UserError(f"--checkpointing works on transformer blocks, {args.model} has none")
     if args.lora and not spec.depth:
@@ -444,7 +441,10 @@ def train(args, settings, annotations, patches, run, split, base, device, dtype)
     Returns its rows of the table. The first process writes.
     """
     first = engine.rank() == 0
-    model, parameters = engine.make_model(settings, base, device, args.checkpointing)
+    compiled = models.should_compile(
+        args.compile, device, settings.epochs * settings.epoch_size, base.spec
+    )
+    model, parameters = engine.make_model(settings, base, device, args.checkpointing, compiled)
     sampler = Sampler(
         annotations,
         split.train,
@@ -467,7 +467,6 @@ def train(args, settings, annotations, patches, run, split, base, device, dtype)
         device,
         dtype,
         args.accumulate,
-        args.compile,
     )
     validation, sampled = annotations.rows(split.val), samples_validation(settings, split)
     if sampled:
@@ -665,6 +664,9 @@ def further_tests(args, settings, tests, path, device, dtype):
         return []
     model, _ = checkpoint.load_run(path, args.weights, device)
     autocast = dtype if dtype != torch.float32 else None
+    patches = sum(len(other) for other in pending)
+    if models.should_compile(args.compile, device, patches, model.encoder.spec):
+        models.compile_blocks(model.encoder, quiet=engine.rank() > 0)
     predicted = []
     for other in pending:
         reader = Patches(
