@@ -66,6 +66,12 @@ def call(module, *args):
         sys.argv = old
 
 
+def torchrun(script):
+    """The launcher, for `command`, of two processes that run a file."""
+    words = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+    return (*words, "--nproc-per-node", "2", str(script))
+
+
 def command(script, *args, wait=True, launcher=(), **environment):
     """The same in a process of its own, which knows the tiny encoder."""
     code = (

@@ -92,6 +92,13 @@ def test_the_training_curves_of_the_runs_are_in_the_page(copied):
     alts = [attributes["alt"] for tag, attributes in elements if tag == "img"]
     assert any("validation AUROC. Mark: the epoch that was kept" in text for text in alts)
     assert (out / "training_tissue.svg").exists()
+    assert not any("--val-patches" in text for text in alts)
+    run = next(copied.glob("tissue/uni-lora/frac1-fold*/log.csv"))  # validated on a sample
+    columns = "epoch,lr,train_loss,sample_loss,sample_auroc,patches_per_s,val_loss,val_auroc"
+    run.write_text(f"{columns}\n1,1e-3,1,1,0.5,9.5,,\n2,1e-3,1,0.9,0.5,9.5,0.8,0.6\n")
+    _, elements, out = report(copied)
+    alts = [attributes["alt"] for tag, attributes in elements if tag == "img"]
+    assert any("Lines of runs with --val-patches are of a sample" in text for text in alts)
     for path in copied.glob("*/*/*/log.csv"):  # a single epoch is no curve
         path.write_text(header + "1,1e-3,1,1,0.5,9.5\n")
     report(copied)

@@ -615,15 +615,7 @@ def step(self, number, *rest):
 engine.Engine.step = step
 common.command(train.main)
 """)
-    launcher = (
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(script),
-    )
+    launcher = small.torchrun(script)
     args = [*flags(table, two), "--test", other]
     code, out, err = small.command("train", *args, launcher=launcher, KILLED="1")
     assert code and ("another process of this job has ended" in err or "SIGKILL" in err), err

@@ -332,6 +332,42 @@ def test_a_model_is_validated_on_the_whole_set_once(tmp_path, table, monkeypatch
     assert small.call(train, *args, "--resume") == 0 and len(computed) == 5
 
 
+@pytest.mark.slow
+def test_two_processes_choose_as_one_even_if_one_is_killed(tmp_path, table):
+    """torchrun with gloo; one is killed before the second model is validated on everything."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert small.call(train, *sampled(table, one, epochs=4)) == 0
+    script = tmp_path / "script.py"
+    script.write_text(f"""import os, signal, sys
+sys.path[:0] = [{str(small.HERE.parent)!r}, {str(small.HERE)!r}]
+import small, train
+import common, engine
+real, whole = engine.predict_together, 0
+def predict(model, reader, count, *rest):
+    global whole
+    whole += count != {N}
+    if whole == 2 and os.environ["RANK"] == os.environ["KILLED"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(model, reader, count, *rest)
+engine.predict_together = predict
+common.command(train.main)
+""")
+    args, run = sampled(table, two, epochs=4), folder(two, SAMPLED)
+    launcher = small.torchrun(script)
+    code, _, err = small.command("train", *args, launcher=launcher, KILLED="1")
+    assert code and ("another process of this job has ended" in err or "SIGKILL" in err), err
+    assert len(list(run.glob("checkpoint.logits-*"))) == 1
+    code, out, err = small.command("train", *args, "--resume", launcher=launcher, KILLED="no")
+    assert code == 0 and "continuing after pseudo-epoch 4 of 4" in out, err
+    ours, theirs = (run_of(place)["training"] for place in (one, two))
+    assert ours["best_epoch"] == theirs["best_epoch"]
+    logs = [results.read_log(folder(place, SAMPLED)) for place in (one, two)]
+    for name in logs[0]:
+        np.testing.assert_allclose(logs[1][name], logs[0][name], atol=1e-6, err_msg=name)
+    a, b = (runs.read_predictions(folder(o, SAMPLED) / "predictions.csv") for o in (one, two))
+    assert (a["id"] == b["id"]).all() and abs(a["logit"] - b["logit"]).max() < 1e-4
+
+
 def test_damaged_logits_are_one_line(tmp_path, table, monkeypatch, capsys):
     args = sampled(table, tmp_path, epochs=2)
 
