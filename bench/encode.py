@@ -1,6 +1,9 @@
 """Images per second and memory of the encoders, against timm on the same machine in one run.
 
     python bench/encode.py [--quick] [--model dinov2-s] [--batch-size 16]
+    python bench/encode.py --embeddings FILE
+        a long pass over patches in the host's memory, as probe.py makes it, against timm on images
+        that lie ready on the device; figures as JSON (bench/gpu.sh)
 
 The variants take turns batch by batch, so that a machine that slows down slows all of them; medians
 are compared. Memory is the peak of a fresh process (CPU) or of the allocator (GPU) during one
@@ -9,6 +12,7 @@ reaches in a plain matrix product of that precision."""
 
 import argparse
 import copy
+import dataclasses
 import re
 import resource
 import statistics
@@ -17,6 +21,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,6 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import references
 
+import common
 import models
 from encoders.table import flops
 
@@ -70,6 +76,36 @@ def variants(name, device, compiled):
     return functions
 
 
+BACKEND = "inductor"  # of compiled blocks
+
+
+def compile_blocks(network):
+    """Compile each block of timm's network by itself: seconds instead of minutes for the whole, and
+    nearly as fast.
+    """
+    for block in network.blocks:
+        block.compile(dynamic=False, backend=BACKEND)
+
+
+DRY_RUN = "to try the script: two blocks of each network, compiled ones traced alone"
+
+
+def shorten(name):
+    """What --dry-run does to this encoder, ours and timm's."""
+    global BACKEND
+    BACKEND = "aot_eager"
+    table = references.TIMM if name in references.TIMM else references.EQUIVALENT
+    constructor, arguments = table[name]
+    table[name] = constructor, {**arguments, "depth": 2}
+    models.ENCODERS[name] = dataclasses.replace(models.ENCODERS[name], depth=2)
+
+
+def first_line(error):
+    """An exception in one line."""
+    text = str(error).strip() or "no message"
+    return f"{type(error).__name__}: {text.splitlines()[0][:200]}"
+
+
 def wait(device):
     if device == "cuda":
         torch.cuda.synchronize()
@@ -113,6 +149,68 @@ def matmul_rate(device, dtype, rounds):
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     seconds = times({"product": lambda x: a @ b}, None, device, rounds)["product"]
     return 2 * size**3 / statistics.median(seconds)
+
+
+def embedding_rates(path, name, device, batch, batches, rounds, limit):
+    """Images per second of EMBEDDERS; `path` is written after each. UserError at the end if one
+    failed.
+
+    batches: of `batch` patches in a pass.
+    """
+    ours, theirs = pair(name, device)
+    product = matmul_rate(device, torch.bfloat16, 5)
+    figures = {"model": name, "device": device, "batch": batch, "cells": []}
+    figures["product_tflops"] = product / 1e12
+    images = torch.randn(batch, 3, ours.size, ours.size, device=device)
+
+    @torch.no_grad()  # inference_mode does not go with torch.compile
+    def autocast(_):
+        for _ in range(batches):
+            with torch.autocast(device, torch.bfloat16):
+                theirs(images)
+
+    shape = (batches * batch, ours.size, ours.size, 3)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    model = models.PatchClassifier(ours.bfloat16()).eval()
+
+    def predict(_):
+        models.predict(model, pixels, batch_size=batch, output="embedding", progress=None)
+
+    for label, function in (
+        ("timm bf16 autocast", autocast),
+        ("ours, models.predict", predict),
+        ("timm bf16 autocast, blocks compiled", autocast),
+    ):
+        cell, begun = {"variant": label}, time.perf_counter()
+        try:
+            if "compiled" in label:
+                compile_blocks(theirs)
+            function(None)
+            cell["ready_s"] = time.perf_counter() - begun
+            seconds = times({"pass": function}, None, device, rounds, limit)["pass"]
+            rate = len(pixels) / statistics.median(seconds)
+            cell |= {
+                "per_s": rate,
+                "spread": (max(seconds) - min(seconds)) / 2 / len(pixels) * rate,
+            }
+            cell["share"] = flops(models.ENCODERS[name]) * rate / product
+        except Exception as error:  # whatever a compiler or a driver throws: the others go on
+            cell["failed"] = first_line(error)
+        figures["cells"].append(cell)
+        common.write_json(path, figures)
+        print(cell, flush=True)
+    raise_failed(figures["cells"])
+
+
+def raise_failed(cells):
+    """UserError if one of the measured cells has "failed"."""
+    failed = []
+    for cell in cells:
+        if "failed" in cell:
+            batch = f", batch {cell['batch']}" if "batch" in cell else ""
+            failed.append(f"{cell['variant']}{batch}: {cell['failed']}")
+    if failed:
+        raise common.UserError("; ".join(failed))
 
 
 def cpu_memory(name, label, batch):
@@ -182,16 +280,29 @@ def main():
         "--rounds", type=int, help="batches per variant (default: 12, with --quick 4)"
     )
     parser.add_argument(
+        "--batches", type=int, default=8, help="with --embeddings: of a pass (default: 8)"
+    )
+    parser.add_argument(
         "--seconds", type=float, default=120, help="of rounds, from the fourth on (default: 120)"
     )
+    parser.add_argument(
+        "--embeddings", metavar="FILE", help="instead: passes of models.predict; figures go to FILE"
+    )
+    parser.add_argument("--dry-run", action="store_true", help=DRY_RUN)
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     name = args.model or (GPU_MODEL if device == "cuda" else "dinov2-s")
     batch = args.batch_size or (GPU_BATCH if device == "cuda" else 16)
+    if args.dry_run:
+        shorten(name)
     if args.memory:
         return memory_child(name, args.memory, batch)
     rounds = args.rounds or (4 if args.quick else 12)
+    if args.embeddings:
+        return embedding_rates(
+            args.embeddings, name, device, batch, args.batches, rounds, args.seconds
+        )
     functions = variants(name, device, compiled=not args.quick)
     images = torch.randn(batch, 3, 224, 224, device=device)
     torch.set_grad_enabled(
@@ -243,4 +354,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    common.command(main)

@@ -9,6 +9,9 @@
     python bench/lora_step.py --together 5
         is a step of 5 × 16 patches faster than five of 16? If not, training five adapters side by
         side on one frozen encoder cannot be faster either
+    python bench/lora_step.py --alone FILE --batch-size 16 64
+        one variant after the other, each with the GPU's memory to itself; figures as JSON
+        (bench/gpu.sh)
 
 A step: forward and backward pass of a batch of 16, LoRA of rank 16 with dropout 0.1 on qkv, proj,
 fc1, fc2 and one logit, fused Adam on what is trained. Weights are noise, images too; reading and
@@ -16,19 +19,23 @@ augmentation are bench/patches.py's. The variants take turns step by step; media
 Memory is the peak of a fresh process that does nothing else (CPU: above that of the imports; GPU:
 of the allocator).
 
-peft is used as its users do: float32 weights, with and without autocast, dropout by torch.
+peft is used as its users do: float32 weights, with and without autocast, dropout by torch. "Engine"
+is the step of train.py as it is: patches from the host's memory, augmentation and all.
 """
 
 import argparse
+import gc
 import math
 import statistics
 import subprocess
 import sys
 import time
+import types
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -38,28 +45,55 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests"), str(HERE)]
 
 import references
-from encode import flops, matmul_rate, peak, wait
+import small
+from encode import (
+    DRY_RUN,
+    compile_blocks,
+    first_line,
+    flops,
+    matmul_rate,
+    peak,
+    raise_failed,
+    shorten,
+    times,
+    wait,
+)
 
+import common
+import engine
 import lora
 import models
+from dataset.patches import margin
 from encoders import dropout
 
 DEFAULT_MODEL = {"cpu": "lunit-s16", "cuda": "h-optimus-0"}
 BLOCKS = r"blocks\.\d+\..*\.(qkv|proj|fc1|fc2)"
-# label → (whose, method, precision, compiled)
+# label → (whose, method, precision, how: "eager" | "compiled": the whole network | "blocks": each
+# of them | "engine": as train.py does it)
 VARIANTS = {
-    "peft fp32": ("peft", "lora", torch.float32, False),
-    "peft bf16 autocast": ("peft", "lora", torch.bfloat16, False),
-    "peft fp32, compiled": ("peft", "lora", torch.float32, True),
-    "peft bf16 autocast, compiled": ("peft", "lora", torch.bfloat16, True),
-    "timm fp32, all trained": ("peft", "full", torch.float32, False),
-    "timm bf16 autocast, all trained": ("peft", "full", torch.bfloat16, False),
-    "ours fp32": ("ours", "lora", torch.float32, False),
-    "ours bf16": ("ours", "lora", torch.bfloat16, False),
-    "ours fp32, compiled": ("ours", "lora", torch.float32, True),
-    "ours bf16, compiled": ("ours", "lora", torch.bfloat16, True),
-    "ours bf16, checkpointing": ("ours", "lora", torch.bfloat16, False),
+    "peft fp32": ("peft", "lora", torch.float32, "eager"),
+    "peft bf16 autocast": ("peft", "lora", torch.bfloat16, "eager"),
+    "peft fp32, compiled": ("peft", "lora", torch.float32, "compiled"),
+    "peft bf16 autocast, compiled": ("peft", "lora", torch.bfloat16, "compiled"),
+    "peft bf16 autocast, blocks compiled": ("peft", "lora", torch.bfloat16, "blocks"),
+    "timm fp32, all trained": ("peft", "full", torch.float32, "eager"),
+    "timm bf16 autocast, all trained": ("peft", "full", torch.bfloat16, "eager"),
+    "ours fp32": ("ours", "lora", torch.float32, "eager"),
+    "ours bf16": ("ours", "lora", torch.bfloat16, "eager"),
+    "ours fp32, compiled": ("ours", "lora", torch.float32, "compiled"),
+    "ours bf16, compiled": ("ours", "lora", torch.bfloat16, "compiled"),
+    "ours bf16, checkpointing": ("ours", "lora", torch.bfloat16, "eager"),
+    "ours bf16, engine": ("ours", "lora", torch.bfloat16, "engine"),
+    "ours bf16 autocast, all trained, engine": ("ours", "full", torch.bfloat16, "engine"),
 }
+# Of --alone, in the order of what matters: what comes last is lost where the time runs out.
+ALONE = (
+    "peft bf16 autocast",
+    "ours bf16, engine",
+    "peft bf16 autocast, blocks compiled",
+)
+# Of --alone --full, with the first batch size.
+ALL_TRAINED = "timm bf16 autocast, all trained", "ours bf16 autocast, all trained, engine"
 
 
 def theirs(name, device, method):
@@ -100,7 +134,7 @@ class Step:
     """One variant, ready to run: step() is one step of training."""
 
     def __init__(self, label, name, device, batch):
-        whose, method, dtype, compiled = VARIANTS[label]
+        whose, method, dtype, how = VARIANTS[label]
         self.device, self.batch = device, batch
         self.count = 0  # of steps done
         if whose == "peft":
@@ -121,7 +155,12 @@ class Step:
         self.autocast = torch.autocast(
             device, dtype, enabled=whose == "peft" and dtype != torch.float32
         )
-        self.forward = torch.compile(self.model) if compiled else self.model
+        self.forward = self.model
+        if how == "compiled":
+            self.forward = torch.compile(self.model)
+        elif how == "blocks":
+            network = self.model[0].get_base_model() if method == "lora" else self.model[0]
+            compile_blocks(network)
 
     def __call__(self):
         self.optimizer.zero_grad(set_to_none=True)
@@ -135,11 +174,48 @@ class Step:
         wait(self.device)
 
 
+class EngineStep:
+    """The step of train.py, on patches in the host's memory."""
+
+    def __init__(self, label, name, device, batch):
+        _, method, dtype, _ = VARIANTS[label]
+        self.device, self.batch = torch.device(device), batch
+        self.count = 0  # of steps done
+        # As train.load_base: frozen weights where and as they are used, else float32.
+        place = (device, dtype) if method == "lora" else ("cpu", torch.float32)
+        base = models.load_encoder(name, "random", *place, pool="cls")
+        settings = small.training_settings(method, model=name, pool="cls", batch_size=batch)
+        self.model, parameters = engine.make_model(settings, base, self.device)
+        self.model.train()
+        self.parameters = sum(p.numel() for p in parameters.values())
+        side = models.find_encoder(name).size
+        patches = types.SimpleNamespace(size=side)
+        self.engine = engine.Engine(
+            settings, self.model, parameters, None, patches, self.device, dtype
+        )
+        shape = (batch, margin(side), margin(side), 3)
+        self.images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, np.uint8))
+        if device == "cuda":
+            self.images = self.images.pin_memory()  # as models.reading does
+        self.samples = np.arange(batch)
+        self.labels = (self.samples % 2).astype(np.int8)
+
+    def __call__(self):
+        self.engine.step(self.count, self.images, self.samples, self.labels, self.batch)
+        self.count += 1
+        wait(self.device.type)
+
+
+def make_step(label, name, device, batch):
+    kind = EngineStep if VARIANTS[label][3] == "engine" else Step
+    return kind(label, name, device, batch)
+
+
 def memory_child(name, label, device, batch):
     before = peak()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    step = Step(label, name, device, batch)
+    step = make_step(label, name, device, batch)
     for _ in range(2):
         step()
     used = peak() - before
@@ -148,8 +224,8 @@ def memory_child(name, label, device, batch):
     print(used)
 
 
-def memory(name, label, device, batch):
-    """MiB, or None if the variant does not run."""
+def memory(name, label, device, batch, more=()):
+    """MiB, or None if the variant does not run. more: further flags."""
     out = subprocess.run(
         [
             sys.executable,
@@ -162,6 +238,7 @@ def memory(name, label, device, batch):
             str(batch),
             "--device",
             device,
+            *more,
         ],
         capture_output=True,
         text=True,
@@ -268,7 +345,7 @@ def measure(labels, name, device, batch, rounds):
     """
     steps = {}
     for label in labels:
-        step = Step(label, name, device, batch)
+        step = make_step(label, name, device, batch)
         try:
             step()
             step()
@@ -291,6 +368,68 @@ def measure(labels, name, device, batch, rounds):
     return seconds, parameters
 
 
+WARM_UP = 6  # steps before the clock: they compile, find out what fits, and capture the graph
+
+
+def alone(label, name, device, batch, rounds, seconds, rate):
+    """Figures of one variant that has the device to itself: {"variant", "batch", "ms", "spread",
+    "gib", "reserved_gib", "share", "ready_s"}, or {"variant", "batch", "failed": why}.
+
+    gib: peak of the tensors; reserved_gib: of what the allocator held for them, graphs included;
+    share: of the rate of a matrix product alone, for LoRA; ready_s: from nothing to the first timed
+    step. At most `rounds` steps are timed, and from the fourth on for `seconds` at most.
+    """
+    cell = {"variant": label, "batch": batch}
+    begun, base = time.perf_counter(), 0
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        base = torch.cuda.memory_allocated()
+    try:
+        step = make_step(label, name, device, batch)
+        for _ in range(WARM_UP):
+            step()
+        cell["ready_s"] = time.perf_counter() - begun
+        taken = times({"step": lambda _: step()}, None, device, rounds, seconds)["step"]
+    except Exception as error:  # whatever a compiler or a driver throws: the others go on
+        return cell | {"failed": first_line(error)}
+    median = statistics.median(taken)
+    cell |= {"ms": 1000 * median, "spread": (max(taken) - min(taken)) / 2 / median}
+    cell["steps"], cell["trained"] = len(taken), step.parameters
+    if VARIANTS[label][1] == "lora":
+        cell["share"] = lora_operations(name, batch) / median / rate
+    if device == "cuda":
+        cell["gib"] = (torch.cuda.max_memory_allocated() - base) / 2**30
+        cell["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+    return cell
+
+
+def one_after_the_other(path, name, device, batches, full, rounds, seconds):
+    """Measure ALONE for each batch size, and ALL_TRAINED if `full`; `path` is written after each.
+
+    UserError at the end if one failed.
+    """
+    rate = matmul_rate(device, torch.bfloat16, 5)
+    figures = {"model": name, "device": device, "product_tflops": rate / 1e12, "cells": []}
+    todo = [(label, batch) for batch in batches for label in ALONE]
+    if full:
+        todo += [(label, batches[0]) for label in ALL_TRAINED]
+    for label, batch in todo:
+        cell = alone(label, name, device, batch, rounds, seconds, rate)
+        figures["cells"].append(cell)
+        common.write_json(path, figures)
+        print(cell, flush=True)
+        gc.collect()
+        torch.compiler.reset()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    raise_failed(figures["cells"])
+
+
+def lora_operations(name, batch):
+    """Of a step's frozen products: forward, and the gradient of the input; none of the weights."""
+    return 2 * batch * flops(models.ENCODERS[name])
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -300,7 +439,14 @@ def main():
     parser.add_argument(
         "--model", help="encoder (default: lunit-s16, a ViT-S/16, on the CPU, h-optimus-0 on a GPU)"
     )
-    parser.add_argument("--batch-size", type=int, default=16, help="default: 16")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        nargs="+",
+        default=[16],
+        metavar="B",
+        help="default: 16; several with --alone",
+    )
     parser.add_argument("--rounds", type=int, help="steps per variant (default: 8, with --quick 3)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, metavar="V", help="only these")
     parser.add_argument("--memory-only", action="store_true", help="no times")
@@ -310,11 +456,32 @@ def main():
     parser.add_argument(
         "--together", type=int, metavar="N", help="instead: N batches one by one and in one step"
     )
+    parser.add_argument(
+        "--alone",
+        metavar="FILE",
+        help=f"instead: {', '.join(ALONE)}, one after the other; figures go to FILE",
+    )
+    parser.add_argument(
+        "--full", action="store_true", help="with --alone: training end to end as well"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=60, help="with --alone: of steps, at most (default: 60)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help=DRY_RUN)
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     name = args.model or DEFAULT_MODEL[device]
-    batch = args.batch_size
+    if args.dry_run:
+        shorten(name)
+    if args.alone:
+        rounds = args.rounds or 20
+        return one_after_the_other(
+            args.alone, name, device, args.batch_size, args.full, rounds, args.seconds
+        )
+    if len(args.batch_size) > 1 or args.full:
+        parser.error("several --batch-size, and --full, need --alone")
+    (batch,) = args.batch_size
     if args.memory:
         return memory_child(name, args.memory, device, batch)
     if args.count:
@@ -323,8 +490,9 @@ def main():
         return together(name, device, batch, args.together, args.rounds or 5)
     labels = args.variants or []
     if not labels:
-        for label, (_, _, dtype, compiled) in VARIANTS.items():
-            if not (compiled and args.quick) and not (device == "cuda" and dtype == torch.float32):
+        for label, (_, _, dtype, how) in VARIANTS.items():
+            slow = how in ("compiled", "blocks") and args.quick
+            if not slow and not (device == "cuda" and dtype == torch.float32):
                 labels.append(label)
     rounds = args.rounds or (3 if args.quick else 8)
     seconds, parameters = {}, {}
@@ -332,8 +500,7 @@ def main():
         seconds, parameters = measure(labels, name, device, batch, rounds)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     rate = matmul_rate(device, dtype, 5)
-    # Frozen products: forward, and the gradient of the input; none of the weights.
-    operations = 2 * batch * flops(models.ENCODERS[name])
+    operations = lora_operations(name, batch)
     reference = labels[0]
     print(
         f"{name}, batch {batch}, {device}, torch {torch.__version__}, {torch.get_num_threads()} "
@@ -346,7 +513,7 @@ def main():
     )
     print("|---|---|---|---|---|---|---|")
     for label in labels:
-        mebibytes = memory(name, label, device, batch)
+        mebibytes = memory(name, label, device, batch, ["--dry-run"] * args.dry_run)
         used = "–" if mebibytes is None else f"{mebibytes:,.0f}"
         if label not in seconds:
             print(f"| {label} | – | – | – | – | – | {used} |")
@@ -364,4 +531,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    common.command(main)

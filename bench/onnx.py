@@ -5,6 +5,9 @@ writes, in one run.
     half precision
     python bench/onnx.py --quick        the demo's encoder in few rounds
     python bench/onnx.py --weights W    with published weights instead of random ones
+    python bench/onnx.py --json FILE --batches 1 8 64 256
+        fp16 against torch in bf16 alone, eager and with compiled blocks; figures as JSON
+        (bench/gpu.sh)
 
 All variants take the same uint8 patches and give probabilities. They take turns batch by batch, so
 that a machine that slows down slows all of them; medians are compared. What a precision costs is
@@ -114,9 +117,9 @@ def write_plain(path, model):
     onnx.save(proto, path)
 
 
-def runtime(path, device, threads):
+def runtime(path, device, threads, largest=max(BATCHES)):
     classifier = session.Classifier(
-        path, device, threads=threads, batch_size=max(BATCHES), warm_up=False
+        path, device, threads=threads, batch_size=largest, warm_up=False
     )
     assert classifier.device.startswith(device), classifier.note
     return classifier
@@ -172,6 +175,52 @@ def variants(model, seen, device, threads, folder, compiled):
     return functions
 
 
+def against_torch(path, model, seen, batches, rounds, device, threads, folder, limit, backend):
+    """Images per second of the exported model in fp16 and of torch in bf16, for each batch size;
+    `path` is written after each cell.
+
+    seen: some real patches, uint8 [n, S, S, 3]; limit: seconds of a cell's rounds, from the fourth
+    on; backend: of the compiled blocks. UserError at the end if a cell failed.
+    """
+    figures = {"model": model.encoder.spec.name, "device": device, "cells": []}
+    with graph.activation_peaks(model.encoder) as peaks:
+        models.predict(model, seen, progress=None)
+    half, float32 = copy.deepcopy(model), model.cpu()
+    half.encoder.to(torch.bfloat16)
+    facts = {"size": model.encoder.size, "patch": model.encoder.size}
+    file = folder / "fp16.onnx"
+    write_model(file, float32, "fp16", metadata=facts, inline=False, peaks=dict(peaks))
+    functions = {"torch bf16": torch_variant(half)}
+    try:
+        exported = runtime(file, device, threads, max(batches))
+        functions["ONNX Runtime fp16"] = exported
+        figures["session"] = exported.note
+    except common.UserError as error:
+        figures["cells"].append({"variant": "ONNX Runtime fp16", "failed": str(error)})
+    # Last: what is compiled once stays so.
+    functions["torch bf16, blocks compiled"] = torch_variant(half)
+    for label, function in functions.items():
+        if "compiled" in label:
+            for block in half.encoder.blocks:
+                block.compile(dynamic=False, backend=backend)
+        for batch in batches:
+            images = np.resize(seen, (batch, *seen.shape[1:]))
+            cell = {"variant": label, "batch": batch}
+            try:
+                taken = seconds_per_batch({label: function}, images, device, rounds, limit)[label]
+                rate = batch / statistics.median(taken)
+                spread = (max(taken) - min(taken)) / 2 / statistics.median(taken)
+                cell |= {"per_s": rate, "spread": spread}
+            except Exception as error:  # whatever a compiler or a driver throws: the others go on
+                cell["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            figures["cells"].append(cell)
+            common.write_json(path, figures)
+            print(cell, flush=True)
+    failed = [cell for cell in figures["cells"] if "failed" in cell]
+    if failed:
+        raise common.UserError(f"{len(failed)} cells, first: {failed[0]['failed']}")
+
+
 def given(function, patches, device):
     """The patches in the form that a variant takes them without a copy."""
     if isinstance(function, session.Classifier) and device == "cpu":
@@ -179,13 +228,18 @@ def given(function, patches, device):
     return torch.from_numpy(patches).to(device)
 
 
-def seconds_per_batch(functions, patches, device, rounds):
-    """{label: seconds of every round}, the variants in turns."""
+def seconds_per_batch(functions, patches, device, rounds, limit=float("inf")):
+    """{label: seconds of every round}, the variants in turns.
+
+    Rounds end early, after four, where they take longer than `limit` seconds in all.
+    """
     inputs = {label: given(function, patches, device) for label, function in functions.items()}
     for label, function in functions.items():  # allocates, chooses kernels, compiles for this shape
         function(inputs[label]), function(inputs[label])
-    seconds = {label: [] for label in functions}
-    for _ in range(rounds):
+    seconds, begun = {label: [] for label in functions}, time.perf_counter()
+    for done in range(rounds):
+        if done >= 4 and time.perf_counter() - begun > limit:
+            break
         for label, function in functions.items():
             if device == "cuda":
                 torch.cuda.synchronize()
@@ -231,6 +285,16 @@ def main():
     parser.add_argument(
         "--quick", action="store_true", help="the demo's encoder, few rounds, nothing compiled"
     )
+    parser.add_argument("--json", metavar="FILE", help="instead: fp16 against torch, to FILE")
+    parser.add_argument(
+        "--batches", type=int, nargs="+", default=BATCHES, help="with --json (default: 1 8 64)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=60, help="with --json: of a cell, at most (default: 60)"
+    )
+    parser.add_argument(
+        "--backend", default="inductor", help="with --json: compiles the blocks (default: inductor)"
+    )
     args = parser.parse_args()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     name = args.model
@@ -243,6 +307,20 @@ def main():
     torch.set_num_threads(args.threads)
     model = models.PatchClassifier(models.load_encoder(name, weights, device)).eval()
     patches, labels = fit_head(model, args.patches)
+    if args.json:
+        with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
+            return against_torch(
+                args.json,
+                model,
+                patches[:16],
+                args.batches,
+                max(rounds),
+                device,
+                args.threads,
+                Path(folder),
+                args.seconds,
+                args.backend,
+            )
 
     with tempfile.TemporaryDirectory() as folder:
         functions = variants(

@@ -12,6 +12,8 @@ import numpy as np
 from PIL import Image
 
 import common
+import engine
+import lora
 import models
 from encoders.table import Encoder
 
@@ -52,6 +54,21 @@ def dataset(folder, cases=10, per_case=6, seed=0, name="small"):
     with open(folder / f"{name}.csv", "w", newline="") as file:
         csv.writer(file).writerows([("path", "label", "case", "domain"), *rows])
     return folder / f"{name}.csv"
+
+
+def training_settings(method="lora", **changes):
+    """engine's settings of a run that needs no dataset, at the defaults of train.py."""
+    settings = dict(
+        **dict(data="noise", model="tiny", method=method, frac=1.0, fold=0, domain=None, seed=0),
+        **dict(by="case", val_frac=1.0, weights="random", pool=None, layer=None, fit="resize"),
+        **dict(mpp=None, dtype="fp32", epochs=100, epoch_size=1280, batch_size=16, lr=1e-4),
+        **dict(balance="annotation", random_share=0.25, jitter=0.0, stain_jitter=0.0),
+        tissue=False,
+    )
+    if method != "lora":
+        return engine.TrainingSettings(**settings | changes)
+    settings |= dict(rank=16, alpha=16, dropout=0.1, targets=lora.TARGETS, dora=False, rslora=False)
+    return engine.LoRASettings(**settings | changes)
 
 
 def call(module, *args):
