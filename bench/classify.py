@@ -12,6 +12,8 @@ against a plain loop.
         CPU: dinov2-s (random weights) in int8; GPU: h-optimus-0 in fp16
     python bench/classify.py --quick
         the demo's encoder, 500 candidates
+    python bench/classify.py --json FILE
+        the candidates per second also as JSON (bench/gpu.sh); exit status 0
 
 The slide is made of the demo's images: 16,384 px square in JPEG tiles of 256 px, as in an .svs; the
 candidates are the cells annotated there. Latency is that of one call for 1, 8 and 64 cells: of the
@@ -39,7 +41,7 @@ import jpeg_tiff
 import onnxruntime
 import openslide
 import torch
-from onnx_models import write_model
+from onnx_models import lacks_cuda, write_model
 from PIL import Image
 
 import common
@@ -211,8 +213,11 @@ def main():
         "--calls", type=int, help="whose latency is measured, each way (default: 200; --quick: 20)"
     )
     parser.add_argument("--quick", action="store_true", help="the demo's encoder, 500 candidates")
+    parser.add_argument("--json", metavar="FILE", help="takes the figures")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.json and (missing := lacks_cuda(device)):
+        return common.write_json(args.json, {"missing": missing})
     name, precision, count, side = "dinov2-s", "int8", args.candidates, SIDE
     if device == "cuda":
         name, precision = "h-optimus-0", "fp16"
@@ -277,6 +282,23 @@ def main():
         f"{', '.join(f'{rate:.1f}' for rate in rates)}/s; largest difference between the "
         f"probabilities of the command and of the loop: {difference:.1e}"
     )
+    if args.json:
+        common.write_json(
+            args.json,
+            {
+                "model": name,
+                "precision": precision,
+                "device": device,
+                "candidates": count,
+                "alone": base,
+                "slide": printed,
+                "folder": folder_printed,
+                "slide_from_start": count / seconds,
+                "folder_from_start": count / folder_seconds,
+                "plain_loop": plain_rate,
+            },
+        )
+        return False
     return min(printed, folder_printed) / base < GOAL and not args.quick
 
 

@@ -13,6 +13,7 @@ reaches in a plain matrix product of that precision."""
 import argparse
 import copy
 import dataclasses
+import importlib.util
 import re
 import resource
 import statistics
@@ -100,10 +101,20 @@ def shorten(name):
     models.ENCODERS[name] = dataclasses.replace(models.ENCODERS[name], depth=2)
 
 
-def first_line(error):
-    """An exception in one line."""
+class NoTime(Exception):
+    """What comes last in a benchmark is left out."""
+
+
+def why(error):
+    """What a cell says that was not measured: {"missing": why it could not be} or {"failed": what
+    went wrong}.
+    """
+    if isinstance(error, NoTime):
+        return {"missing": "no time left"}
+    if isinstance(error, ModuleNotFoundError) and error.name in ("timm", "peft"):
+        return {"missing": f"{error.name} is not installed"}
     text = str(error).strip() or "no message"
-    return f"{type(error).__name__}: {text.splitlines()[0][:200]}"
+    return {"failed": f"{type(error).__name__}: {text.splitlines()[0][:200]}"}
 
 
 def wait(device):
@@ -151,13 +162,19 @@ def matmul_rate(device, dtype, rounds):
     return 2 * size**3 / statistics.median(seconds)
 
 
-def embedding_rates(path, name, device, batch, batches, rounds, limit):
-    """Images per second of EMBEDDERS; `path` is written after each. UserError at the end if one
-    failed.
+UNTIL = "seconds from the start, after which no variant begins (default: as long as it takes)"
 
-    batches: of `batch` patches in a pass.
+
+def embedding_rates(path, name, device, batch, batches, rounds, limit, until):
+    """Images per second of models.predict and of timm; `path` is written after each variant.
+
+    batches: of `batch` patches in a pass; no variant begins after `until` seconds. UserError at
+    the end if one failed.
     """
-    ours, theirs = pair(name, device)
+    started = time.perf_counter()
+    ours, theirs = models.load_encoder(name, "random", device, pool=pool_of(name)), None
+    if importlib.util.find_spec("timm"):
+        theirs = references.fill_counterpart(references.counterpart(name), ours, device)
     product = matmul_rate(device, torch.bfloat16, 5)
     figures = {"model": name, "device": device, "batch": batch, "cells": []}
     figures["product_tflops"] = product / 1e12
@@ -183,6 +200,10 @@ def embedding_rates(path, name, device, batch, batches, rounds, limit):
     ):
         cell, begun = {"variant": label}, time.perf_counter()
         try:
+            if time.perf_counter() - started > until:
+                raise NoTime
+            if theirs is None and function is autocast:
+                raise ModuleNotFoundError("timm", name="timm")
             if "compiled" in label:
                 compile_blocks(theirs)
             function(None)
@@ -195,7 +216,7 @@ def embedding_rates(path, name, device, batch, batches, rounds, limit):
             }
             cell["share"] = flops(models.ENCODERS[name]) * rate / product
         except Exception as error:  # whatever a compiler or a driver throws: the others go on
-            cell["failed"] = first_line(error)
+            cell |= why(error)
         figures["cells"].append(cell)
         common.write_json(path, figures)
         print(cell, flush=True)
@@ -288,6 +309,9 @@ def main():
     parser.add_argument(
         "--embeddings", metavar="FILE", help="instead: passes of models.predict; figures go to FILE"
     )
+    parser.add_argument(
+        "--until", type=float, default=float("inf"), help="with --embeddings: " + UNTIL
+    )
     parser.add_argument("--dry-run", action="store_true", help=DRY_RUN)
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -301,7 +325,14 @@ def main():
     rounds = args.rounds or (4 if args.quick else 12)
     if args.embeddings:
         return embedding_rates(
-            args.embeddings, name, device, batch, args.batches, rounds, args.seconds
+            args.embeddings,
+            name,
+            device,
+            batch,
+            args.batches,
+            rounds,
+            args.seconds,
+            args.until,
         )
     functions = variants(name, device, compiled=not args.quick)
     images = torch.randn(batch, 3, 224, 224, device=device)

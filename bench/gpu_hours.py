@@ -252,6 +252,7 @@ def main():
         metavar="N",
         help="count validation as train.py --val-patches N does it (default: on all, the protocol)",
     )
+    parser.add_argument("--json", metavar="FILE", help="takes the hours of the whole grid (bench/gpu.sh)")
     args = parser.parse_args()
     if args.val_patches is not None and args.val_patches < 2:
         raise common.UserError(f"--val-patches {args.val_patches}: give a number from 2")
@@ -294,10 +295,17 @@ def main():
     for model, numbers in table.items():
         method = "LoRA" if model in LORA else "end to end"
         rows.append(table_row(f"{model}, {method}", f"{per_patch[model] / 1e9:.1f}", numbers))
-    rows.append(table_row("whole grid", "", np.sum(list(table.values()), 0)))
+    sums = np.sum(list(table.values()), 0)
+    rows.append(table_row("whole grid", "", sums))
+    figures = {"ours": sums[2], "ordinary": sums[5]}
     if args.val_patches is not None:
         table = grid(rates, scales, device != "cpu", None)
-        rows.append(table_row("validated on all", "", np.sum(list(table.values()), 0)))
+        sums = np.sum(list(table.values()), 0)
+        rows.append(table_row("validated on all", "", sums))
+        figures |= {"ours_on_all": sums[2], "ordinary_on_all": sums[5]}
+    if args.json:
+        figures |= {"val_patches": args.val_patches, "rates": rates, "how": how}
+        common.write_json(args.json, {"model": name, "device": device, **figures})
     print(
         common.table(
             rows,

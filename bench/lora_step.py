@@ -48,8 +48,9 @@ import references
 import small
 from encode import (
     DRY_RUN,
+    UNTIL,
+    NoTime,
     compile_blocks,
-    first_line,
     flops,
     matmul_rate,
     peak,
@@ -57,6 +58,7 @@ from encode import (
     shorten,
     times,
     wait,
+    why,
 )
 
 import common
@@ -86,13 +88,8 @@ VARIANTS = {
     "ours bf16, engine": ("ours", "lora", torch.bfloat16, "engine"),
     "ours bf16 autocast, all trained, engine": ("ours", "full", torch.bfloat16, "engine"),
 }
-# Of --alone, in the order of what matters: what comes last is lost where the time runs out.
-ALONE = (
-    "peft bf16 autocast",
-    "ours bf16, engine",
-    "peft bf16 autocast, blocks compiled",
-)
-# Of --alone --full, with the first batch size.
+PEFT, PEFT_COMPILED = "peft bf16 autocast", "peft bf16 autocast, blocks compiled"
+OURS = "ours bf16, engine"
 ALL_TRAINED = "timm bf16 autocast, all trained", "ours bf16 autocast, all trained, engine"
 
 
@@ -373,11 +370,11 @@ WARM_UP = 6  # steps before the clock: they compile, find out what fits, and cap
 
 def alone(label, name, device, batch, rounds, seconds, rate):
     """Figures of one variant that has the device to itself: {"variant", "batch", "ms", "spread",
-    "gib", "reserved_gib", "share", "ready_s"}, or {"variant", "batch", "failed": why}.
+    "gib", "reserved_gib", "share", "ready_s"}, or {"variant", "batch"} and why not.
 
     gib: peak of the tensors; reserved_gib: of what the allocator held for them, graphs included;
     share: of the rate of a matrix product alone, for LoRA; ready_s: from nothing to the first timed
-    step. At most `rounds` steps are timed, and from the fourth on for `seconds` at most.
+    step; graph: whether the step was captured (ours). At most `rounds` steps are timed, and from the fourth on for `seconds` at most.
     """
     cell = {"variant": label, "batch": batch}
     begun, base = time.perf_counter(), 0
@@ -391,30 +388,40 @@ def alone(label, name, device, batch, rounds, seconds, rate):
         cell["ready_s"] = time.perf_counter() - begun
         taken = times({"step": lambda _: step()}, None, device, rounds, seconds)["step"]
     except Exception as error:  # whatever a compiler or a driver throws: the others go on
-        return cell | {"failed": first_line(error)}
+        return cell | why(error)
     median = statistics.median(taken)
     cell |= {"ms": 1000 * median, "spread": (max(taken) - min(taken)) / 2 / median}
     cell["steps"], cell["trained"] = len(taken), step.parameters
     if VARIANTS[label][1] == "lora":
         cell["share"] = lora_operations(name, batch) / median / rate
     if device == "cuda":
+        if isinstance(step, EngineStep):
+            cell["graph"] = step.engine.replays is not None
         cell["gib"] = (torch.cuda.max_memory_allocated() - base) / 2**30
         cell["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
     return cell
 
 
-def one_after_the_other(path, name, device, batches, full, rounds, seconds):
-    """Measure ALONE for each batch size, and ALL_TRAINED if `full`; `path` is written after each.
+def one_after_the_other(path, name, device, batches, full, rounds, seconds, until):
+    """Measure peft and ours for each batch size, and training end to end if `full`; `path` is
+    written after each.
 
-    UserError at the end if one failed.
+    What matters comes first: no cell begins after `until` seconds. UserError at the end if one
+    failed.
     """
+    begun = time.perf_counter()
     rate = matmul_rate(device, torch.bfloat16, 5)
     figures = {"model": name, "device": device, "product_tflops": rate / 1e12, "cells": []}
-    todo = [(label, batch) for batch in batches for label in ALONE]
-    if full:
-        todo += [(label, batches[0]) for label in ALL_TRAINED]
+    first, *others = batches
+    todo = [(label, first) for label in (PEFT, OURS, PEFT_COMPILED)]
+    todo += [(label, batch) for batch in others for label in (PEFT, OURS)]
+    todo += [(label, first) for label in ALL_TRAINED if full]
+    todo += [(PEFT_COMPILED, batch) for batch in others]
     for label, batch in todo:
-        cell = alone(label, name, device, batch, rounds, seconds, rate)
+        if time.perf_counter() - begun > until:
+            cell = {"variant": label, "batch": batch} | why(NoTime())
+        else:
+            cell = alone(label, name, device, batch, rounds, seconds, rate)
         figures["cells"].append(cell)
         common.write_json(path, figures)
         print(cell, flush=True)
@@ -459,14 +466,18 @@ def main():
     parser.add_argument(
         "--alone",
         metavar="FILE",
-        help=f"instead: {', '.join(ALONE)}, one after the other; figures go to FILE",
+        help=f"instead: {PEFT}, {OURS}, {PEFT_COMPILED}, one after the other; figures go to FILE",
     )
     parser.add_argument(
         "--full", action="store_true", help="with --alone: training end to end as well"
     )
     parser.add_argument(
-        "--seconds", type=float, default=60, help="with --alone: of steps, at most (default: 60)"
+        "--seconds",
+        type=float,
+        default=60,
+        help="with --alone: of the steps of a variant, at most (default: 60)",
     )
+    parser.add_argument("--until", type=float, default=math.inf, help="with --alone: " + UNTIL)
     parser.add_argument("--dry-run", action="store_true", help=DRY_RUN)
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -477,7 +488,14 @@ def main():
     if args.alone:
         rounds = args.rounds or 20
         return one_after_the_other(
-            args.alone, name, device, args.batch_size, args.full, rounds, args.seconds
+            args.alone,
+            name,
+            device,
+            args.batch_size,
+            args.full,
+            rounds,
+            args.seconds,
+            args.until,
         )
     if len(args.batch_size) > 1 or args.full:
         parser.error("several --batch-size, and --full, need --alone")

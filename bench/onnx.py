@@ -36,7 +36,7 @@ sys.path[:1] = [
 import onnx
 import onnxruntime
 import torch
-from onnx_models import METADATA, write_model
+from onnx_models import METADATA, lacks_cuda, write_model
 
 import common
 import data
@@ -117,7 +117,8 @@ def write_plain(path, model):
     onnx.save(proto, path)
 
 
-def runtime(path, device, threads, largest=max(BATCHES)):
+def runtime(path, device, threads, largest):
+    """A Classifier on this device; `largest`: most patches of a call."""
     classifier = session.Classifier(
         path, device, threads=threads, batch_size=largest, warm_up=False
     )
@@ -161,42 +162,45 @@ def variants(model, seen, device, threads, folder, compiled):
     for precision in precisions:
         path = folder / f"{precision}.onnx"
         write_model(path, float32, precision, metadata=facts, inline=False, peaks=dict(peaks))
-        functions[f"ONNX Runtime {precision}"] = runtime(path, device, threads)
+        functions[f"ONNX Runtime {precision}"] = runtime(path, device, threads, max(BATCHES))
     path, plain, label = folder / "plain.onnx", float32, "plain exporter's graph fp32"
     if device == "cuda":
         plain, label = half, "plain exporter's graph fp16"
         half.encoder.to(torch.float16)
     try:
         write_plain(path, plain)
-        functions[label] = runtime(path, device, threads)
+        functions[label] = runtime(path, device, threads, max(BATCHES))
     except torch.onnx.OnnxExporterError as error:  # seen for Swin, in torch 2.14
         print(f"{label}: left out, torch cannot write it ({type(error).__name__})", file=sys.stderr)
     half.encoder.to(torch.bfloat16)
     return functions
 
 
-def against_torch(path, model, seen, batches, rounds, device, threads, folder, limit, backend):
+def against_torch(
+    path, model, seen, batches, rounds, device, threads, folder, limit, until, backend
+):
     """Images per second of the exported model in fp16 and of torch in bf16, for each batch size;
     `path` is written after each cell.
 
     seen: some real patches, uint8 [n, S, S, 3]; limit: seconds of a cell's rounds, from the fourth
-    on; backend: of the compiled blocks. UserError at the end if a cell failed.
+    on; no cell begins after `until` seconds; backend: of the compiled blocks. UserError at the end
+    if a cell failed.
     """
+    begun = time.perf_counter()
     figures = {"model": model.encoder.spec.name, "device": device, "cells": []}
     with graph.activation_peaks(model.encoder) as peaks:
         models.predict(model, seen, progress=None)
     half, float32 = copy.deepcopy(model), model.cpu()
     half.encoder.to(torch.bfloat16)
-    facts = {"size": model.encoder.size, "patch": model.encoder.size}
-    file = folder / "fp16.onnx"
-    write_model(file, float32, "fp16", metadata=facts, inline=False, peaks=dict(peaks))
     functions = {"torch bf16": torch_variant(half)}
-    try:
+    if missing := lacks_cuda(device):
+        figures["cells"].append({"variant": "ONNX Runtime fp16", "missing": missing})
+    else:
+        file = folder / "fp16.onnx"
+        facts = {"size": model.encoder.size, "patch": model.encoder.size}
+        write_model(file, float32, "fp16", metadata=facts, inline=False, peaks=dict(peaks))
         exported = runtime(file, device, threads, max(batches))
-        functions["ONNX Runtime fp16"] = exported
-        figures["session"] = exported.note
-    except common.UserError as error:
-        figures["cells"].append({"variant": "ONNX Runtime fp16", "failed": str(error)})
+        functions["ONNX Runtime fp16"], figures["session"] = exported, exported.note
     # Last: what is compiled once stays so.
     functions["torch bf16, blocks compiled"] = torch_variant(half)
     for label, function in functions.items():
@@ -206,19 +210,26 @@ def against_torch(path, model, seen, batches, rounds, device, threads, folder, l
         for batch in batches:
             images = np.resize(seen, (batch, *seen.shape[1:]))
             cell = {"variant": label, "batch": batch}
-            try:
-                taken = seconds_per_batch({label: function}, images, device, rounds, limit)[label]
-                rate = batch / statistics.median(taken)
-                spread = (max(taken) - min(taken)) / 2 / statistics.median(taken)
-                cell |= {"per_s": rate, "spread": spread}
-            except Exception as error:  # whatever a compiler or a driver throws: the others go on
-                cell["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            if time.perf_counter() - begun > until:
+                cell["missing"] = "no time left"
+            else:
+                cell |= rate_of(function, images, device, rounds, limit)
             figures["cells"].append(cell)
             common.write_json(path, figures)
             print(cell, flush=True)
     failed = [cell for cell in figures["cells"] if "failed" in cell]
     if failed:
         raise common.UserError(f"{len(failed)} cells, first: {failed[0]['failed']}")
+
+
+def rate_of(function, images, device, rounds, limit):
+    """{"per_s": images per second, "spread"} of one variant, or {"failed": why}."""
+    try:
+        (taken,) = seconds_per_batch({"": function}, images, device, rounds, limit).values()
+    except Exception as error:  # whatever a compiler or a driver throws: the others go on
+        return {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+    median = statistics.median(taken)
+    return {"per_s": len(images) / median, "spread": (max(taken) - min(taken)) / 2 / median}
 
 
 def given(function, patches, device):
@@ -293,6 +304,12 @@ def main():
         "--seconds", type=float, default=60, help="with --json: of a cell, at most (default: 60)"
     )
     parser.add_argument(
+        "--until",
+        type=float,
+        default=float("inf"),
+        help="with --json: seconds from the start, after which no cell begins",
+    )
+    parser.add_argument(
         "--backend", default="inductor", help="with --json: compiles the blocks (default: inductor)"
     )
     args = parser.parse_args()
@@ -319,6 +336,7 @@ def main():
                 args.threads,
                 Path(folder),
                 args.seconds,
+                args.until,
                 args.backend,
             )
 

@@ -8,6 +8,7 @@ import json
 import subprocess
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -178,6 +179,14 @@ def write_model(
     if inline:
         weights.unlink()
     return proto
+
+
+def lacks_cuda(device):
+    """Why ONNX Runtime cannot run on the "cuda" of a benchmark, or "": it is built without."""
+    built_for_it = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    if device == "cuda" and not built_for_it:
+        return f"onnxruntime {onnxruntime.__version__} is not built for CUDA"
+    return ""
 
 
 @contextlib.contextmanager
