@@ -113,8 +113,7 @@ def why(error):
         return {"missing": "no time left"}
     if isinstance(error, ModuleNotFoundError) and error.name in ("timm", "peft"):
         return {"missing": f"{error.name} is not installed"}
-    text = str(error).strip() or "no message"
-    return {"failed": f"{type(error).__name__}: {text.splitlines()[0][:200]}"}
+    return {"failed": f"{type(error).__name__}: {common.first_line(error)}"}
 
 
 def wait(device):

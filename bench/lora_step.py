@@ -374,7 +374,8 @@ def alone(label, name, device, batch, rounds, seconds, rate):
 
     gib: peak of the tensors; reserved_gib: of what the allocator held for them, graphs included;
     share: of the rate of a matrix product alone, for LoRA; ready_s: from nothing to the first timed
-    step; graph: whether the step was captured (ours). At most `rounds` steps are timed, and from the fourth on for `seconds` at most.
+    step; graph: whether the step was captured (ours). At most `rounds` steps are timed, and from
+    the fourth on for `seconds` at most.
     """
     cell = {"variant": label, "batch": batch}
     begun, base = time.perf_counter(), 0

@@ -227,7 +227,7 @@ def rate_of(function, images, device, rounds, limit):
     try:
         (taken,) = seconds_per_batch({"": function}, images, device, rounds, limit).values()
     except Exception as error:  # whatever a compiler or a driver throws: the others go on
-        return {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+        return {"failed": f"{type(error).__name__}: {common.first_line(error)}"}
     median = statistics.median(taken)
     return {"per_s": len(images) / median, "spread": (max(taken) - min(taken)) / 2 / median}
 
