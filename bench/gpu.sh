@@ -102,11 +102,12 @@ classify="--model h-optimus-0 --precision fp16 --candidates 3000 --plain 500 --c
 hours="--val-patches 2000"
 if [ -n "$dry" ]; then
     export CUDA_VISIBLE_DEVICES=-1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    export TORCH_COMPILE_DISABLE=1
     device=cpu marks="not gpu and not slow" stretch=$((stretch * 10))
     step="--batch-size 1 2 --rounds 2 --dry-run"
     embeddings="--batch-size 2 --batches 2 --rounds 2 --dry-run"
-    onnx="--quick --batches 1 64 --rounds 1 1 1 --backend aot_eager --patches 32 --threads 1"
-    train="--model demo --dtype bf16 --batch-size 4 --epochs 2 --epoch-size 8"
+    onnx="--quick --batches 1 64 --rounds 1 1 1 --patches 32 --threads 1"
+    train="--model demo --compile off --dtype bf16 --batch-size 4 --epochs 2 --epoch-size 8"
     classify="--quick --precision fp16 --candidates 40 --plain 20 --calls 2 --threads 1"
     hours="$hours --rounds 1"
 fi

@@ -252,7 +252,9 @@ def main():
         metavar="N",
         help="count validation as train.py --val-patches N does it (default: on all, the protocol)",
     )
-    parser.add_argument("--json", metavar="FILE", help="takes the hours of the whole grid (bench/gpu.sh)")
+    parser.add_argument(
+        "--json", metavar="FILE", help="takes the hours of the whole grid (bench/gpu.sh)"
+    )
     args = parser.parse_args()
     if args.val_patches is not None and args.val_patches < 2:
         raise common.UserError(f"--val-patches {args.val_patches}: give a number from 2")

@@ -8,7 +8,8 @@
         the flags of bench/gpu_hours.py for these figures
 
 "Eager" is what one has without this project: timm + peft under autocast, torch in bf16, the bare
-step or the model alone. "Compiled" is the same with each block compiled.
+step or the model alone. "Compiled" is the same with each block compiled. "/s": patches, images or
+candidates per second.
 """
 
 import argparse
@@ -38,7 +39,7 @@ TRAIN_GOAL = 0.9  # of the bare step's rate
 EMBEDDING_GOALS = {"h-optimus-0": (1.3, 1.03), "uni": (None, None)}
 ONNX_GOALS = {1: 1.5, 64: 1.0}  # by batch size, to eager
 HOURS_GOAL = 3
-HEADER = "what", "ours", "eager", "compiled", "× eager", "× comp.", "goal", ""
+HEADER = "what", "ours", "eager", "compiled", "×", "× comp.", "goal", ""
 PEFT, PEFT_COMPILED = "peft bf16 autocast", "peft bf16 autocast, blocks compiled"
 STEP = "ours bf16, engine"
 TIMM, TIMM_COMPILED = "timm bf16 autocast", "timm bf16 autocast, blocks compiled"
@@ -223,7 +224,7 @@ def step_rows(figures, model):
         rows.append(row("  of the product's rate", "share", ours, eager, compiled, spread=False))
     ours, eager = figures.cell(job, TRAINED_OURS, 0), figures.cell(job, TRAINED, 0)
     if ours or eager:
-        name = f"end-to-end step, {model}, batch {(ours or eager)['batch']}, ms"
+        name = f"end to end, {model}, batch {(ours or eager)['batch']}, ms"
         rows.append(row(name, "ms", ours, eager, {}, less_is_better=True))
     return rows
 
@@ -243,7 +244,7 @@ def train_rows(figures):
     rows = []
     for source in ("slides", "store"):
         cell = figures.cell("train", source)
-        name = f"train.py from the {source}, patches/s (eager: the bare step)"
+        name = f"train.py, {source} (eager: bare step), /s"
         rows.append(row(name, "per_s", cell, bare, {}, (TRAIN_GOAL, None)))
     return rows
 
@@ -256,7 +257,7 @@ def embedding_rows(figures, model):
     cells = [figures.cell(job, variant) for variant in (EMBED, TIMM, TIMM_COMPILED)]
     name = f"embeddings, {model}, batch {found['batch']}"
     return [
-        row(f"{name}, images/s", "per_s", *cells, EMBEDDING_GOALS[model]),
+        row(f"{name}, /s", "per_s", *cells, EMBEDDING_GOALS[model]),
         row("  of the product's rate", "share", *cells, spread=False),
     ]
 
@@ -272,7 +273,7 @@ def onnx_rows(figures, model):
         # Without CUDA in ONNX Runtime there is one cell, which says so.
         ours = figures.cell(job, EXPORTED, i) or figures.cell(job, EXPORTED)
         eager, compiled = (figures.cell(job, variant, i) for variant in (TORCH, TORCH_COMPILED))
-        name = f"exported fp16, {model}, batch {batch}, images/s"
+        name = f"export fp16, {model}, batch {batch}, /s"
         goals = (ONNX_GOALS.get(batch), None)
         rows.append(row(name, "per_s", ours, eager, compiled, goals))
     return rows
@@ -285,8 +286,8 @@ def classify_rows(figures):
     if "missing" in found:
         return [["classify.py", found["missing"], *[""] * 6]]
     rows, alone = [], {"per_s": found["alone"]}
-    for key, name in (("slide", "a slide"), ("folder", "a folder")):
-        what = f"classify.py on {name}, candidates/s (eager: the model alone)"
+    for key in ("slide", "folder"):
+        what = f"classify.py, {key} (eager: model alone), /s"
         rows.append(row(what, "per_s", {"per_s": found[key]}, alone, {}))
     return rows
 
@@ -296,9 +297,12 @@ def hours_rows(figures):
     if found is None:
         return []
     rows = []
-    for key, how in (("", f"--val-patches {found['val_patches']}"), ("_on_all", "validated on all")):
+    for key, how in (
+        ("", f"--val-patches {found['val_patches']}"),
+        ("_on_all", "validated on all"),
+    ):
         ours, theirs = ({"hours": found[who + key]} for who in ("ours", "ordinary"))
-        name = f"paper's grid, {how}, GPU-hours"
+        name = f"grid, {how}, GPU-hours"
         rows.append(row(name, "hours", ours, theirs, {}, (HOURS_GOAL, None), less_is_better=True))
     return rows
 
@@ -314,7 +318,8 @@ def test_rows(folder):
     ]
     if not closing:
         return []
-    return [["GPU tests", closing[-1], *[""] * 6]]
+    counts = re.findall(r"\d+ (?:passed|failed|error)", closing[-1])
+    return [["GPU tests", ", ".join(counts) or closing[-1], *[""] * 6]]
 
 
 def table(folder):

@@ -182,7 +182,9 @@ class EngineStep:
         place = (device, dtype) if method == "lora" else ("cpu", torch.float32)
         base = models.load_encoder(name, "random", *place, pool="cls")
         settings = small.training_settings(method, model=name, pool="cls", batch_size=batch)
-        self.model, parameters = engine.make_model(settings, base, self.device)
+        patches = settings.epochs * settings.epoch_size  # of a run by the protocol
+        compiled = models.should_compile("auto", self.device, patches, base.spec)
+        self.model, parameters = engine.make_model(settings, base, self.device, compiled=compiled)
         self.model.train()
         self.parameters = sum(p.numel() for p in parameters.values())
         side = models.find_encoder(name).size

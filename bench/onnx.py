@@ -183,8 +183,7 @@ def against_torch(
     `path` is written after each cell.
 
     seen: some real patches, uint8 [n, S, S, 3]; limit: seconds of a cell's rounds, from the fourth
-    on; no cell begins after `until` seconds; backend: of the compiled blocks. UserError at the end
-    if a cell failed.
+    on; no cell begins after `until` seconds. UserError at the end if a cell failed.
     """
     begun = time.perf_counter()
     figures = {"model": model.encoder.spec.name, "device": device, "cells": []}
@@ -205,8 +204,7 @@ def against_torch(
     functions["torch bf16, blocks compiled"] = torch_variant(half)
     for label, function in functions.items():
         if "compiled" in label:
-            for block in half.encoder.blocks:
-                block.compile(dynamic=False, backend=backend)
+            models.compile_blocks(half.encoder)
         for batch in batches:
             images = np.resize(seen, (batch, *seen.shape[1:]))
             cell = {"variant": label, "batch": batch}
@@ -309,9 +307,6 @@ def main():
         default=float("inf"),
         help="with --json: seconds from the start, after which no cell begins",
     )
-    parser.add_argument(
-        "--backend", default="inductor", help="with --json: compiles the blocks (default: inductor)"
-    )
     args = parser.parse_args()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     name = args.model
@@ -337,7 +332,6 @@ def main():
                 Path(folder),
                 args.seconds,
                 args.until,
-                args.backend,
             )
 
     with tempfile.TemporaryDirectory() as folder:

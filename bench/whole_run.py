@@ -62,6 +62,11 @@ def main():
     parser.add_argument("--model", default="h-optimus-0", help="default: h-optimus-0")
     parser.add_argument("--device", default="auto", help="of train.py (default: auto)")
     parser.add_argument("--dtype", default="bf16", help="of train.py (default: bf16)")
+    parser.add_argument(
+        "--compile",
+        default="on",
+        help="of train.py (default: on, as long runs have it; this one is too short for auto)",
+    )
     parser.add_argument("--batch-size", type=int, default=16, help="default: 16")
     parser.add_argument(
         "--epochs", type=int, default=4, help="pseudo-epochs, the first a warm-up (default: 4)"
@@ -86,7 +91,7 @@ def main():
                 *("--model", args.model, "--weights", "random", "--lora", "--fold", 0),
                 *("--device", args.device, "--dtype", args.dtype, "--runs", folder / source),
                 *("--epochs", args.epochs, "--epoch-size", args.epoch_size),
-                *("--batch-size", args.batch_size),
+                *("--batch-size", args.batch_size, "--compile", args.compile),
             )
             rates = logged(folder / source)
             figures["cells"].append(

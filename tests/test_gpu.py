@@ -330,6 +330,6 @@ def test_compiled_blocks_give_the_same_embeddings(device, family):
     images = onnx_models.patches(11)
     model = onnx_models.classifier(family).to(device)
     expected = models.predict(model, images, batch_size=4, output="embedding", progress=None)
-    models.compile_blocks(model.encoder, quiet=True)
+    models.compile_blocks(model.encoder)
     got = models.predict(model, images, batch_size=4, output="embedding", progress=None)
     assert np.abs(got - expected).max() < 1e-4 * np.abs(expected).max()
