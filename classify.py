@@ -127,14 +127,16 @@ def parse_arguments():
         "--device",
         default="auto",
         metavar="D",
-        help="auto, cuda, cuda:1 or cpu; cuda is an error if it does not work; for folders also a "
-        "list: cuda:0,cuda:1 (default: auto)",
+        help="auto, cuda, cuda:1, tensorrt (an engine is built at the first start, in minutes) or "
+        "cpu; cuda and tensorrt are an error if they do not work; for folders also a list: "
+        "cuda:0,cuda:1 (default: auto)",
     )
     parser.add_argument(
         "--batch-size",
         type=int,
         metavar="N",
-        help="patches per run (default: 64 on a GPU, on the CPU 8 per thread, up to 64)",
+        help="patches per run (default: on a GPU 256 of models up to 700 MB, else 64; on the CPU 8 "
+        "per thread, up to 64)",
     )
     parser.add_argument(
         "--workers", type=int, default=4, metavar="N", help="threads that read (default: 4)"

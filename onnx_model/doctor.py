@@ -120,8 +120,8 @@ def try_device(path, device):
         x = np.random.default_rng(0).standard_normal((2, 4, 8)).astype(np.float32)
         (y,) = opened.run(None, {"x": x})
     except common.UserError as error:
-        text = str(error).removeprefix(f"device {device}: ")
-        return False, text.removesuffix(" (python classify.py --doctor names it)")
+        text = str(error).removeprefix(f"device {device}: ").partition(" (python classify.py")[0]
+        return False, text
     except Exception as error:  # a provider that loads and then fails has many ways to say so
         return False, str(error).split("\n")[0][:100]
     if not np.allclose(y, expected(x), atol=1e-3):
@@ -190,6 +190,14 @@ def report():
         else:
             works, text = False, "not tried: no GPU"
         rows.append(("CUDA", text))
+        # Not having it is no problem: nothing needs it.
+        if "TensorrtExecutionProvider" not in providers:
+            text = "not in this onnxruntime"
+        elif works:
+            _, text = try_device(path, "tensorrt")
+        else:
+            text = "not tried: needs CUDA"
+        rows.append(("TensorRT", text))
     if devices and not works:
         problem = "a GPU is available, but ONNX Runtime does not use it"
         if missing:

@@ -3,6 +3,8 @@ and slides.
 """
 
 import contextlib
+import hashlib
+import importlib
 import json
 import math
 import os
@@ -17,10 +19,16 @@ import onnxruntime
 import common
 from common import UserError
 from dataset.formats.cells import are_class_names
-from onnx_model import reading
+from onnx_model import cuda_graphs, reading
 
 FORMAT = f"{common.NAME}-classifier"  # metadata_props["format"] of every exported model
 FORMATS = (FORMAT, "mitosis-classifier")  # the second: models of versions before 1.0
+GPU_BATCHES = (
+    256,
+    64,
+)  # patches per run on a GPU: of small models; of large ones, or if memory ends
+SMALL = 700e6  # bytes of a small model: 300 million parameters in float16
+TENSORRT_OFF = 0.02  # most that TensorRT may differ: it chooses types, and overflows in some models
 TRAILER = 32  # bytes at the end of a .data file: the id of its export, as in the metadata
 
 
@@ -29,10 +37,15 @@ class Classifier:
 
     path        the .onnx file (with its .data file beside it, if it has one)
     device      "auto": the first GPU if it really works, else the CPU | "cuda", "cuda:1": this GPU
-                or UserError | "cpu"
-    batch_size  most patches per run; None: 64 on a GPU, on the CPU 8 per thread, whose activations
-                stay in its cache
+                or UserError | "tensorrt", "tensorrt:1": the same by TensorRT, whose engines are
+                built at the first start, in minutes, and kept | "cpu"
+    batch_size  most patches per run; None: on a GPU 256 of a small model, 64 of a large one; on the
+                CPU 8 per thread, whose activations stay in its cache
     threads     of the CPU that a run may use; 0: all
+    live        on a GPU: calls with 1 or 8 patches are replayed CUDA graphs, which saves the time
+                of launching their kernels one by one (cuda_graphs.py). For programs that ask often
+                for few patches; to be made before other threads use the GPU. .note tells if it
+                could not be had
 
     Attributes: .metadata (dict, as exported) .threshold .mpp (µm/px of the patches, None: unknown)
     .size (px of the input) .patch (px at .mpp that a patch covers; if it is not .size, `score`
@@ -41,14 +54,11 @@ class Classifier:
 
     Threads may share one: no call changes its state."""
 
-    def __init__(self, path, device="auto", batch_size=None, threads=0, warm_up=True):
+    def __init__(self, path, device="auto", batch_size=None, threads=0, warm_up=True, live=False):
         self.path = Path(path)
-        self.session, self.device, self.note = open_session(self.path, device, threads)
+        self.session, self.device, self.note = open_session(self.path, device, threads, live)
         self.metadata = read_metadata(self.session, self.path)
         check_weights(self.path, self.metadata)
-        if batch_size is None and self.device == "cpu":
-            batch_size = min(64, 8 * (threads or os.cpu_count() or 1))
-        self.batch_size = batch_size or 64
         self.labels, self.threshold = self.metadata["labels"], None
         if self.metadata["threshold"] is not None:
             self.threshold = self.metadata["threshold"]["value"]
@@ -60,16 +70,49 @@ class Classifier:
             self.shape, self.dtype = (self.size, self.size, 3), np.uint8
         else:
             self.shape, self.dtype = (3, self.size, self.size), np.float32
+        self.captured = None
+        if live:
+            self.capture(device, threads)
+        self.batch_size = batch_size or self.default_batch(threads)
         if warm_up:
-            self.warm_up()
+            self.warm_up(may_shrink=batch_size is None)
 
-    def warm_up(self):
-        """The first run allocates memory, and on a GPU chooses its kernels for the shape."""
-        sizes = [1]
-        if self.device != "cpu":
-            sizes.append(self.batch_size)
-        for n in sizes:
-            self(np.zeros((n, *self.shape), self.dtype), self.outputs[0])
+    def capture(self, device, threads):
+        """Capture small batches; where that fails, the session is opened again without."""
+        if not cuda_graphs.enabled(self.session):
+            self.note += "; no CUDA graphs: not all of the model runs on CUDA"
+            return
+        try:
+            self.captured = cuda_graphs.CapturedRuns(
+                self.session, gpu_index(self.device), self.shape, self.dtype, self.outputs[0]
+            )
+        except Exception as error:  # of onnxruntime and CUDA, which have no common class but this
+            reason = str(error).strip().split("\n")[0][:200]
+            self.session, self.device, self.note = open_session(self.path, device, threads)
+            self.note += f"; no CUDA graphs: {reason}"
+
+    def default_batch(self, threads):
+        """Patches per run on this device."""
+        if self.device == "cpu":
+            return min(64, 8 * (threads or os.cpu_count() or 1))
+        size = self.path.stat().st_size + self.metadata["data_bytes"]
+        return GPU_BATCHES[size > SMALL]
+
+    def warm_up(self, may_shrink=False):
+        """The first run allocates memory, and on a GPU chooses its kernels for the shape.
+
+        may_shrink  take a smaller batch if the GPU's memory does not do
+        """
+        self(np.zeros((1, *self.shape), self.dtype), self.outputs[0])
+        if self.device == "cpu":
+            return
+        try:
+            self(np.zeros((self.batch_size, *self.shape), self.dtype), self.outputs[0])
+        except Exception:  # out of memory has no class of its own; any other is raised again below
+            if not may_shrink or self.batch_size <= GPU_BATCHES[-1]:
+                raise
+            self.batch_size = GPU_BATCHES[-1]
+            self.warm_up()
 
     def __call__(self, patches, output="probability"):
         """Probabilities float32 [N] of patches uint8 [N, size, size, 3], RGB, at .mpp µm/px (or of
@@ -110,7 +153,10 @@ class Classifier:
         return np.concatenate(parts)
 
     def run_numpy(self, patches, output):
-        return self.session.run([output], {"patches": np.ascontiguousarray(patches)})[0]
+        patches = np.ascontiguousarray(patches)
+        if self.captured is not None:
+            return self.captured(patches, output)
+        return self.session.run([output], {"patches": patches})[0]
 
     def run_bound(self, patches, output):
         """The same for a tensor on the device; only the result, N numbers, is copied."""
@@ -128,7 +174,10 @@ class Classifier:
         binding = self.session.io_binding()
         binding.bind_ortvalue_input("patches", value)
         binding.bind_output(output, "cpu")
-        self.session.run_with_iobinding(binding)
+        run = self.session.run_with_iobinding
+        if self.captured is not None:
+            run = self.captured.run_plain
+        run(binding)
         return binding.copy_outputs_to_cpu()[0]
 
     def score(self, slide, x, y, mpp=None, workers=4):
@@ -257,56 +306,70 @@ def parity_cells(row):
 # ---------------------------------------------------------------- devices
 
 
-def open_session(path, device="auto", threads=0):
+def open_session(path, device="auto", threads=0, live=False):
     """InferenceSession of a file → (session, "cpu" | "cuda:i", note). UserError if the device is
     not available.
+
+    live  on a GPU: ready for cuda_graphs.CapturedRuns
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     if not common.is_utf8(str(path)):
         raise UserError(f"{path}: ONNX Runtime reads paths in UTF-8 alone; rename it")
-    kind, _, index = str(device).partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
-        raise UserError(f"device {device}: choose auto, cpu, cuda, or one of several GPUs: cuda:1")
-    why_not = ""
-    if kind != "cpu":
-        session, why_not = open_cuda(path, int(index or 0), threads, expected=kind == "cuda")
+    kind, index = parse_device(device)
+    version, why_not = f"onnxruntime {onnxruntime.__version__}", ""
+    if kind == "tensorrt":
+        session, why_not = open_tensorrt(path, index, threads)
         if session is not None:
-            version = onnxruntime.__version__
-            note = f"CUDA, device {int(index or 0)} (onnxruntime {version})"
-            return session, f"cuda:{int(index or 0)}", note
-    if kind == "cuda":
+            return session, f"cuda:{index}", f"TensorRT, device {index} ({version})"
+    elif kind != "cpu":
+        session, why_not = open_cuda(path, index, threads, kind == "cuda", live)
+        if session is not None:
+            return session, f"cuda:{index}", f"CUDA, device {index} ({version})"
+    if kind in ("cuda", "tensorrt"):
         raise UserError(f"device {device}: {why_not}")
-    note = f"CPU (onnxruntime {onnxruntime.__version__})"
+    note = f"CPU ({version})"
     if why_not:
         note += f"; not CUDA: {why_not}"
     return start(path, ["CPUExecutionProvider"], threads), "cpu", note
 
 
-def open_cuda(path, index, threads, expected):
+def parse_device(device):
+    """The kind of device and its number: ("cuda", 1) of "cuda:1". UserError if there is no such
+    kind.
+    """
+    kind, _, index = str(device).partition(":")
+    if kind not in ("auto", "cpu", "cuda", "tensorrt") or (
+        index and not (kind in ("cuda", "tensorrt") and index.isdigit())
+    ):
+        raise UserError(
+            f"device {device}: choose auto, cpu, cuda, tensorrt, or one of several GPUs: cuda:1"
+        )
+    return kind, int(index or 0)
+
+
+def gpu_index(device):
+    return int(device.partition(":")[2])
+
+
+def open_cuda(path, index, threads, expected, live=False):
     """(session on a GPU, "") or (None, why there is none).
 
     expected  try also on a machine that shows no NVIDIA device
     """
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         return None, "this onnxruntime has no CUDA (pip install 'onnxruntime-gpu[cuda,cudnn]')"
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return None, "CUDA_VISIBLE_DEVICES hides every GPU"
     if not (expected or nvidia_device() or sys.platform == "win32"):
         return None, "no NVIDIA device"
-    # Loaded by path from the nvidia packages: the provider's own search finds them only by luck.
-    with muted():
-        if hasattr(onnxruntime, "preload_dlls"):
-            onnxruntime.preload_dlls()
-    options = {
-        "device_id": str(index),
-        "use_tf32": "0",  # would cost float32 models their digits
-        "cudnn_conv_algo_search": "HEURISTIC",  # the default searches for every batch size
-    }
-    providers = [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
+    preload()
+    options = cuda_options(index)
+    if live:
+        options |= cuda_graphs.OPTIONS
     try:
-        session = start(path, providers, threads)
+        session = start(path, [("CUDAExecutionProvider", options), "CPUExecutionProvider"], threads)
     except UserError as error:
+        if live:  # a part of the model may run on the CPU, which no CUDA graph can hold
+            return open_cuda(path, index, threads, expected)
         return None, str(error)
     # A session without its libraries silently falls back to the CPU.
     if session.get_providers()[0] != "CUDAExecutionProvider":
@@ -317,6 +380,104 @@ def open_cuda(path, index, threads, expected):
     return session, ""
 
 
+def cuda_options(index):
+    return {
+        "device_id": str(index),
+        "use_tf32": "0",  # would cost float32 models their digits
+        "cudnn_conv_algo_search": "HEURISTIC",  # the default searches for every batch size
+    }
+
+
+def preload():
+    """CUDA's libraries, by path from the nvidia packages: the provider's own search finds them only
+    by luck.
+    """
+    with muted():
+        if hasattr(onnxruntime, "preload_dlls"):
+            onnxruntime.preload_dlls()
+
+
+def open_tensorrt(path, index, threads):
+    """(session by TensorRT, "") or (None, why there is none). What TensorRT does not know runs by
+    CUDA. Its engines are kept for the next start, in `engine_folder`.
+    """
+    if "TensorrtExecutionProvider" not in onnxruntime.get_available_providers():
+        return None, "this onnxruntime has no TensorRT (onnxruntime-gpu for Linux or Windows has)"
+    preload()
+    with contextlib.suppress(ImportError), muted():
+        importlib.import_module("tensorrt_libs")  # of the tensorrt packages: loads its libraries
+    looked_at = start(path, ["CPUExecutionProvider"], threads, optimise=False)
+    half = looked_at.get_modelmeta().custom_metadata_map.get("precision") == '"fp16"'
+    del looked_at
+    folder = engine_folder(path)
+    options = {
+        "device_id": str(index),
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": str(folder),
+        "trt_fp16_enable": str(int(half)),
+        "trt_layer_norm_fp32_fallback": str(int(half)),
+    }
+    providers = [
+        ("TensorrtExecutionProvider", options),
+        ("CUDAExecutionProvider", cuda_options(index)),
+        "CPUExecutionProvider",
+    ]
+    with contextlib.suppress(UserError):
+        session = start(path, providers, threads)
+        if session.get_providers()[0] == "TensorrtExecutionProvider":
+            off = difference(session, start(path, providers[1:], threads))
+            if off <= TENSORRT_OFF:
+                return session, ""
+            return None, (
+                f"TensorRT's numbers differ from ONNX Runtime's by {off:.2g} for this model, which "
+                "it computes in types of its own choice; --device cuda does without it"
+            )
+    with contextlib.suppress(OSError):  # nothing stays of what did not work; engines do
+        folder.rmdir()
+    return None, (
+        "TensorRT is not installed (version 10, for example pip install 'tensorrt-cu13<11'), there "
+        "is no GPU or driver, or it cannot take this model (python classify.py --doctor tells "
+        "which); --device cuda does without it"
+    )
+
+
+def difference(session, reference):
+    """Largest difference of the first output between two sessions of a model, as a share of its
+    largest value, but of 1 at least; infinite if one is not finite. On patches of noise, one at a
+    time, which is the first batch to be run anyway.
+    """
+    given, output = session.get_inputs()[0], session.get_outputs()[0].name
+    generator, largest = np.random.default_rng(0), 0.0
+    for _ in range(4):
+        patch = generator.standard_normal((1, *given.shape[1:]), np.float32)
+        if given.type == "tensor(uint8)":
+            patch = generator.integers(0, 256, patch.shape, np.uint8)
+        ours, theirs = (s.run([output], {given.name: patch})[0] for s in (session, reference))
+        off = np.abs(ours - theirs).max() / max(1.0, np.abs(theirs).max())
+        if not np.isfinite(off):
+            return math.inf
+        largest = max(largest, float(off))
+    return largest
+
+
+def engine_folder(path):
+    """Where TensorRT keeps what it builds of a model; made if it does not exist. It is named after
+    the model's content, so another model never gets these engines.
+    """
+    with open(path, "rb") as file:  # weights in a .data file: their hash is in the metadata
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:32]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / common.NAME / "tensorrt" / digest
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be made for TensorRT's engines ({error.strerror}); name another "
+            "folder in XDG_CACHE_HOME"
+        ) from None
+    return folder
+
+
 def nvidia_device(folder=Path("/dev")):
     """Whether the system shows an NVIDIA GPU; in a container the first may be nvidia3, in WSL all
     are behind dxg.
@@ -324,9 +485,14 @@ def nvidia_device(folder=Path("/dev")):
     return (folder / "dxg").exists() or any(folder.glob("nvidia[0-9]*"))
 
 
-def start(path, providers, threads):
-    """InferenceSession of a file on these providers; UserError if ONNX Runtime cannot load it."""
+def start(path, providers, threads, optimise=True):
+    """InferenceSession of a file on these providers; UserError if ONNX Runtime cannot load it.
+
+    optimise  False: only to look into the file
+    """
     options = onnxruntime.SessionOptions()
+    if not optimise:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = threads
     options.log_severity_level = 4  # what matters is raised here as an error of one line
     if threads != 1:
@@ -334,7 +500,11 @@ def start(path, providers, threads):
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         with muted():
-            return onnxruntime.InferenceSession(str(path), options, providers=providers)
+            # Without the fallback, which prints to stdout: who asks for a provider looks whether it
+            # is there.
+            return onnxruntime.InferenceSession(
+                str(path), options, providers=providers, enable_fallback=0
+            )
     except Exception as error:  # onnxruntime's exceptions have no common class but this one
         text = str(error).strip().split("\n")[0]
     weights = Path(f"{path}.data")

@@ -112,6 +112,26 @@ def test_a_gpu_that_is_used(machine, capsys):
     assert status == 0 and text.endswith("\nin order\n") and "runs (CUDAExecutionProvider" in text
 
 
+def test_tensorrt_has_a_line_and_is_no_problem(machine, capsys, monkeypatch):
+    machine(Session())
+    _, text = screen(capsys)
+    assert "\nTensorRT            not in this onnxruntime\n" in text
+    names = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: names)
+    _, text = screen(capsys)
+    assert "\nTensorRT            runs (" in text
+    given = session.open_session
+
+    def without_tensorrt(path, device):
+        if device == "tensorrt":
+            raise common.UserError("device tensorrt: TensorRT is not installed (…)")
+        return given(path, device)
+
+    monkeypatch.setattr(session, "open_session", without_tensorrt)
+    status, text = screen(capsys)
+    assert status == 0 and "\nTensorRT            TensorRT is not installed (" in text
+
+
 def test_a_gpu_with_wrong_numbers(machine, capsys):
     machine(Session(error=0.1))
     status, text = screen(capsys)
