@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import functools
 import json
+import math
 import os
 import queue
 import threading
@@ -350,6 +351,7 @@ class PatchClassifier(nn.Module):
     def __init__(self, encoder: nn.Module, tta: bool = False):
         super().__init__()
         self.encoder, self.tta = encoder, tta
+        self.at_once = math.inf  # patches that fit into memory, as far as `predict` has seen
         parameter = next(encoder.parameters())
         device = parameter.device
         self.precision = torch.float32
@@ -411,8 +413,8 @@ def predict(
               returned
 
     A thread reads the next batches while the model works. With compiled blocks, and in passes of
-    several batches on CUDA, the last batch is filled up: one shape. UserError if an output is not
-    finite.
+    several batches on CUDA, the last batch is filled up: one shape. A batch that does not fit into
+    memory is computed in parts. UserError if an output is not finite.
     """
     assert output in ("logits", "embedding"), output
     if isinstance(patches, np.ndarray):
@@ -463,9 +465,7 @@ def predict(
                     filling = images[-1:].expand(batch_size - count, -1, -1, -1)
                     images = torch.cat([images, filling])
                 with torch.autocast(device.type, precision, enabled=autocast):
-                    values = model.embed(images)
-                if output == "logits":
-                    values = model.classify(values)
+                    values = output_of(model, images, output)
                 if waiting:
                     collect(*waiting)
                 waiting = start, values[:count]
@@ -474,6 +474,23 @@ def predict(
     finally:
         model.train(training)
     return result
+
+
+def output_of(model, images, output):
+    """Logits [B] or embeddings [B, D] of a batch, in as few parts as fit into memory."""
+    function = model.embed if output == "embedding" else model
+    while True:
+        size = min(len(images), model.at_once)
+        try:
+            return torch.cat([function(part) for part in images.split(size)])
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise UserError(
+                    f"out of memory on {images.device} with a single patch; use --dtype bf16"
+                ) from None
+        model.at_once = (size + 1) // 2
+        note(f"{size} patches do not fit into memory: from now on {model.at_once} at once")
+        torch.cuda.empty_cache()
 
 
 def default_batch(device):

@@ -6,12 +6,19 @@ import types
 
 import numpy as np
 import pytest
+import small
 import torch
+from safetensors.torch import load_file
 from torch._dynamo.backends.common import aot_autograd
 
+import common
 import engine
 import lora
 import models
+import probe
+import train
+from common import UserError
+from encoders.dropout import keep_mask
 from encoders.table import Encoder
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -25,6 +32,13 @@ ROWS = [
 for row in ROWS:
     models.ENCODERS.setdefault(row.name, row)
 NAMES = [row.name for row in ROWS]
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    models.block_compiler.cache_clear()
+    yield
+    models.block_compiler.cache_clear()
 
 
 @pytest.fixture
@@ -41,11 +55,9 @@ def compiler(monkeypatch):
             return backend(graph, inputs)
 
         monkeypatch.setattr(torch, "compile", functools.partial(real, backend=counting))
-        models.block_compiler.cache_clear()
         return graphs
 
     yield use
-    models.block_compiler.cache_clear()
     torch._dynamo.reset()
 
 
@@ -109,10 +121,6 @@ def test_one_compilation_serves_all_blocks(compiler):
             with lora.folded(classifier):
                 models.predict(classifier, images(5), batch_size=2, progress=None)
             assert len(graphs) == 5
-    plain = encoder("swiglu-c")
-    models.compile_blocks(plain)
-    models.predict(models.PatchClassifier(plain, tta=True), images(3), batch_size=2, progress=None)
-    assert len(graphs) == 7
 
 
 def test_more_forms_than_the_limit_are_said_and_right(compiler, capsys):
@@ -183,11 +191,9 @@ def test_a_python_without_torch_compile(monkeypatch, capsys):
         raise RuntimeError("torch.compile is not supported on Python 4")
 
     monkeypatch.setattr(torch, "compile", unsupported)
-    models.block_compiler.cache_clear()
     network = encoder("gelu-c").eval()
     wanted = network(torch.ones(1, 3, 224, 224))
     models.compile_blocks(network)
-    models.block_compiler.cache_clear()
     assert torch.equal(network(torch.ones(1, 3, 224, 224)), wanted)
     assert "not supported on Python 4" in capsys.readouterr().err
 
@@ -241,6 +247,30 @@ def test_padded_batches_give_the_same(output, tta):
     assert shapes == {4}
 
 
+def test_a_batch_that_does_not_fit_is_computed_in_parts(monkeypatch, capsys):
+    model = models.PatchClassifier(encoder("gelu-c")).eval()
+    wanted = models.predict(model, images(7), batch_size=2, progress=None)
+    most, real = 2, model.encoder.forward
+
+    def forward(x):
+        if len(x) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(x)
+
+    monkeypatch.setattr(model.encoder, "forward", forward)
+    for _ in range(2):  # it is remembered
+        reader = Reader(7)
+        found = models.predict(model, reader, batch_size=6, progress=None)
+        assert np.abs(found - wanted).max() < 1e-5 and reader.asked == list(range(7))
+    assert capsys.readouterr().err.splitlines() == [
+        "6 patches do not fit into memory: from now on 3 at once",
+        "3 patches do not fit into memory: from now on 2 at once",
+    ]
+    most = 0
+    with pytest.raises(UserError, match="out of memory on cpu with a single patch"):
+        models.predict(model, Reader(7), batch_size=6, progress=None)
+
+
 # ---------------------------------------------------------------- the same numbers
 
 
@@ -277,3 +307,96 @@ def test_a_compiled_lora_step_is_eager(name, dora):
     models.compile_blocks(network)
     for step in range(2):
         assert distance(gradients(network, step), wanted[step]) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("elements", [7, 4096])
+def test_compiled_masks_are_the_eager_ones(elements):
+    compiled = torch.compile(keep_mask, dynamic=False, fullgraph=True)
+    keys = torch.tensor([0, 1, -1, 2**63 - 1, -(2**63), 0x123456789ABCDEF])
+    for p in (0.1, 0.5):
+        assert torch.equal(compiled(keys, elements, p), keep_mask(keys, elements, p))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_folded_adapters_compiled_are_eager(dtype):
+    model = models.PatchClassifier(adapted("swiglu-c", dtype)).eval()
+    model.head.to(torch.float32)
+
+    def logits():
+        with lora.folded(model):
+            return models.predict(model, images(5), batch_size=4, progress=None)
+
+    wanted = logits()
+    models.compile_blocks(model.encoder)
+    found = logits()
+    assert np.abs(found - wanted).max() < {"fp32": 1e-5, "bf16": 2e-2}[dtype]
+    with torch.no_grad():
+        for _, layer in lora.adapted(model.encoder):
+            layer.lora_B.zero_()
+    assert np.abs(logits() - found).max() > 0.05  # the next pass sees the adapters as they are then
+
+
+@pytest.mark.slow
+def test_checkpointing_around_compiled_blocks():
+    network = made("swiglu-c", checkpointing=True)
+    wanted = [value.detach().clone() for value in gradients(network)]
+    compiled = made("swiglu-c", checkpointing=True, compiled=True)
+    compiled.load_state_dict(network.state_dict())
+    assert distance(gradients(compiled), wanted) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_compiled_run_is_the_eager_one_and_resumes(tmp_path, monkeypatch, capsys, method):
+    table = small.dataset(tmp_path)
+    args = ["--data", table, "--model", "tiny", "--weights", "random", "--device", "cpu"]
+    args += ["--epochs", 3, "--epoch-size", 24, "--batch-size", 8, "--lr", 1e-3]
+    args += ["--lora"] if method == "lora" else []
+    assert small.call(train, *args, "--runs", tmp_path / "eager") == 0
+    assert "compil" not in capsys.readouterr().err  # auto, on a CPU
+    for name in ("whole", "cut"):
+        real = engine.Engine.epoch
+        with monkeypatch.context() as patch:
+            if name == "cut":
+
+                def epoch(self, number, *rest):
+                    if number == 2:
+                        raise KeyboardInterrupt
+                    return real(self, number, *rest)
+
+                patch.setattr(engine.Engine, "epoch", epoch)
+            status = small.call(train, *args, "--runs", tmp_path / name, "--compile")
+            assert status == (130 if name == "cut" else 0)
+    assert small.call(train, *args, "--runs", tmp_path / "cut", "--compile", "--resume") == 0
+    assert "fails" not in capsys.readouterr().err
+    found = {}
+    for name in ("eager", "whole", "cut"):
+        run = tmp_path / name / "small" / f"tiny-{method}" / "frac1-fold0"
+        assert "compile" not in common.read_json(run / "config.json")["flags"]
+        found[name] = load_file(run / "model.safetensors")
+    for key, value in found["whole"].items():
+        assert torch.equal(value, found["cut"][key])
+        assert (value - found["eager"][key]).abs().max() < 1e-3
+
+
+@pytest.mark.slow
+def test_a_probe_on_compiled_embeddings(tmp_path, capsys):
+    table = small.dataset(tmp_path)
+    args = ["--data", table, "--model", "tiny", "--weights", "random", "--device", "cpu"]
+    for name in ("off", "on"):
+        assert small.call(probe, *args, "--runs", tmp_path / name, "--compile", name) == 0
+        assert ("compiling" in capsys.readouterr().err) == (name == "on")
+    off, on = (
+        np.load(tmp_path / name / "embeddings" / "small" / "tiny-cls.npy") for name in ("off", "on")
+    )
+    assert on.shape == (60, 32) and np.abs(on - off).max() < 1e-4 and not np.array_equal(on, off)
+
+
+def test_only_transformers_are_compiled(tmp_path, capsys):
+    table = small.dataset(tmp_path, cases=2)
+    for script in (train, probe):
+        args = ("--data", table, "--model", "resnet50", "--runs", tmp_path / "runs")
+        assert small.call(script, *args, "--compile", "on") == 2
+        assert "--compile works on transformer blocks, resnet50 has none" in capsys.readouterr().err
