@@ -24,8 +24,6 @@ ROOT = Path(__file__).resolve().parent.parent
 # Instead of this folder, whose onnx.py would hide the real one.
 sys.path[:1] = [str(ROOT)]
 
-import torch
-
 import common
 import runs
 from common import UserError
@@ -63,6 +61,8 @@ def version(*names):
 
 def machine(device):
     """{name: text} of what the figures depend on."""
+    import torch  # takes seconds, and the table needs none of it
+
     place = f"CPU, {torch.get_num_threads()} threads (a dry run: the figures mean nothing)"
     if device == "cuda":
         if not torch.cuda.is_available():
@@ -146,7 +146,7 @@ def text(cell, key, spread=True):
     if "failed" in cell:
         return "failed"
     if "missing" in cell:
-        return re.sub(r" is (not installed)", r" \1", cell["missing"])
+        return cell["missing"]
     if cell.get(key) is None:
         return "–"
     value = cell[key]
