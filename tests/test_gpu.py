@@ -8,6 +8,7 @@ import os
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import contextlib
+import gc
 import sys
 
 import dropout_checks
@@ -22,7 +23,6 @@ import torch
 
 import engine
 import export
-import lora
 import models
 import train
 from encoders import dropout
@@ -97,6 +97,21 @@ def test_a_step_in_parts_is_the_captured_one(device, kind, recorded, determinist
     assert ((different - expected[:2]).abs() > 1e-3).any()
 
 
+@devices(pytest.mark.slow)
+def test_a_step_of_compiled_blocks_is_the_eager_one(device, deterministic):
+    """On a GPU it is captured too: the step of train.py by default."""
+    settings = steps.settings_for(**steps.KINDS["lora"] | {"lr": 1e-3})
+    eager, compiled = (steps.make_engine(settings, device=device) for _ in range(2))
+    eager.may_capture = False
+    models.compile_blocks(compiled.model.encoder)
+    (_, expected), (_, losses) = (
+        steps.run(trainer, STEPS[device]) for trainer in (eager, compiled)
+    )
+    assert (compiled.replays is not None) == (device == "cuda")
+    torch.testing.assert_close(losses, expected, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(losses[:2], expected[:2], rtol=1e-4, atol=1e-5)
+
+
 @contextlib.contextmanager
 def scarce_memory(device, trainer, most, limit):
     """Let whole batches run out of memory: on a GPU by a limit in bytes, on the CPU by a pretence
@@ -126,9 +141,10 @@ def scarce_memory(device, trainer, most, limit):
 @devices()
 def test_out_of_memory_turns_into_parts(device, capsys, deterministic):
     count = 2 if device == "cpu" else 64  # of patches: enough to be missed
-    settings = steps.settings_for(dtype="fp32", batch_size=count, model="wide")
+    settings = steps.settings_for(dtype="fp32", batch_size=count)
     (step, images, samples, labels, whole), *_ = steps.batches(2, count)
     batch = (step, images, samples, labels, whole)
+    gc.collect()  # of other tests: what they leave must not count as room
     in_parts = steps.make_engine(settings, parts=2, device=device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -146,7 +162,7 @@ def test_out_of_memory_turns_into_parts(device, capsys, deterministic):
 
 @devices()
 def test_masks_are_those_of_the_cpu(device):
-    """Bit by bit: the hash itself, and what an adapted layer's input looks like under it."""
+    """Bit by bit: the hash itself, and what is dropped by it."""
     keys = torch.tensor(dropout_checks.KEYS)
     for elements, p in ((1, 0.5), (7, 0.1), (1027, 0.1), (4096, 0.9)):
         mask = dropout.keep_mask(keys, elements, p)
@@ -154,14 +170,6 @@ def test_masks_are_those_of_the_cpu(device):
         ones = torch.ones(len(keys), elements, device=device)
         dropped, _ = dropout.drop(ones, keys.to(device), elements, p)
         assert torch.equal(dropped.cpu().bool(), mask)
-    layers = [
-        layer
-        for _, layer in lora.adapted(
-            steps.make_engine(steps.settings_for(dtype="fp32")).model.encoder
-        )
-    ]
-    here = lora.step_keys(layers, 3, 7, np.arange(4)).to(device)
-    assert torch.equal(here.cpu(), lora.step_keys(layers, 3, 7, np.arange(4)))
 
 
 @pytest.mark.gpu
@@ -216,7 +224,7 @@ def test_two_processes_on_one_device_are_one(device, tmp_path, table):
     """gloo: the same samples, masks and losses."""
     one, two = tmp_path / "one", tmp_path / "two"
     place = "cuda:0" if device == "cuda" else "cpu"  # a GPU that is named is all processes'
-    assert small.call(train, *on(place, runs.flags(table, one))) == 0
+    assert small.call(train, *on(place, runs.flags(table, one)), "--dtype", "fp32") == 0
     script = tmp_path / "script.py"
     script.write_text(
         f"import sys; sys.path[:0] = [{str(small.HERE.parent)!r}, {str(small.HERE)!r}]\n"
@@ -225,15 +233,18 @@ def test_two_processes_on_one_device_are_one(device, tmp_path, table):
     )
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone")
     launcher += ("--nproc-per-node", "2", str(script))
-    code, _, err = small.command("train", *on(place, runs.flags(table, two)), launcher=launcher)
+    args = [*on(place, runs.flags(table, two)), "--dtype", "fp32"]
+    code, _, err = small.command("train", *args, launcher=launcher)
     assert code == 0, err
     logs = []
     for out in (one, two):
         log = runs.folder(out) / "log.csv"
         logs.append(np.genfromtxt(log, delimiter=",", names=True))
     assert [len(log) for log in logs] == [3, 3]
-    for column in ("train_loss", "val_loss", "val_auroc"):
-        assert np.abs(logs[0][column] - logs[1][column]).max() < 1e-4, column
+    for column in ("train_loss", "val_loss"):
+        difference = np.abs(logs[0][column] - logs[1][column]).max()
+        # Other shapes may have other kernels on a GPU, whose convolutions round to TF32.
+        assert difference < (1e-6 if device == "cpu" else 1e-3), column
 
 
 # ---------------------------------------------------------------- the exported model
@@ -314,9 +325,9 @@ def test_numpy_dlpack_and_torch_give_the_same(device, tmp_path):
     assert np.abs(classifier(images) - expected).max() < 1e-4
     there = torch.from_numpy(images).to(device)
     for given in (there, Borrowed(there)):
-        assert np.array_equal(classifier(given), classifier(images))
+        assert np.abs(classifier(given) - classifier(images)).max() < 1e-6
     strided = torch.from_numpy(np.repeat(images, 2, axis=0)).to(device)[::2]
-    assert np.array_equal(classifier(strided), classifier(images))
+    assert np.abs(classifier(strided) - classifier(images)).max() < 1e-6
 
 
 # ---------------------------------------------------------------- inference
