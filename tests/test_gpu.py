@@ -328,6 +328,10 @@ def test_numpy_dlpack_and_torch_give_the_same(device, tmp_path):
         assert np.abs(classifier(given) - classifier(images)).max() < 1e-6
     strided = torch.from_numpy(np.repeat(images, 2, axis=0)).to(device)[::2]
     assert np.abs(classifier(strided) - classifier(images)).max() < 1e-6
+    live = session.Classifier(tmp_path / "model.onnx", device, live=True)
+    assert (live.captured is not None) == (device == "cuda"), live.note
+    for count in (1, 8, 3):  # two captured sizes, and another one
+        assert np.abs(live(images[:count]) - classifier(images[:count])).max() < 1e-4
 
 
 # ---------------------------------------------------------------- inference
