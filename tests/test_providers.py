@@ -5,10 +5,12 @@ options are asked for, what CUDA graphs are given to replay, and what is done wh
 import concurrent.futures
 import functools
 import threading
+import types
 
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 from onnx_models import classifier, patches, write_model
 
 import common
@@ -42,6 +44,12 @@ class Value:
 
     def numpy(self):
         return self.array.copy()
+
+    def __dlpack__(self, **choices):
+        return self.array.__dlpack__(**choices)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
 
 
 class Binding:
@@ -169,6 +177,29 @@ def test_threads_share_the_captured_graphs(gpu):
         assert np.allclose(got, want[start : start + n], atol=1e-6)
     assert len({thread for thread, _ in opened.captured}) == 1
     assert {number for _, number in opened.captured} == {"1", "2"}
+
+
+def test_tensors_of_torch_are_replayed_after_their_copy(gpu, monkeypatch):
+    path, _ = gpu
+    waited = []
+    stream = types.SimpleNamespace(synchronize=lambda: waited.append(len(Session.made[0].runs)))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    captured = session.Classifier(path, "cuda", live=True).captured
+    Session.made[0].runs.clear()
+    images = patches(9)
+    want = expected(path, images)
+    for n in (8, 1):
+        got = captured.from_torch(torch.from_numpy(images[-n:]), "probability")
+        assert np.allclose(got, want[-n:], atol=1e-6)
+    assert waited == [0, 1] and [n for n, _ in Session.made[0].runs] == [8, 1]
+    assert captured.from_torch(torch.from_numpy(images), "probability") is None
+    assert captured.from_torch(torch.from_numpy(images[:8]), "embedding") is None
+
+    def invalid(value):
+        raise RuntimeError("from_dlpack received an invalid capsule")
+
+    monkeypatch.setattr(torch, "from_dlpack", invalid)
+    assert captured.from_torch(torch.from_numpy(images[:8]), "probability") is None
 
 
 @pytest.mark.parametrize(
