@@ -126,9 +126,9 @@ class LoRALinear(nn.Module):
     def adapted_weight(self):
         """W + scale B A, with DoRA's lengths [out, in], in float32 at least."""
         exact = torch.promote_types(self.weight.dtype, torch.float32)
-        weight = torch.addmm(
-            self.weight.to(exact), self.lora_B.to(exact), self.lora_A.to(exact), alpha=self.scale
-        )
+        low = self.lora_B.to(exact) @ self.lora_A.to(exact)
+        # Not addmm: compilers fuse a sum with the conversions before and after it.
+        weight = torch.add(self.weight, low, alpha=self.scale)
         if self.lora_magnitude is not None:
             weight = weight * (self.lora_magnitude.to(exact) / weight.norm(dim=1))[:, None]
         return weight
