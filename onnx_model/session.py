@@ -363,6 +363,8 @@ def open_cuda(path, index, threads, expected, live=False):
     """
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         return None, "this onnxruntime has no CUDA (pip install 'onnxruntime-gpu[cuda,cudnn]')"
+    if gpus_hidden():
+        return None, "CUDA_VISIBLE_DEVICES hides every GPU"
     if not (expected or nvidia_device() or sys.platform == "win32"):
         return None, "no NVIDIA device"
     preload()
@@ -407,6 +409,8 @@ def open_tensorrt(path, index, threads):
     """
     if "TensorrtExecutionProvider" not in onnxruntime.get_available_providers():
         return None, "this onnxruntime has no TensorRT (onnxruntime-gpu for Linux or Windows has)"
+    if gpus_hidden():
+        return None, "CUDA_VISIBLE_DEVICES hides every GPU"
     preload()
     with contextlib.suppress(ImportError), muted():
         importlib.import_module("tensorrt_libs")  # of the tensorrt packages: loads its libraries
@@ -480,6 +484,10 @@ def engine_folder(path):
             "folder in XDG_CACHE_HOME"
         ) from None
     return folder
+
+
+def gpus_hidden():
+    return os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
 
 
 def nvidia_device(folder=Path("/dev")):

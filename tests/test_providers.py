@@ -125,6 +125,7 @@ def number_of(options):
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
     """ONNX Runtime on a machine with a GPU and TensorRT → (path of a model, the class Session)."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")  # which hides GPUs from these tests
     names = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: names)
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
