@@ -143,11 +143,17 @@ def linear_int8(g, x, at, weight, bias, shared):
     return g.op("Add", y, g.tensor(f"{at}.bias", bias, np.float32), at=at)
 
 
-def layer_norm(g, x, norm, at, divisor=1.0, half=False):
-    """`half`: x is float16 and so is the result; the operator computes in float32 between them."""
-    weight = g.tensor(f"{at}.weight", to_numpy(norm.weight) / divisor, float_type(half))
-    bias = g.tensor(f"{at}.bias", to_numpy(norm.bias) / divisor, float_type(half))
-    return g.op("LayerNormalization", x, weight, bias, at=at, axis=-1, epsilon=norm.eps)
+def layer_norm(g, x, norm, at):
+    return normalise(g, x, to_numpy(norm.weight), to_numpy(norm.bias), norm.eps, at)
+
+
+def normalise(g, x, scale, shift, eps, at, half=False):
+    """LayerNorm of x with its scale and shift [dim]. `half`: x is float16 and so is the result; the
+    operator computes in float32 between them.
+    """
+    scale = g.tensor(f"{at}.weight", scale, float_type(half))
+    shift = g.tensor(f"{at}.bias", shift, float_type(half))
+    return g.op("LayerNormalization", x, scale, shift, at=at, axis=-1, epsilon=eps)
 
 
 def attention(g, q, k, v, heads, dim, half, at):
@@ -229,16 +235,21 @@ def self_attention(g, x, stream, layers, spec, at, i, peaks, half, attend, first
     if layers.attn.qkv.bias is not None:
         bias = to_numpy(layers.attn.qkv.bias)
     proj_weight, proj_bias = to_numpy(proj.weight), to_numpy(proj.bias)
+    scale, shift = to_numpy(layers.norm1.weight), to_numpy(layers.norm1.bias)
     if g.precision != "int8":  # there the runtime adds a bias while it scales the product
-        # Each bias is a pass over the tokens. That of k adds the same number to all scores of a
-        # query, which softmax does not see, unless k is turned after it.
+        # Each bias of its own would be a pass over the tokens.
+        weight, bias = weight * scale, bias + weight @ shift
+        # That of k adds the same number to all scores of a query, which softmax does not see,
+        # unless k is turned after it.
         if spec.pos != "rotary":
             bias[dim : 2 * dim] = 0
         # Attention averages v, so what is added to v is added to its result, the input of proj.
         proj_bias = proj_bias + proj_weight @ bias[2 * dim :]
         bias[2 * dim :] = 0
+        scale, shift, weight, bias = bias_inside(weight, bias)
     divisor = evening(g, peaks, (i, "attn.qkv"), weight)
-    y = normed(g, x, stream, layers.norm1, f"{at}.norm1", divisor, half)
+    affine = scale / divisor, shift / divisor
+    y = normed(g, x, stream, affine, layers.norm1.eps, f"{at}.norm1", half)
     weight = weight * divisor
     asking = y
     if first:  # only the first token is read after this block, so only its query is computed
@@ -252,8 +263,8 @@ def self_attention(g, x, stream, layers, spec, at, i, peaks, half, attend, first
         rows = slice(start, start + dim)
         parts[name] = linear(g, tokens, f"{at}.attn.{name}", weight[rows], bias[rows], half, shared)
     y = attend(**parts, half=half, at=f"{at}.attn")
-    projection, scale = (proj_weight * divisor, proj_bias), layers.ls1
-    return residual(g, x, stream, y, half, projection, scale, f"{at}.attn.proj", f"{at}.ls1")
+    projection = proj_weight * divisor, proj_bias
+    return residual(g, x, stream, y, half, projection, layers.ls1, f"{at}.attn.proj", f"{at}.ls1")
 
 
 def perceptron(g, x, stream, layers, spec, at, i, peaks, half):
@@ -262,8 +273,13 @@ def perceptron(g, x, stream, layers, spec, at, i, peaks, half):
     """
     at_fc1 = f"{at}.mlp.fc1"
     weight, bias = to_numpy(layers.mlp.fc1.weight), to_numpy(layers.mlp.fc1.bias)
+    scale, shift = to_numpy(layers.norm2.weight), to_numpy(layers.norm2.bias)
+    # Elsewhere the runtime adds the bias in one pass with GELU, or with the scales of int8.
+    if g.precision != "int8" and spec.mlp == "swiglu":
+        scale, shift, weight, bias = bias_inside(weight * scale, bias + weight @ shift)
     divisor = evening(g, peaks, (i, "mlp.fc1"), weight)
-    y = normed(g, x, stream, layers.norm2, f"{at}.norm2", divisor, half)
+    affine = scale / divisor, shift / divisor
+    y = normed(g, x, stream, affine, layers.norm2.eps, f"{at}.norm2", half)
     weight = weight * divisor
     fc2_weight, fc2_bias = to_numpy(layers.mlp.fc2.weight), to_numpy(layers.mlp.fc2.bias)
     divisor = evening(g, peaks, (i, "mlp.fc2"), fc2_weight)
@@ -280,16 +296,33 @@ def perceptron(g, x, stream, layers, spec, at, i, peaks, half):
         y = gelu(g, linear(g, y, at_fc1, weight, bias, half), half, at_fc1)
         if np.ndim(divisor):  # GELU is not linear, so nothing can be divided before it
             y = g.op("Mul", y, g.tensor(f"{at_fc1}.even", 1 / divisor, np.float32), at=at_fc1)
-    projection, scale = (fc2_weight * divisor, fc2_bias), layers.ls2
-    return residual(g, x, stream, y, half, projection, scale, f"{at}.mlp.fc2", f"{at}.ls2")
+    projection = fc2_weight * divisor, fc2_bias
+    return residual(g, x, stream, y, half, projection, layers.ls2, f"{at}.mlp.fc2", f"{at}.ls2")
 
 
-def normed(g, x, stream, norm, at, divisor, half):
-    """LayerNorm of x as the input of products: float16 if `half`. It is computed on float16 only if
-    both the stream and the products are.
+def bias_inside(weight, bias):
+    """A product [out, in] of normalised channels without an addition after it → (scale and shift of
+    the LayerNorm before it, weight, bias of zeros).
+
+    LayerNorm takes off the mean, so its channels add up to 0 and each of them follows from the
+    others. One less in the product, its weights subtracted from all others, that channel is free to
+    be 1, and its weights to be the bias. The one with the smallest weights is taken: the rounding
+    of all channels comes in with these.
+    """
+    free = np.linalg.norm(weight, axis=0).argmin()
+    weight = weight - weight[:, [free]]
+    weight[:, free] = bias
+    shift = np.zeros(weight.shape[1])
+    shift[free] = 1
+    return 1 - shift, shift, weight, np.zeros(len(weight))
+
+
+def normed(g, x, stream, affine, eps, at, half):
+    """LayerNorm of x, with its scale and shift `affine`, as the input of products: float16 if
+    `half`. It is computed on float16 only if both the stream and the products are.
     """
     narrow = stream and half
-    y = layer_norm(g, cast(g, x, stream, narrow, at), norm, at, divisor, narrow)
+    y = normalise(g, cast(g, x, stream, narrow, at), *affine, eps, at, narrow)
     return cast(g, y, narrow, half, at)
 
 
