@@ -55,8 +55,10 @@ from common import UserError
 from dataset import splits
 from dataset.formats.cells import MITOSIS
 from dataset.patches import Patches
+from encoders import rounding
 from encoders.table import SIZE
 from onnx_model import card, doctor, graph, parity, session
+from onnx_model.parity import sigmoid
 from reporting import ensemble, metrics, results
 
 LIMIT = 2**31 - 2**24  # bytes of one protobuf, less room for the graph
@@ -66,10 +68,6 @@ HERE = Path(__file__).resolve().parent
 
 
 # ---------------------------------------------------------------- threshold and temperature
-
-
-def sigmoid(z):
-    return 0.5 * (1 + np.tanh(np.asarray(z, np.float64) / 2))
 
 
 def validation(predictions):
@@ -475,14 +473,21 @@ def scales(mixed):
 # ---------------------------------------------------------------- the check against torch
 
 
+@dataclasses.dataclass
+class Reference:
+    """What torch says of the patches to compare on."""
+
+    values: np.ndarray  # logits [n], without a head embeddings [n, D]: float32, adapters unmerged
+    half: np.ndarray | None  # the same in float16 on a GPU, for fp16
+    bound: float | None  # what rounding explains of them, see parity.bound
+    peaks: dict | None  # of the activations, see graph.activation_peaks
+
+
 def torch_output(model, patches, args):
-    """torch's numbers, in float32, with adapters unmerged, so that merging is checked too →
-    (logits [n], without a head embeddings [n, D]; peaks of the activations or None, see
-    graph.activation_peaks).
-    """
+    """Run torch in float32, with adapters unmerged, so that merging is checked too → Reference."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     device = models.resolve_device(args.device)
-    output, watching = "logits", contextlib.nullcontext()
+    output, watching, half = "logits", contextlib.nullcontext(), None
     if model.head is None:
         output = "embedding"
     if args.precision != "fp32":
@@ -491,8 +496,49 @@ def torch_output(model, patches, args):
         values = models.predict(
             model, patches, batch_size=8, device=device, output=output, progress="torch"
         )
+    if args.precision == "fp16" and device.type == "cuda":
+        half = half_output(model, patches, output)
+    bound = None
+    if args.precision != "int8":
+        terms = rounding.longest_sum(model.encoder)
+        bound = parity.bound(args.precision, rounding.gain(model, patches), terms)
     model.to("cpu")
-    return values, peaks
+    return Reference(values, half, bound, peaks)
+
+
+def half_output(model, patches, output):
+    """The same in float16 on the model's GPU; None if it overflows there, where the exported model
+    keeps parts of blocks in float32.
+    """
+    try:
+        return models.predict(
+            model, patches, batch_size=8, dtype="fp16", output=output, progress="torch fp16"
+        )
+    except UserError as error:
+        print(f"note: no comparison with torch in float16: {error}", file=sys.stderr)
+        return None
+
+
+def probabilities(reference, temperature):
+    """The arrays that a model with a head is compared with, see parity.measure."""
+    logits = reference.values / temperature
+    arrays = {"expected": sigmoid(logits)}
+    if reference.bound is not None:
+        bound = reference.bound / temperature
+        arrays["allowed"] = parity.allowed_of_logits(logits, bound)
+    if reference.half is not None:
+        arrays["half"] = sigmoid(reference.half / temperature)
+    return arrays
+
+
+def embeddings(reference):
+    """The same without a head."""
+    arrays = {"expected": reference.values}
+    if reference.bound is not None:
+        arrays["allowed"] = parity.allowed_of_embeddings(reference.values, reference.bound)
+    if reference.half is not None:
+        arrays["half"] = reference.half
+    return arrays
 
 
 def against_predictions(predictions, ids, logits):
@@ -667,7 +713,7 @@ def export(out, args):
 
         # Written twice: to be measured, and with the report of that inside.
         output = report["output"]
-        report |= {"wanted": parity.WANTED[output][args.precision], "measured": []}
+        report["measured"] = []
         model_file = folder / out.name
         write_model(proto, weights, model_file, external, metadata, report)
         report["measured"] = check_process(model_file, folder)
@@ -701,24 +747,27 @@ def write_one(folder, name, args):
     announce(args.run or args.adapter, metadata, args.calibrate)
 
     patches, labels, ids, source = comparison(args, model, config)
-    values, peaks = torch_output(model, patches, args)
-    output, expected = "embedding", values
+    reference = torch_output(model, patches, args)
+    output, arrays = "embedding", embeddings(reference)
     if model.head is not None:
-        output, expected = "probability", sigmoid(values / metadata["temperature"])
-    save_comparison(folder, patches, labels, output, expected)
+        output, arrays = "probability", probabilities(reference, metadata["temperature"])
+    save_comparison(folder, patches, labels, output, arrays)
     lora.merge_lora(model.encoder)
-    proto, weights, external = write_graph(model, folder, name, args, metadata, peaks)
+    proto, weights, external = write_graph(model, folder, name, args, metadata, reference.peaks)
     report = {
         "source": source,
         "output": output,
-        "predictions.csv": against_predictions(predictions, ids, values),
+        "wanted": parity.wanted(args.precision, output, arrays.get("allowed")),
+        "predictions.csv": against_predictions(predictions, ids, reference.values),
     }
     return proto, weights, external, metadata, report
 
 
-def save_comparison(folder, patches, labels, output, expected):
+def save_comparison(folder, patches, labels, output, arrays):
     """What onnx_model/parity.py compares the model with."""
-    for name, array in (("patches", patches), ("labels", labels), (output, expected)):
+    arrays = {"patches": patches, "labels": labels, **arrays}
+    arrays[output] = arrays.pop("expected")
+    for name, array in arrays.items():
         save_array(folder / f"{name}.npy", array)
 
 
@@ -807,21 +856,22 @@ def write_mean(folder, name, args):
     threshold, rule, _ = decide(columns, args.threshold)
     patches, labels, ids, source = comparison_of(members, configs, args)
 
-    parts, expected, differences = [], [], []
+    parts, compared, differences = [], [], []
 
     def networks():
         for run, config, temperature in zip(members, configs, temperatures):
             model, _ = checkpoint.load_run(run.path, weights=args.weights)
             decision = (threshold, rule, temperature)
             parts.append(describe(run.path, config, model, args, decision))
-            logits, peaks = torch_output(model, patches, args)
-            expected.append(sigmoid(logits / temperature))
-            differences.append(against_predictions(run.columns, ids, logits / temperature))
+            reference = torch_output(model, patches, args)
+            compared.append(probabilities(reference, temperature))
+            logits = reference.values / temperature
+            differences.append(against_predictions(run.columns, ids, logits))
             lora.merge_lora(model.encoder)
             if args.precision == "fp16":
-                say_float32(peaks)
+                say_float32(reference.peaks)
             room(folder, size_of(model, args) + (1 << 20))
-            yield model, temperature, peaks
+            yield model, temperature, reference.peaks
             del model
             free_memory()
 
@@ -841,13 +891,23 @@ def write_mean(folder, name, args):
     for line in trained_on_tests(members):
         print(f"note: {line}")
 
-    save_comparison(folder, patches, labels, "probability", np.mean(expected, axis=0))
+    arrays = mean_of(compared)
+    save_comparison(folder, patches, labels, "probability", arrays)
     report = {
         "source": source,
         "output": "probability",
+        "wanted": parity.wanted(args.precision, "probability", arrays.get("allowed")),
         "predictions.csv": together(differences),
     }
     return proto, weights, external, metadata, report
+
+
+def mean_of(compared):
+    """The arrays of the mean (see `probabilities`) of those of its members; an array that one of
+    them does not have is left out.
+    """
+    names = [name for name in compared[0] if all(name in arrays for arrays in compared)]
+    return {name: np.mean([arrays[name] for arrays in compared], axis=0) for name in names}
 
 
 def together(differences):

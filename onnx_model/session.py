@@ -279,29 +279,43 @@ def describe_parity(parity):
         "patches",
         f"largest {difference}",
         f"mean {difference}",
+        "of what may be",
         "changed decisions",
         "Δ AUROC",
     )
     rows = [parity_cells(row) for row in parity["measured"]]
     return (
         f"against torch fp32 on {parity['source']}; required: {parity['wanted']}\n"
-        + common.table(rows, header, right=range(1, 7))
+        + common.table(rows, header, right=range(1, 8))
+        + torch_loss(parity)
     )
+
+
+def torch_loss(parity):
+    """A line on what torch itself loses in float16 on the GPU; empty where that is not known."""
+    for row in parity["measured"]:
+        if row.get("torch") is not None:
+            return f"\ntorch fp16 against torch fp32 on the GPU: largest {row['torch']:.2e}"
+    return ""
 
 
 def parity_cells(row):
     """A row of "measured" in the parity report as texts: provider, batch, patches, largest and mean
-    difference, changed decisions, change of AUROC.
+    difference, its share of what may be (not known of int8 and of earlier reports), changed
+    decisions, change of AUROC.
     """
-    change = "–"
+    change = used = "–"
     if row["auroc_change"] is not None:
         change = f"{row['auroc_change']:+.5f}"
+    if row.get("used") is not None:
+        used = f"{row['used']:.3f}"
     return [
         row["provider"].replace("ExecutionProvider", ""),
         str(row["batch"]),
         str(row["patches"]),
         f"{row['largest']:.2e}",
         f"{row['mean']:.2e}",
+        used,
         str(row["changed"]),
         change,
     ]
@@ -662,6 +676,9 @@ def is_measured(row):
         is_text(row.get("provider"))
         and all(is_number(row.get(key), 0, 1e9) for key in ("batch", "patches", "changed"))
         and all(is_number(row.get(key), 0, math.inf) for key in ("largest", "mean"))
+        and all(
+            row.get(key) is None or is_number(row[key], 0, math.inf) for key in ("used", "torch")
+        )
         and (change is None or is_number(change, -1, 1))
     )
 

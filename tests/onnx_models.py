@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 import common
 import models
 import runs
+from encoders import rounding
 from encoders.table import IMAGENET, OPTIMUS, Encoder
-from onnx_model import graph, session
+from onnx_model import graph, parity, session
 
 SMALL = dict(
     dim=64, depth=2, heads=2, hidden=128, params=0, repo="", licence="MIT", files=("x.safetensors",)
@@ -104,7 +105,11 @@ def encoder(family, seed=0, **choices):
 
 
 def classifier(family, seed=0, **choices):
-    model = models.PatchClassifier(encoder(family, seed, **choices)).eval()
+    return with_head(encoder(family, seed, **choices), seed)
+
+
+def with_head(network, seed=0):
+    model = models.PatchClassifier(network).eval()
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         model.head.weight.copy_(torch.randn(model.head.weight.shape, generator=generator) * 0.2)
@@ -115,6 +120,19 @@ def classifier(family, seed=0, **choices):
         model.head.weight.mul_(scale)
         model.head.bias.copy_((model.head.bias - z.mean()) * scale)
     return model
+
+
+def allowed(model, images, precision="fp32"):
+    """What the gate of the export allows: how far each probability may be from torch's [n], and an
+    embedding relative to its length.
+    """
+    with torch.inference_mode():
+        logits = model(torch.from_numpy(images)).numpy().astype(np.float64)
+    bare = models.PatchClassifier(model.encoder, model.tta).eval()
+    bare.head = None
+    terms = rounding.longest_sum(model.encoder)
+    bounds = [parity.bound(precision, rounding.gain(m, images), terms) for m in (model, bare)]
+    return parity.allowed_of_logits(logits, bounds[0]), bounds[1]
 
 
 def patches(n, seed=0, size=224):

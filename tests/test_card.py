@@ -30,6 +30,7 @@ PARITY = {
             "mean": 9.4e-08,
             "changed": 0,
             "auroc_change": 0.0,
+            "used": 0.4123,
         }
     ],
 }
@@ -92,7 +93,7 @@ def test_the_numbers_are_the_runs(run):
             name = {"validation": "val", "test": "test"}.get(set_name, "elsewhere")
             _, labels, _, cases, _ = run.rows(name)
             assert cells == [str(len(labels)), str(labels.sum()), str(len(set(cases)))]
-    assert "| CPU | 64 | 200 | 1.32e-06 | 9.40e-08 | 0 | +0.00000 |" in text
+    assert "| CPU | 64 | 200 | 1.32e-06 | 9.40e-08 | 0.412 | 0 | +0.00000 |" in text
 
 
 def test_the_report_has_the_same_intervals(run, tmp_path):

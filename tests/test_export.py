@@ -267,29 +267,6 @@ def test_a_wrong_graph_does_not_come_out(break_it, made, tmp_path, monkeypatch, 
     assert names(tmp_path) == []
 
 
-def test_gate_by_precision():
-    row = {
-        "provider": "CPU",
-        "batch": 64,
-        "patches": 64,
-        "largest": 1e-3,
-        "mean": 0,
-        "changed": 0,
-        "auroc_change": -0.004,
-    }
-    assert (
-        parity.problems([row], "fp32")
-        and not parity.problems([row], "fp16")
-        and not parity.problems([row], "int8")
-    )
-    assert parity.problems([{**row, "auroc_change": -0.006}], "int8")
-    assert parity.problems([{**row, "auroc_change": None}], "int8")
-    assert parity.problems([{**row, "largest": 6e-3}], "fp16")
-    assert all(
-        parity.problems([{**row, "largest": float("inf")}], p) for p in parity.WANTED["probability"]
-    )
-
-
 def test_predictions_in_lower_precision_are_reported(made, tmp_path, monkeypatch):
     run, _, _ = made("clsmean")
     saved = runs.read_predictions(run / "predictions.csv")
