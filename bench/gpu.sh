@@ -60,9 +60,11 @@ if [ -z "$only" ] && ls "$out"/*.json > /dev/null 2>&1; then
 fi
 cd "$root" || exit 2
 
+unset MITOSIS_DATA MITOSIS_CACHE RANK WORLD_SIZE LOCAL_RANK
 export HF_HUB_OFFLINE=1 TMPDIR="$work/tmp" MITOSIS_ROOT="$work/data"
 # What is compiled serves all jobs, and nothing of it stays.
 export TORCHINDUCTOR_CACHE_DIR="$work/inductor" TRITON_CACHE_DIR="$work/triton"
+export XDG_CACHE_HOME="$work/cache" MPLCONFIGDIR="$work/cache" CUDA_CACHE_PATH="$work/cache"
 
 wanted() { case " ${only:-$parts} " in *" $1 "*) return 0 ;; esac; return 1; }
 
@@ -90,39 +92,40 @@ job() {
     fi
 }
 
-# until_of SECONDS: after how many seconds a job of this limit begins no further measurement.
-until_of() { echo $(($1 * stretch * 3 / 4)); }
+# until_of SECONDS: after how many seconds a job of this limit begins no further measurement, so that
+# what matters least is left out rather than cut off.
+until_of() { echo $(($1 * stretch * 13 / 20)); }
 
 device=cuda marks=gpu
 models="h-optimus-0 uni lunit-s16"
-step="--batch-size 16 64 --rounds 20 --seconds 6" embeddings="--batch-size 128 --rounds 8 --seconds 6"
-onnx="--batches 1 8 64 256 --rounds 20 20 20 --seconds 3"
+step="--batch-size 16 64 --rounds 20 --seconds 4"
+embeddings="--batch-size 128 --batches 4 --rounds 8 --seconds 4"
+onnx="--batches 1 8 64 256 --rounds 20 20 20 --seconds 1.5"
 train="--model h-optimus-0 --dtype bf16"
-classify="--model h-optimus-0 --precision fp16 --candidates 3000 --plain 500 --calls 20"
-hours="--val-patches 2000"
+classify="--model uni --precision fp16 --candidates 2000"
+hours="--val-patches 2000 --rounds 1"
 if [ -n "$dry" ]; then
     export CUDA_VISIBLE_DEVICES=-1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     export TORCH_COMPILE_DISABLE=1
     device=cpu marks="not gpu and not slow" stretch=$((stretch * 10))
     step="--batch-size 1 2 --rounds 2 --dry-run"
     embeddings="--batch-size 2 --batches 2 --rounds 2 --dry-run"
-    onnx="--quick --batches 1 64 --rounds 1 1 1 --patches 32 --threads 1"
+    onnx="--quick --batches 1 64 --rounds 1 1 1 --threads 1"
     train="--model demo --compile off --dtype bf16 --batch-size 4 --epochs 2 --epoch-size 8"
-    classify="--quick --precision fp16 --candidates 40 --plain 20 --calls 2 --threads 1"
-    hours="$hours --rounds 1"
+    classify="--quick --precision fp16 --candidates 40 --threads 1"
 fi
 
 "$python" bench/gpu_table.py "$out" --begin --device $device || exit 2
 
-# The demo's images, which two parts read: made while the tests run, which need not be quick.
-if wanted onnx || wanted classify; then
+# The demo's images, which classify reads: made while the tests run, which need not be quick.
+if wanted classify; then
     "$python" data.py demo > "$out/demo.log" 2>&1 < /dev/null &
     demo=$!
 fi
 if wanted tests; then
     side_by_side=
     if [ -z "$dry" ] && "$python" -c "import xdist" 2> /dev/null; then side_by_side="-n 8"; fi
-    job tests 60 -m pytest -q -m "$marks" $side_by_side -p no:cacheprovider tests/test_gpu.py
+    job tests 55 -m pytest -q -m "$marks" $side_by_side -p no:cacheprovider tests/test_gpu.py
 fi
 if [ -n "$demo" ]; then
     wait $demo || echo "data.py demo failed: $(tail -n 1 "$out/demo.log")" >&2
@@ -131,8 +134,8 @@ fi
 if wanted step; then
     for model in $models; do
         case $model in
-            h-optimus-0) limit=115 more=--full ;;
-            uni) limit=40 more= ;;
+            h-optimus-0) limit=105 more=--full ;;
+            uni) limit=35 more= ;;
             *) limit=30 more= ;;
         esac
         job step-$model $limit bench/lora_step.py --alone "$out/step-$model.json" --model $model \
@@ -144,14 +147,14 @@ if wanted train; then
 fi
 if wanted embeddings; then
     for model in h-optimus-0 uni; do
-        case $model in h-optimus-0) limit=35 ;; *) limit=15 ;; esac
+        case $model in h-optimus-0) limit=40 ;; *) limit=20 ;; esac
         job embeddings-$model $limit bench/encode.py --embeddings "$out/embeddings-$model.json" \
             --model $model --device $device $embeddings --until $(until_of $limit)
     done
 fi
 if wanted onnx; then
     for model in h-optimus-0 uni; do
-        case $model in h-optimus-0) limit=35 ;; *) limit=20 ;; esac
+        case $model in h-optimus-0) limit=40 ;; *) limit=20 ;; esac
         name=$model
         [ -n "$dry" ] && name=demo
         job onnx-$model $limit bench/onnx.py --json "$out/onnx-$model.json" --model $name \
@@ -159,12 +162,12 @@ if wanted onnx; then
     done
 fi
 if wanted classify; then
-    job classify 40 bench/classify.py --json "$out/classify.json" $classify
+    job classify 35 bench/classify.py --json "$out/classify.json" $classify
 fi
 if wanted hours; then
     rates=$("$python" bench/gpu_table.py "$out" --rates 2>&1)
     if [ $? = 0 ]; then
-        job hours 15 bench/gpu_hours.py --json "$out/hours.json" --model h-optimus-0 \
+        job hours 25 bench/gpu_hours.py --json "$out/hours.json" --model h-optimus-0 \
             --device $device $rates $hours
     else
         rm -f "$out/hours.json"

@@ -90,7 +90,7 @@ VARIANTS = {
 }
 PEFT, PEFT_COMPILED = "peft bf16 autocast", "peft bf16 autocast, blocks compiled"
 OURS = "ours bf16, engine"
-ALL_TRAINED = "timm bf16 autocast, all trained", "ours bf16 autocast, all trained, engine"
+TRAINED, OURS_TRAINED = "timm bf16 autocast, all trained", "ours bf16 autocast, all trained, engine"
 
 
 def theirs(name, device, method):
@@ -417,8 +417,11 @@ def one_after_the_other(path, name, device, batches, full, rounds, seconds, unti
     figures = {"model": name, "device": device, "product_tflops": rate / 1e12, "cells": []}
     first, *others = batches
     todo = [(label, first) for label in (PEFT, OURS, PEFT_COMPILED)]
+    if full:
+        todo.append((TRAINED, first))
     todo += [(label, batch) for batch in others for label in (PEFT, OURS)]
-    todo += [(label, first) for label in ALL_TRAINED if full]
+    if full:
+        todo.append((OURS_TRAINED, first))
     todo += [(PEFT_COMPILED, batch) for batch in others]
     for label, batch in todo:
         if time.perf_counter() - begun > until:

@@ -37,6 +37,7 @@ import onnx
 import onnxruntime
 import torch
 from onnx_models import METADATA, lacks_cuda, write_model
+from onnx_models import patches as noise
 
 import common
 import data
@@ -182,7 +183,7 @@ def against_torch(
     """Images per second of the exported model in fp16 and of torch in bf16, for each batch size;
     `path` is written after each cell.
 
-    seen: some real patches, uint8 [n, S, S, 3]; limit: seconds of a cell's rounds, from the fourth
+    seen: some patches, uint8 [n, S, S, 3]; limit: seconds of a cell's rounds, from the fourth
     on; no cell begins after `until` seconds. UserError at the end if a cell failed.
     """
     begun = time.perf_counter()
@@ -322,13 +323,12 @@ def main():
     rounds = args.rounds or ((5, 3, 2) if args.quick else (20, 10, 5))
     torch.set_num_threads(args.threads)
     model = models.PatchClassifier(models.load_encoder(name, weights, device)).eval()
-    patches, labels = fit_head(model, args.patches)
     if args.json:
         with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
             return against_torch(
                 args.json,
                 model,
-                patches[:16],
+                noise(16, size=model.encoder.size),
                 args.batches,
                 max(rounds),
                 device,
@@ -338,6 +338,7 @@ def main():
                 args.until,
             )
 
+    patches, labels = fit_head(model, args.patches)
     with tempfile.TemporaryDirectory() as folder:
         functions = variants(
             model, patches[:16], device, args.threads, Path(folder), compiled=not args.quick

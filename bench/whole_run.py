@@ -26,7 +26,7 @@ import patches as bench_patches  # bench/patches.py
 import common
 from common import UserError
 
-SLIDES, SIDE, EACH = 8, 2048, 150  # px along a side; annotations on a slide
+SLIDES, SIDE, EACH = 8, 1536, 60  # px along a side; annotations on a slide
 
 
 def write_table(path, annotations):
@@ -69,9 +69,9 @@ def main():
     )
     parser.add_argument("--batch-size", type=int, default=16, help="default: 16")
     parser.add_argument(
-        "--epochs", type=int, default=4, help="pseudo-epochs, the first a warm-up (default: 4)"
+        "--epochs", type=int, default=3, help="pseudo-epochs, the first a warm-up (default: 3)"
     )
-    parser.add_argument("--epoch-size", type=int, default=640, help="patches (default: 640)")
+    parser.add_argument("--epoch-size", type=int, default=480, help="patches (default: 480)")
     args = parser.parse_args()
     if args.epochs < 2:
         raise UserError(f"--epochs {args.epochs}: give 2 or more; the first does not count")
