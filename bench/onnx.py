@@ -47,7 +47,7 @@ import logistic
 import models
 from dataset.patches import Patches
 from encoders import layers
-from onnx_model import cuda_graphs, graph, session
+from onnx_model import graph, session
 
 BATCHES = 1, 8, 64
 PLAIN = 18  # opset of the plain exporter's graph: there it writes attention as products and softmax
@@ -232,13 +232,9 @@ def rate_of(function, images, device, rounds, limit):
 
 
 def given(function, patches, device):
-    """The patches in the form that a variant takes them without a copy; where a call is a captured
-    graph, NumPy's, which it copies.
-    """
-    if isinstance(function, session.Classifier):
-        replayed = function.captured is not None and len(patches) in cuda_graphs.BATCHES
-        if device == "cpu" or replayed:
-            return patches
+    """The patches in the form that a variant takes them without a copy."""
+    if isinstance(function, session.Classifier) and device == "cpu":
+        return patches
     return torch.from_numpy(patches).to(device)
 
 

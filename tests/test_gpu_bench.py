@@ -222,6 +222,15 @@ def test_a_job_that_fails_or_takes_too_long_stops_no_other(gpu, tmp_path):
     assert status == 1 and "step-uni" not in out and "failed: onnx-uni" in out
 
 
+def test_tests_that_are_cut_off_count_until_then(gpu, tmp_path):
+    assert gpu("--only", "tests", "--out", tmp_path / "out", SLOW="-m pytest")[0] == 1
+    (tmp_path / "out" / "tests.log").write_text("bringing up nodes...\n.....s..F.. [ 45%]\n....E")
+    command = [sys.executable, ROOT / "bench/gpu_table.py", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "13 passed, 2 failed until then" in done.stdout
+    assert "failed: tests: out of time" in done.stdout
+
+
 def test_a_missing_figure_fails_the_hours_alone(gpu, tmp_path):
     status, out, _ = gpu("--only", "hours")
     assert status == 1 and "failed: hours: needs the figure of ours bf16, engine" in out
