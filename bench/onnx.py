@@ -177,9 +177,7 @@ def variants(model, seen, device, threads, folder, compiled):
     return functions
 
 
-def against_torch(
-    path, model, seen, batches, rounds, device, threads, folder, limit, until, backend
-):
+def against_torch(path, model, seen, batches, rounds, device, threads, folder, limit, until):
     """Images per second of the exported model in fp16 and of torch in bf16, for each batch size;
     `path` is written after each cell.
 
