@@ -245,6 +245,8 @@ def add_compile_argument(group):
 # Patches through the encoder that earn the compilation. On 16 cores it took 25 s; on an H200 it
 # saves 0.2 ms per patch of h-optimus-0 in inference, 0.6 ms or more in training.
 COMPILE_FROM = 64_000
+# The user's choice, if any: torch sets the variable itself once it is used.
+COMPILER_CACHE = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
 # Ways to call a block that are compiled: with and without gradients, adapters, `first`, per shape.
 FORMS = 64
 
@@ -325,13 +327,17 @@ def failure(error):
 
 def compiler_cache():
     """The folder that keeps compiled code: $TORCHINDUCTOR_CACHE_DIR, else beside torch's downloads,
-    else (not writable) torch's own choice, which the system may empty.
+    else (not writable) torch's own choice, a temporary one.
     """
+    if COMPILER_CACHE:
+        return COMPILER_CACHE
     folder = Path(torch.hub.get_dir()).parent / "inductor"
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
-    return os.environ.get("TORCHINDUCTOR_CACHE_DIR", "the system's temporary folder")
+        if os.access(folder, os.W_OK):
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+            return str(folder)
+    return "a temporary folder"
 
 
 # ---------------------------------------------------------------- the classifier

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import os
 import types
 
 import numpy as np
@@ -196,6 +197,20 @@ def test_a_python_without_torch_compile(monkeypatch, capsys):
     models.compile_blocks(network)
     assert torch.equal(network(torch.ones(1, 3, 224, 224)), wanted)
     assert "not supported on Python 4" in capsys.readouterr().err
+
+
+def test_compiled_code_is_kept_beside_torchs_downloads(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "torch's own")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    folder = models.compiler_cache()
+    assert folder == os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "torch" / "inductor")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "torch's own")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "file"))  # not a folder
+    assert models.compiler_cache() == "a temporary folder"
+    monkeypatch.setattr(models, "COMPILER_CACHE", "the user's")
+    assert models.compiler_cache() == "the user's"
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "torch's own"
 
 
 @pytest.mark.parametrize("when", ["compiling", "running"])
