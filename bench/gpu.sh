@@ -42,6 +42,7 @@ case $stretch in '' | 0* | *[!0-9]*) wrong "--stretch $stretch: give a whole num
 
 root=$(cd "$(dirname "$0")/.." && pwd) || exit 2
 python=${PYTHON:-python}
+command -v "$python" > /dev/null || wrong "there is no $python here: set PYTHON"
 work=$(mktemp -d) || exit 2
 running= demo=
 cleanup() { rm -rf "$work"; }

@@ -98,7 +98,7 @@ def test_a_step_in_parts_is_the_captured_one(device, kind, recorded, determinist
 
 
 @devices(pytest.mark.slow)
-def test_a_step_of_compiled_blocks_is_the_eager_one(device, deterministic):
+def test_a_step_of_compiled_blocks_is_the_eager_one(device):
     """On a GPU it is captured too: the step of train.py by default."""
     settings = steps.settings_for(**steps.KINDS["lora"] | {"lr": 1e-3})
     eager, compiled = (steps.make_engine(settings, device=device) for _ in range(2))
@@ -250,6 +250,13 @@ def test_two_processes_on_one_device_are_one(device, tmp_path, table):
 # ---------------------------------------------------------------- the exported model
 
 
+@pytest.fixture
+def runtime(device):
+    """Skip where ONNX Runtime cannot use the device."""
+    if missing := onnx_models.lacks_cuda(device):
+        pytest.skip(missing)
+
+
 def family_devices():
     rows = []
     for family in onnx_models.FAMILIES:
@@ -275,6 +282,7 @@ def exported_and_torch(device, family, tmp_path, precision):
 
 
 @family_devices()
+@pytest.mark.usefixtures("runtime")
 def test_each_family_passes_the_gate_of_the_export(device, family, tmp_path):
     out, model = exported_and_torch(device, family, tmp_path, "fp32")
     classifier = session.Classifier(out, device)
@@ -286,6 +294,7 @@ def test_each_family_passes_the_gate_of_the_export(device, family, tmp_path):
 
 
 @devices()
+@pytest.mark.usefixtures("runtime")
 def test_half_precision_passes_the_gate_of_the_export(device, tmp_path):
     out, model = exported_and_torch(device, "gelu", tmp_path, "fp16")
     images = onnx_models.patches(8, seed=9)
@@ -315,6 +324,7 @@ class Borrowed:
 
 
 @devices()
+@pytest.mark.usefixtures("runtime")
 def test_numpy_dlpack_and_torch_give_the_same(device, tmp_path):
     model = onnx_models.classifier("gelu")
     onnx_models.write_model(tmp_path / "model.onnx", model)

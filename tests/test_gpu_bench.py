@@ -263,6 +263,17 @@ def test_wrong_flags_are_one_line(gpu, arguments, words):
     assert status == 2 and err.startswith(f"error: {words}") and err.count("\n") == 1
 
 
+def test_a_python_that_is_not_there_is_one_line():
+    process = subprocess.run(
+        ["bash", ROOT / "bench/gpu.sh"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHON": "/nowhere/python"},
+    )
+    assert process.returncode == 2 and process.stderr.count("\n") == 1
+    assert "there is no /nowhere/python here" in process.stderr
+
+
 def test_a_signal_ends_the_job_and_leaves_nothing(gpu, tmp_path):
     process = gpu.start("--only", "classify", WAITS="bench/classify.py")
     for _ in range(200):
