@@ -284,10 +284,13 @@ def block_compiler(quiet=False):
     """
     from torch._dynamo import config, exc  # seconds to import
     from torch._functorch import config as functorch
+    from torch._inductor import config as inductor
 
     config.recompile_limit = max(config.recompile_limit, FORMS)
     # A failure in the backward pass would come too late to run the block in another way.
     functorch.force_non_lazy_backward_lowering = True
+    if torch.are_deterministic_algorithms_enabled():
+        inductor.deterministic = True  # no kernels chosen by the time they take
     folder = compiler_cache()
     say = (lambda text: None) if quiet else note
     try:

@@ -213,6 +213,18 @@ def test_compiled_code_is_kept_beside_torchs_downloads(tmp_path, monkeypatch):
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "torch's own"
 
 
+def test_deterministic_runs_do_not_choose_kernels_by_time(monkeypatch):
+    from torch._inductor import config
+
+    monkeypatch.setattr(config, "deterministic", False)
+    models.block_compiler()
+    assert not config.deterministic
+    models.block_compiler.cache_clear()
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    models.block_compiler()
+    assert config.deterministic
+
+
 @pytest.mark.parametrize("when", ["compiling", "running"])
 def test_out_of_memory_stays_out_of_memory(compiler, capsys, when):
     def full(*_):
