@@ -19,7 +19,7 @@ import torch
 
 STEP = 2.0**-11  # size of the noise: small enough to add up linearly, far above float32's own
 FEW = 32  # patches that the gain is measured on
-BATCH = 8
+BATCH = 4
 
 
 def gain(model, patches):

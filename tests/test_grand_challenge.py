@@ -276,7 +276,11 @@ def test_what_the_dockerfile_copies_is_enough(models, tmp_path):
         tmp_path / "root/opt/ml/model/model.onnx",
         script=app / entry,
         cwd=app,
-        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path / "empty")},
+        env={
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": str(tmp_path / "empty"),
+            "CUDA_VISIBLE_DEVICES": "-1",
+        },
         **options,
     )
     assert done.returncode == 0, done.stderr
