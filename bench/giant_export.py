@@ -30,7 +30,7 @@ import common
 import data
 import lora
 import models
-from onnx_model import session
+from onnx_model import devices
 
 LIMIT = 1.6  # times the float32 size
 
@@ -138,7 +138,7 @@ def main():
             return 1
         report = json.loads((folder / "giant.parity.json").read_text())["parity"]
         files = sum(p.stat().st_size for p in folder.glob("giant.onnx*"))
-        loaded = session.open_session(out, "cpu")[2]
+        loaded = devices.open_session(out, "cpu")[2]
         difference = max(row["largest"] for row in report["measured"])
         print(
             "| model | precision | float32 size | files | seconds | peak memory | of the float32 "

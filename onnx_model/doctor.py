@@ -18,7 +18,7 @@ import onnxruntime
 import openslide
 
 import common
-from onnx_model import session
+from onnx_model import devices
 
 # What ONNX Runtime's CUDA provider links against; torch brings all of them but libcurand.
 LIBRARIES = {
@@ -100,7 +100,7 @@ def libraries():
     if provider.stat().st_size < 1 << 30 and b"libcublas.so.13" in provider.read_bytes():
         names = LIBRARIES["13"]
     if hasattr(onnxruntime, "preload_dlls"):
-        with session.muted():
+        with devices.muted():
             onnxruntime.preload_dlls()
     return {name: loads(name) for name in names}
 
@@ -116,7 +116,7 @@ def loads(library):
 def try_device(path, device):
     """(works, text) of running the tiny model on a device."""
     try:
-        opened, _, _ = session.open_session(path, device)
+        opened, _, _ = devices.open_session(path, device)
         x = np.random.default_rng(0).standard_normal((2, 4, 8)).astype(np.float32)
         (y,) = opened.run(None, {"x": x})
     except common.UserError as error:
@@ -152,13 +152,13 @@ def torch_row(gpu_seen):
 
 def report():
     """Print the screen → exit status: 0 in order, 1 a GPU is not used, or nothing runs at all."""
-    devices, problems = gpus(), []
+    seen, problems = gpus(), []
     system = f"{platform.system()} {platform.machine()}"
     rows = [("python", f"{platform.python_version()}, {system}, {os.cpu_count()} CPUs")]
-    text, torch_gpu, problem = torch_row(bool(devices))
+    text, torch_gpu, problem = torch_row(bool(seen))
     rows.append(("torch", text))
-    if torch_gpu and not devices:  # containers often lack nvidia-smi
-        devices = [torch_gpu]
+    if torch_gpu and not seen:  # containers often lack nvidia-smi
+        seen = [torch_gpu]
     if problem:
         problems.append(f"a GPU is available, but {problem}")
     providers = onnxruntime.get_available_providers()
@@ -167,9 +167,9 @@ def report():
     rows.append(("onnx", version("onnx")))
     library, binding = openslide.__library_version__, version("openslide-python")
     rows.append(("openslide", f"{library}, python {binding}"))
-    if not devices and session.nvidia_device():
-        devices = ["a device in /dev, but no driver that answers"]
-    rows.append(("GPU", "; ".join(devices) or "none that nvidia-smi sees"))
+    if not seen and devices.nvidia_device():
+        seen = ["a device in /dev, but no driver that answers"]
+    rows.append(("GPU", "; ".join(seen) or "none that nvidia-smi sees"))
     missing = []
     for name, found in libraries().items():
         rows.append((name, "loads" if found else "MISSING"))
@@ -185,7 +185,7 @@ def report():
             problems.append("ONNX Runtime does not even run on the CPU: install it again")
         if "CUDAExecutionProvider" not in providers:
             works, text = False, f"not in this onnxruntime: {INSTALL}"
-        elif devices:
+        elif seen:
             works, text = try_device(path, "cuda")
         else:
             works, text = False, "not tried: no GPU"
@@ -198,7 +198,7 @@ def report():
         else:
             text = "not tried: needs CUDA"
         rows.append(("TensorRT", text))
-    if devices and not works:
+    if seen and not works:
         problem = "a GPU is available, but ONNX Runtime does not use it"
         if missing:
             problem += f": {', '.join(missing)} missing, {INSTALL}"
@@ -208,7 +208,7 @@ def report():
     if problems:
         print("\n".join(problems))
         return 1
-    if devices:
+    if seen:
         print("in order")
     else:
         print("in order; no GPU on this machine")

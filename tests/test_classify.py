@@ -30,7 +30,7 @@ import data
 from classify import Classifier
 from dataset import formats, slides
 from dataset.patches import Patches
-from onnx_model import reading, session
+from onnx_model import devices, reading
 from scoring import match, plan
 
 HERE = Path(__file__).resolve().parent.parent
@@ -1036,10 +1036,10 @@ def test_a_classifier_says_how_many_px_to_read(tiny, tmp_path):
 def test_gpus_by_any_name_of_their_device(tmp_path):
     for name in ("nvidiactl", "nvidia-uvm"):
         (tmp_path / name).touch()
-    assert not session.nvidia_device(tmp_path)
+    assert not devices.nvidia_device(tmp_path)
     for name in ("nvidia3", "dxg"):
         (tmp_path / name).touch()
-        assert session.nvidia_device(tmp_path)
+        assert devices.nvidia_device(tmp_path)
         (tmp_path / name).unlink()
 
 
@@ -1060,13 +1060,13 @@ def test_a_session_that_fell_back_is_an_error(tiny, monkeypatch):
     folder, _ = tiny
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr(
-        session.onnxruntime,
+        devices.onnxruntime,
         "get_available_providers",
         lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"],
     )
-    start = session.start
+    start = devices.start
     monkeypatch.setattr(
-        session, "start", lambda path, _, threads: start(path, ["CPUExecutionProvider"], threads)
+        devices, "start", lambda path, _, threads: start(path, ["CPUExecutionProvider"], threads)
     )
     with pytest.raises(common.UserError, match="did not load"):
         Classifier(folder / "model.onnx", device="cuda")

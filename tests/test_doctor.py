@@ -14,11 +14,11 @@ import torch
 from onnx import TensorProto, helper
 
 import common
-from onnx_model import doctor, session
+from onnx_model import devices, doctor
 
 HERE = Path(__file__).resolve().parent.parent
 NO_GPU = pytest.mark.skipif(
-    torch.cuda.is_available() or session.nvidia_device(), reason="a GPU is here"
+    torch.cuda.is_available() or devices.nvidia_device(), reason="a GPU is here"
 )
 
 
@@ -91,7 +91,7 @@ def machine(monkeypatch):
         lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"],
     )
     monkeypatch.setattr(doctor, "libraries", lambda: {"libcublas.so.13": True})
-    opened = session.open_session
+    opened = devices.open_session
 
     def give(answer):
         def open_session(path, device):
@@ -101,7 +101,7 @@ def machine(monkeypatch):
                 raise answer
             return answer, device, "note"
 
-        monkeypatch.setattr(session, "open_session", open_session)
+        monkeypatch.setattr(devices, "open_session", open_session)
 
     return give
 
@@ -120,14 +120,14 @@ def test_tensorrt_has_a_line_and_is_no_problem(machine, capsys, monkeypatch):
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: names)
     _, text = screen(capsys)
     assert "\nTensorRT            runs (" in text
-    given = session.open_session
+    given = devices.open_session
 
     def without_tensorrt(path, device):
         if device == "tensorrt":
             raise common.UserError("device tensorrt: TensorRT is not installed (…)")
         return given(path, device)
 
-    monkeypatch.setattr(session, "open_session", without_tensorrt)
+    monkeypatch.setattr(devices, "open_session", without_tensorrt)
     status, text = screen(capsys)
     assert status == 0 and "\nTensorRT            TensorRT is not installed (" in text
 
@@ -221,5 +221,10 @@ def test_the_doctor_needs_neither_torch_nor_onnx():
 
 def test_users_are_sent_to_the_command_that_they_have():
     """Nobody who has classify.py alone is told to run export.py."""
-    for file in ("classify.py", "onnx_model/session.py", "onnx_model/doctor.py"):
+    for file in (
+        "classify.py",
+        "onnx_model/devices.py",
+        "onnx_model/session.py",
+        "onnx_model/doctor.py",
+    ):
         assert "export.py --doctor" not in (HERE / file).read_text(encoding="utf-8")

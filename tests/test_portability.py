@@ -20,7 +20,7 @@ from PIL import Image
 
 import common
 from dataset import annotations
-from onnx_model import session
+from onnx_model import devices, session
 from scoring import match
 
 HERE = Path(__file__).resolve().parent.parent
@@ -441,21 +441,21 @@ def test_no_file_of_the_project_needs_a_module_that_windows_lacks():
 def test_hidden_gpus_are_not_tried(nothing, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", nothing)
     monkeypatch.setattr(
-        session.onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"]
+        devices.onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"]
     )
-    monkeypatch.setattr(session, "start", lambda *_: pytest.fail("tried"))
+    monkeypatch.setattr(devices, "start", lambda *_: pytest.fail("tried"))
     reason = "CUDA_VISIBLE_DEVICES hides every GPU"
-    assert session.open_cuda("m.onnx", 0, 1, expected=True) == (None, reason)
+    assert devices.open_cuda("m.onnx", 0, 1, expected=True) == (None, reason)
 
 
 def test_windows_tries_the_gpu_without_devices_in_dev(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    monkeypatch.setattr(session, "nvidia_device", lambda: False)
+    monkeypatch.setattr(devices, "nvidia_device", lambda: False)
     monkeypatch.setattr(
-        session.onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"]
+        devices.onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"]
     )
-    monkeypatch.setattr(session, "start", lambda *_: pytest.fail("tried"))
-    assert session.open_cuda("m.onnx", 0, 1, expected=False) == (None, "no NVIDIA device")
-    monkeypatch.setattr(session.sys, "platform", "win32")
+    monkeypatch.setattr(devices, "start", lambda *_: pytest.fail("tried"))
+    assert devices.open_cuda("m.onnx", 0, 1, expected=False) == (None, "no NVIDIA device")
+    monkeypatch.setattr(devices.sys, "platform", "win32")
     with pytest.raises(pytest.fail.Exception, match="tried"):
-        session.open_cuda("m.onnx", 0, 1, expected=False)
+        devices.open_cuda("m.onnx", 0, 1, expected=False)

@@ -14,7 +14,7 @@ import torch
 from onnx_models import classifier, patches, write_model
 
 import common
-from onnx_model import cuda_graphs, session
+from onnx_model import cuda_graphs, devices, session
 
 Real = onnxruntime.InferenceSession
 
@@ -130,7 +130,7 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: names)
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
     monkeypatch.setattr(onnxruntime, "OrtValue", Value)
-    monkeypatch.setattr(session, "preload", lambda: None)
+    monkeypatch.setattr(devices, "preload", lambda: None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(Session, "made", [])
     monkeypatch.setattr(session, "GPU_BATCHES", (16, 8))  # seconds faster
@@ -240,15 +240,15 @@ def test_tensorrt_keeps_its_engines(precision, half, gpu, tmp_path):
     engines = options["TensorrtExecutionProvider"]
     assert engines["trt_fp16_enable"] == half and engines["trt_engine_cache_enable"] == "1"
     assert engines["device_id"] == options["CUDAExecutionProvider"]["device_id"] == "1"
-    folder = session.engine_folder(path)
+    folder = devices.engine_folder(path)
     assert engines["trt_engine_cache_path"] == str(folder) and folder.is_dir()
     assert (tmp_path / "cache") in folder.parents
     # The same model in another place has the same engines, another model others.
     copy = tmp_path / "copy.onnx"
     copy.write_bytes(path.read_bytes())
-    assert session.engine_folder(copy) == folder
+    assert devices.engine_folder(copy) == folder
     write_model(copy, classifier("gelu", seed=2), precision)
-    assert session.engine_folder(copy) != folder
+    assert devices.engine_folder(copy) != folder
 
 
 def test_tensorrt_that_is_not_there_is_one_line(gpu, monkeypatch, tmp_path):
