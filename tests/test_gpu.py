@@ -257,9 +257,9 @@ def runtime(device):
         pytest.skip(missing)
 
 
-def family_devices():
+def family_devices(*left_out):
     rows = []
-    for family in onnx_models.FAMILIES:
+    for family in [name for name in onnx_models.FAMILIES if name not in left_out]:
         # On the CPU test_export.py shows all of them, too.
         marks = [] if family == "gelu" else [pytest.mark.slow]
         rows.append(pytest.param("cpu", family, marks=marks, id=f"cpu-{family}"))
@@ -293,14 +293,15 @@ def test_each_family_passes_the_gate_of_the_export(device, family, tmp_path):
     assert np.abs(classifier(images) - expected).max() < 1e-4
 
 
-@devices()
+# The families that test_export.py exports in float16 without having taught them anything.
+@family_devices("resnet50", "swin")
 @pytest.mark.usefixtures("runtime")
-def test_half_precision_passes_the_gate_of_the_export(device, tmp_path):
-    out, model = exported_and_torch(device, "gelu", tmp_path, "fp16")
+def test_half_precision_passes_the_gate_of_the_export(device, family, tmp_path):
+    out, model = exported_and_torch(device, family, tmp_path, "fp16")
     images = onnx_models.patches(8, seed=9)
     with torch.inference_mode():
         expected = torch.sigmoid(model(torch.from_numpy(images))).numpy()
-    assert np.abs(session.Classifier(out, device)(images) - expected).max() < 2e-2
+    assert np.abs(session.Classifier(out, device)(images) - expected).max() < 5e-2
 
 
 class Borrowed:
