@@ -17,7 +17,7 @@ import onnx
 import pytest
 import small
 import torch
-from onnx_models import FAMILIES, dataset, make_run, mounted, patches, register
+from onnx_models import FAMILIES, allowed, dataset, make_run, mounted, patches, register
 from PIL import Image
 
 import checkpoint
@@ -99,8 +99,9 @@ def test_run_to_model(family, method, made, tmp_path, monkeypatch, capsys):
     classifier = session.Classifier(out, device="cpu")
     with torch.inference_mode():
         expected = torch.sigmoid(unmerged(torch.from_numpy(images))).numpy()
+    limit, _ = allowed(unmerged, images)
     for batch in (1, 2, 7, 64):
-        assert np.abs(classifier(images[:batch]) - expected[:batch]).max() <= 1e-5
+        assert (np.abs(classifier(images[:batch]) - expected[:batch]) <= limit[:batch]).all()
     report = json.loads((tmp_path / "model.parity.json").read_text())
     assert report["parity"] == classifier.metadata["parity"] and report["parity"]["problems"] == []
     assert [row["batch"] for row in report["parity"]["measured"]] == [1, 2, 7, 64]
@@ -116,13 +117,13 @@ TAUGHT = {"method": "full", "taught": 120}
 
 
 # A random SwiGLU network blows the noise of bytes up to a tenth of its embedding or more, and its
-# AUROC, near a half, follows; a random Swin does so with the noise of float16. The gate refuses
-# some of them, as it should; so those that have to pass have learned something.
+# AUROC, near a half, follows. The gate refuses some of them, as it should; so those that have to
+# pass have learned something.
 @pytest.mark.parametrize(
     "precision,family,how",
     [
         *(("fp16", name, {}) for name in FAMILIES if name not in ("resnet50", "swin")),
-        pytest.param("fp16", "swin", TAUGHT, marks=pytest.mark.slow),
+        pytest.param("fp16", "swin", {}, marks=pytest.mark.slow),
         ("int8", "gelu", {}),
         ("int8", "torchvision", {}),
         pytest.param("int8", "swiglu", TAUGHT, marks=pytest.mark.slow),
@@ -144,12 +145,16 @@ def test_smaller_precisions(precision, family, how, made, tmp_path, monkeypatch)
     assert names(tmp_path) == ["m.onnx", "m.onnx.data", "m.parity.json"]
     with torch.inference_mode():
         expected = torch.sigmoid(unmerged(torch.from_numpy(images))).numpy()
-    classifier = session.Classifier(out, "cpu")
+    classifier, limit = session.Classifier(out, "cpu"), None
+    if precision == "fp16":
+        limit, _ = allowed(unmerged, images, precision)
     for batch in (1, 2, 7, 64):
         off = np.abs(classifier(images[:batch]) - expected[:batch])
-        assert off.max() > 1e-8 and (
-            off.max() <= 5e-3 if precision == "fp16" else off.mean() <= 0.1
-        ), batch
+        assert off.max() > 1e-8
+        if limit is None:
+            assert off.mean() <= 0.1, batch
+        else:
+            assert (off <= limit[:batch]).all(), batch
     report = classifier.metadata["parity"]
     assert report["problems"] == [] and [row["batch"] for row in report["measured"]] == [
         1,
