@@ -293,6 +293,9 @@ def block_compiler(quiet=False):
         inductor.deterministic = True  # no kernels chosen by the time they take
     folder = compiler_cache()
     say = (lambda text: None) if quiet else note
+    if config.disable:
+        say("TORCH_COMPILE_DISABLE is set: going on with blocks that are not compiled")
+        return Block.forward
     try:
         # fullgraph: what cannot be compiled is an error here, not silently slower.
         compiled = torch.compile(Block.forward, dynamic=False, fullgraph=True)

@@ -199,6 +199,17 @@ def test_a_python_without_torch_compile(monkeypatch, capsys):
     assert "not supported on Python 4" in capsys.readouterr().err
 
 
+def test_a_compiler_that_the_user_has_turned_off(capsys):
+    models.block_compiler.cache_clear()
+    network = encoder("gelu-c").eval()
+    wanted = network(torch.ones(1, 3, 224, 224))
+    with torch._dynamo.config.patch(disable=True):  # as TORCH_COMPILE_DISABLE=1 does
+        models.compile_blocks(network)
+        assert torch.equal(network(torch.ones(1, 3, 224, 224)), wanted)
+    assert "TORCH_COMPILE_DISABLE is set" in capsys.readouterr().err
+    models.block_compiler.cache_clear()
+
+
 def test_compiled_code_is_kept_beside_torchs_downloads(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "torch's own")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))

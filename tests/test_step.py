@@ -5,7 +5,7 @@ import types
 
 import numpy as np
 import pytest
-import small  # noqa: F401, the tiny encoder
+import small
 import tape
 import torch
 
@@ -16,37 +16,15 @@ import models
 from dataset.patches import margin
 
 BATCH, SIZE = 4, 224
-COMMON = dict(
-    data="x",
-    model="tiny",
-    frac=1.0,
-    fold=0,
-    domain=None,
-    seed=3,
-    by="case",
-    val_frac=0.2,
-    weights="random",
-    pool=None,
-    layer=None,
-    fit="resize",
-    mpp=None,
-    epochs=10,
-    epoch_size=5 * BATCH,
-    batch_size=BATCH,
-    lr=1e-2,
-    balance="annotation",
-    random_share=0.0,
-    jitter=0.0,
-    stain_jitter=0.05,
-    tissue=False,
-)
-ADAPTER = dict(rank=4, alpha=8, dropout=0.1, targets=lora.TARGETS, dora=False, rslora=False)
 
 
 def settings_for(method="lora", **more):
+    own = dict(
+        epochs=10, epoch_size=5 * BATCH, batch_size=BATCH, lr=1e-2, seed=3, stain_jitter=0.05
+    )
     if method == "lora":
-        return engine.LoRASettings(method="lora", **COMMON | ADAPTER | more)
-    return engine.TrainingSettings(method="full", **COMMON | more)
+        own |= dict(rank=4, alpha=8)
+    return small.training_settings(method, **own | more)
 
 
 def make_engine(settings, parts=1, device="cpu"):
