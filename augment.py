@@ -105,9 +105,9 @@ def parameters(seed, step, samples, stain=0.0, heavy=False):
 def tensor(values, device, dtype=None):
     """An array as a tensor on `device`. No GPU is waited for: what it still has to do goes on."""
     values = torch.as_tensor(values, dtype=dtype)
-    if device.type == "cuda":
-        values = values.pin_memory()
-    return values.to(device, non_blocking=True)
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 def _column(values, like):

@@ -135,8 +135,8 @@ def parse_arguments():
         "--batch-size",
         type=int,
         metavar="N",
-        help="patches per run (default: on a GPU 256 of models up to 700 MB, else 64; on the CPU 8 "
-        "per thread, up to 64)",
+        help="patches per run (default: on a GPU 256 for models of up to 700 MB, else 64; on the "
+        "CPU 8 per thread, up to 64)",
     )
     parser.add_argument(
         "--workers", type=int, default=4, metavar="N", help="threads that read (default: 4)"

@@ -17,7 +17,7 @@ import augment
 import lora
 import models
 import runs
-from common import UserError
+from common import UserError, first_line
 from dataset.patches import margin
 
 EAGER_STEPS = 3  # before a step is captured: they compile, and show whether the batch fits
@@ -299,9 +299,8 @@ class Engine:
         self.parts = parts
         on_gpu = device.type == "cuda"
         # The fused Adam of GPUs reads float32 there; float64 keeps every digit elsewhere.
-        self.rate = torch.zeros((), dtype=torch.float64)
-        if on_gpu:
-            self.rate = torch.zeros((), device=device)
+        place = {"device": device} if on_gpu else {"dtype": torch.float64}
+        self.rate = torch.zeros((), **place)
         choices = {"lr": self.rate, "fused": device.type in ("cpu", "cuda"), "capturable": on_gpu}
         if settings.weight_decay:
             self.optimizer = torch.optim.AdamW(
@@ -317,8 +316,8 @@ class Engine:
         self.steps = settings.epochs * self.steps_per_epoch
         self.make_buffers()
         # A captured step cannot hold the exchange within ResNet50's SyncBatchNorm.
-        self.may_capture = on_gpu and not self.scaler.is_enabled()
-        self.may_capture = self.may_capture and (world() == 1 or bool(model.encoder.blocks))
+        alone = world() == 1 or bool(model.encoder.blocks)
+        self.may_capture = on_gpu and alone and not self.scaler.is_enabled()
         self.eager_steps = 0  # of whole batches
         self.replays = None  # of the captured gradients and update
         self.stream = torch.cuda.Stream(device) if on_gpu else None
@@ -392,7 +391,8 @@ class Engine:
         images: uint8 [B, S, S, 3]; samples: their numbers [B] in the batch; labels: [B] in [0, 1];
         whole: size of the batch over all processes; weights: float32 [B] of the losses, or None.
         """
-        batch = (step, images.to(self.device, non_blocking=True), samples, labels, weights)
+        images = images.to(self.device, non_blocking=self.device.type == "cuda")
+        batch = (step, images, samples, labels, weights)
         with self.own_stream():
             self.rate.fill_(learning_rate(step, self.steps, self.settings.lr))
             captured = self.captured(len(labels), whole)
@@ -406,14 +406,16 @@ class Engine:
                         total = self.accumulate(batch, whole)
                     break
                 except torch.OutOfMemoryError:
-                    self.make_room(len(labels))
                     captured = False
+                self.make_room(len(labels))  # the failed attempt has let go of its memory
             if world() > 1:
                 dist.all_reduce(self.gradients)
             if captured:
                 self.replays[1]()
             else:
                 self.update()
+                if self.replays and world() == 1:  # they have gradients of their own
+                    self.optimizer.zero_grad()
         return total
 
     @contextlib.contextmanager
@@ -490,8 +492,10 @@ class Engine:
                 self.capture(n, whole)
             except RuntimeError as error:  # out of memory too: a graph's is its own
                 self.may_capture = False
-                reason = str(error).strip().split("\n")[0][:100]
-                models.note(f"note: the step runs without a CUDA graph ({reason})")
+                if rank() == 0:
+                    # What went wrong within a capture is behind the error of ending it.
+                    reason = first_line(error.__context__ or error)
+                    models.note(f"the step runs without a CUDA graph ({reason})")
                 return False
         return True
 
@@ -516,13 +520,14 @@ class Engine:
         Half the patches at once give the same gradient. Several processes would have to agree on
         it: they stop.
         """
-        if world() > 1 or (self.replays is None and 2 * self.parts > n):
+        if self.replays is not None:
+            self.replays, self.may_capture = None, False
+            models.note("memory is short: from now on steps run without a CUDA graph")
+        elif world() > 1 or 2 * self.parts > n:
             raise UserError(
                 f"out of memory on {self.device} with {n // self.parts} patches at once; use "
                 "--accumulate, --checkpointing or --dtype bf16"
-            ) from None
-        if self.replays is not None:
-            self.replays, self.may_capture = None, False
+            )
         else:
             self.parts *= 2
             models.note(

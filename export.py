@@ -501,7 +501,9 @@ def torch_output(model, patches, args):
     bound = None
     if args.precision != "int8":
         terms = rounding.longest_sum(model.encoder)
-        bound = parity.bound(args.precision, rounding.gain(model, patches), terms)
+        bound = parity.bound(args.precision, rounding.gain(model, patches, values), terms)
+        if not np.isfinite(bound):
+            raise UserError("torch's own output on these patches is not a finite number, or zero")
     model.to("cpu")
     return Reference(values, half, bound, peaks)
 
@@ -718,6 +720,7 @@ def export(out, args):
         write_model(proto, weights, model_file, external, metadata, report)
         report["measured"] = check_process(model_file, folder)
         report["problems"] = parity.problems(report["measured"], args.precision, output)
+        report["note"] = parity.unseen(report["measured"], args.precision)
         print_parity(report)
         if report["problems"]:
             raise UserError(
@@ -757,7 +760,7 @@ def write_one(folder, name, args):
     report = {
         "source": source,
         "output": output,
-        "wanted": parity.wanted(args.precision, output, arrays.get("allowed")),
+        "wanted": parity.wanted(args.precision, output, arrays.get("allowed"), reference.half),
         "predictions.csv": against_predictions(predictions, ids, reference.values),
     }
     return proto, weights, external, metadata, report
@@ -896,7 +899,9 @@ def write_mean(folder, name, args):
     report = {
         "source": source,
         "output": "probability",
-        "wanted": parity.wanted(args.precision, "probability", arrays.get("allowed")),
+        "wanted": parity.wanted(
+            args.precision, "probability", arrays.get("allowed"), arrays.get("half")
+        ),
         "predictions.csv": together(differences),
     }
     return proto, weights, external, metadata, report

@@ -472,7 +472,7 @@ def predict(
             waiting = None
             for start, images in batches:
                 count = len(images)
-                images = images.to(device, non_blocking=True)
+                images = images.to(device, non_blocking=device.type == "cuda")
                 if one_shape and count < batch_size:
                     filling = images[-1:].expand(batch_size - count, -1, -1, -1)
                     images = torch.cat([images, filling])

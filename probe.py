@@ -363,12 +363,11 @@ def embeddings(model, patches, annotations, path, dtype, batch_size=None, choice
             print(f"{stale}; computing the embeddings anew", flush=True)
     shape = (len(annotations), encoder.embed_dim)
     kind = np.float16 if dtype == torch.float16 and not model.tta else np.float32
-    device = model.head.weight.device
-    if models.should_compile(choice, device, len(annotations), encoder.spec):
-        models.compile_blocks(encoder, quiet=rank > 0)
     with memmap.Writer(path, shape, kind, fingerprint, shared=world > 1) as writer:
         todo = writer.todo
         share = todo[todo % world == rank]
+        if models.should_compile(choice, model.head.weight.device, len(share), encoder.spec):
+            models.compile_blocks(encoder, quiet=rank > 0)
         if rank == 0 and 0 < len(todo) < len(annotations):
             done = len(annotations) - len(todo)
             print(f"embeddings: continuing, {done:,} of {len(annotations):,} are done", flush=True)

@@ -14,6 +14,7 @@ import common  # first: Ctrl-C during the imports below ends with one line
 
 # isort: split
 import argparse
+import gc
 import hashlib
 import math
 import os
@@ -399,6 +400,7 @@ def main():
                 if not quiet:
                     split.save(path / "split.json")
                 rows += train(args, settings, annotations, patches, run, split, base, device, dtype)
+                gc.collect()  # blocks that are compiled or checkpointed hold themselves
             if tests:
                 rows += further_tests(args, settings, tests, path, device, dtype)
     runs.print_metrics(rows)
@@ -441,9 +443,8 @@ def train(args, settings, annotations, patches, run, split, base, device, dtype)
     Returns its rows of the table. The first process writes.
     """
     first = engine.rank() == 0
-    compiled = models.should_compile(
-        args.compile, device, settings.epochs * settings.epoch_size, base.spec
-    )
+    trained = settings.epochs * settings.epoch_size // engine.world()
+    compiled = models.should_compile(args.compile, device, trained, base.spec)
     model, parameters = engine.make_model(settings, base, device, args.checkpointing, compiled)
     sampler = Sampler(
         annotations,
@@ -530,6 +531,8 @@ def train(args, settings, annotations, patches, run, split, base, device, dtype)
         print(stopped(state, settings), flush=True)
     if sampled:
         decoded = engine.Decoded(patches, annotations.rows(split.val))
+    trainer.optimizer.zero_grad()
+    del trainer  # and the memory of its graph
     return finish(settings, annotations, patches, run, split, model, state, decoded, autocast)
 
 
@@ -664,7 +667,7 @@ def further_tests(args, settings, tests, path, device, dtype):
         return []
     model, _ = checkpoint.load_run(path, args.weights, device)
     autocast = dtype if dtype != torch.float32 else None
-    patches = sum(len(other) for other in pending)
+    patches = sum(len(other) for other in pending) // engine.world()
     if models.should_compile(args.compile, device, patches, model.encoder.spec):
         models.compile_blocks(model.encoder, quiet=engine.rank() > 0)
     predicted = []

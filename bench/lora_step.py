@@ -24,6 +24,7 @@ is the step of train.py as it is: patches from the host's memory, augmentation a
 """
 
 import argparse
+import functools
 import gc
 import math
 import statistics
@@ -68,6 +69,7 @@ import models
 from dataset.patches import margin
 from encoders import dropout
 
+WARM_UP = 6  # steps on a GPU before the clock: they compile, find out what fits, capture the graph
 DEFAULT_MODEL = {"cpu": "lunit-s16", "cuda": "h-optimus-0"}
 BLOCKS = r"blocks\.\d+\..*\.(qkv|proj|fc1|fc2)"
 # label → (whose, method, precision, how: "eager" | "compiled": the whole network | "blocks": each
@@ -116,17 +118,6 @@ def ours(name, device, dtype):
     return models.PatchClassifier(encoder).to(device)
 
 
-def checkpointed(forward):
-    """`forward` of a block with its activations computed again in the backward pass."""
-
-    def run(x, first=False):
-        return torch.utils.checkpoint.checkpoint(
-            forward, x, first, use_reentrant=False, preserve_rng_state=False
-        )
-
-    return run
-
-
 class Step:
     """One variant, ready to run: step() is one step of training."""
 
@@ -140,7 +131,12 @@ class Step:
             self.model = ours(name, device, dtype).train()
         if "checkpointing" in label:
             for block in self.model.encoder.blocks:
-                block.forward = checkpointed(block.forward)
+                block.forward = functools.partial(
+                    torch.utils.checkpoint.checkpoint,
+                    block.forward,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                )
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.parameters = sum(p.numel() for p in trained)
         self.optimizer = torch.optim.Adam(trained, lr=1e-4, fused=True)
@@ -215,7 +211,7 @@ def memory_child(name, label, device, batch):
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     step = make_step(label, name, device, batch)
-    for _ in range(2):
+    for _ in range(WARM_UP if device == "cuda" else 2):
         step()
     used = peak() - before
     if device == "cuda":
@@ -346,8 +342,8 @@ def measure(labels, name, device, batch, rounds):
     for label in labels:
         step = make_step(label, name, device, batch)
         try:
-            step()
-            step()
+            for _ in range(WARM_UP if device == "cuda" else 2):
+                step()
         except Exception as error:  # whatever a compiler throws
             if "compiled" not in label:
                 raise
@@ -365,9 +361,6 @@ def measure(labels, name, device, batch, rounds):
     if device == "cuda":
         torch.cuda.empty_cache()
     return seconds, parameters
-
-
-WARM_UP = 6  # steps before the clock: they compile, find out what fits, and capture the graph
 
 
 def alone(label, name, device, batch, rounds, seconds, rate):

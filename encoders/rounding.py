@@ -1,8 +1,8 @@
 """How far rounding moves what a network says: measured, by noise of its size.
 
 Every layer rounds its result and has rounded weights. Each such error is relative to what is
-rounded, at most one roundoff u, and the errors of different layers have nothing to do with each
-other: on their way to the output they add up like a random walk. How much arrives depends on the
+rounded, at most one roundoff u, and the errors of different layers are independent:
+on their way to the output they add up like a random walk. How much arrives depends on the
 number of layers, on the size of the numbers (of the logits most of all) and on how each network
 passes on small changes, which differ a hundredfold between networks of one shape. So it is not
 derived from the shape but measured on the network itself, in float32, on any device: `gain` puts
@@ -22,12 +22,13 @@ FEW = 32  # patches that the gain is measured on
 BATCH = 4
 
 
-def gain(model, patches):
+def gain(model, patches, values):
     """What one roundoff in every layer becomes, per roundoff: the root mean square over the first
     patches, of the change of the logit; without a head, of the embedding's, relative to its length.
 
     model    a PatchClassifier in float32, in evaluation mode, on its device
     patches  uint8 [n, S, S, 3]
+    values   what the model gives for them: logits [n], without a head embeddings [n, D]
     """
     device = next(model.encoder.parameters()).device
     generator = torch.Generator(device).manual_seed(0)
@@ -35,13 +36,13 @@ def gain(model, patches):
     with torch.inference_mode():
         for start in range(0, min(len(patches), FEW), BATCH):
             images = torch.from_numpy(patches[start : start + BATCH]).to(device)
-            expected = model.embed(images)
+            expected = torch.from_numpy(values[start : start + BATCH]).to(device)
             with noise(model.encoder, STEP, generator):
                 moved = model.embed(images)
             if model.head is None:
                 change = (moved - expected).norm(dim=1) / expected.norm(dim=1)
             else:
-                change = model.classify(moved) - model.classify(expected)
+                change = model.classify(moved) - expected
             squares += (change / STEP).square().tolist()
     return (sum(squares) / len(squares)) ** 0.5
 

@@ -199,7 +199,7 @@ def decision_table(measured, about):
 def parity_table(parity):
     rows = [parity_cells(row) for row in parity["measured"]]
     header = ["provider", "batch", "patches", "largest Δp", "mean Δp"]
-    header += ["of what may be", "changed", "Δ AUROC"]
+    header += ["share of limit", "changed", "Δ AUROC"]
     notes = [f"On {parity['source']}, against torch in float32; required: {parity['wanted']}."]
     return Table("parity", "Probabilities in ONNX Runtime and in torch", header, rows, notes)
 

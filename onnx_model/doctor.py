@@ -8,6 +8,7 @@ import ctypes
 import importlib.metadata
 import os
 import platform
+import shutil
 import subprocess
 import tempfile
 import zlib
@@ -195,6 +196,7 @@ def report():
             text = "not in this onnxruntime"
         elif works:
             _, text = try_device(path, "tensorrt")
+            shutil.rmtree(devices.engine_folder(path), ignore_errors=True)
         else:
             text = "not tried: needs CUDA"
         rows.append(("TensorRT", text))

@@ -9,7 +9,8 @@ is the model's own.
 fp32   everything in float32
 fp16   weights, products and the residual stream in float16; float32 where a transformer needs it:
        patch embedding, last LayerNorm, head, and every part of a block whose activations come near
-       the end of float16, the stream through it included. LayerNorm and softmax are float32 inside
+       the end of float16, the stream through it included. ONNX Runtime's kernels sum LayerNorm and
+       softmax of float16 in float32
 int8   products of signed bytes (weights per output channel, symmetric) and unsigned bytes
        (activations, scaled by the range each batch has, after channels that stand out were evened
        out); everything between them in float32
@@ -210,10 +211,19 @@ def activation_peaks(encoder):
             hooks.append(norm.register_forward_pre_hook(lambda module, inputs: see(inputs[0])))
         hooks.append(block.register_forward_hook(lambda module, inputs, result: see(result)))
 
+    def watch_scale(module, part):
+        def hook(module, inputs, result):
+            peaks[part] = max(peaks.get(part, 0.0), result.detach().abs().amax().item())
+
+        hooks.append(module.register_forward_hook(hook))
+
     for i, block in enumerate(encoder.blocks or ()):
         watch_stream(block, i)
         for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
             watch(block.get_submodule(layer), i, layer)
+        # LayerScale is folded into the product before it.
+        watch_scale(block.ls1, (i, "attn"))
+        watch_scale(block.ls2, (i, "mlp"))
     try:
         yield peaks
     finally:

@@ -169,9 +169,18 @@ def attention(g, q, k, v, heads, dim, half, at):
     v = g.op("Transpose", g.op("Reshape", v, split, at=at), at=at, perm=[0, 2, 1, 3])
     scale = g.tensor(f"{at}.scale", (dim // heads) ** -0.5, float_type(half))
     q = g.op("Mul", q, scale, at=at)
-    weights = g.op("Softmax", g.op("MatMul", q, k, at=at), at=at, axis=-1)
+    weights = softmax(g, g.op("MatMul", q, k, at=at), half, at)
     y = g.op("Transpose", g.op("MatMul", weights, v, at=at), at=at, perm=[0, 2, 1, 3])
     return g.op("Reshape", y, g.ints(0, -1, dim), at=at)
+
+
+def softmax(g, x, half, at):
+    """softmax of the last axis of x, float16 if `half`. In files of older opsets, which TensorRT
+    reads too, in float32: TensorRT has no float32 inside.
+    """
+    outside = half and g.opset >= FUSED
+    y = g.op("Softmax", cast(g, x, half, outside, at), at=at, axis=-1)
+    return cast(g, y, outside, half, at)
 
 
 def gelu(g, x, half, at):

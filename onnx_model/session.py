@@ -37,8 +37,8 @@ class Classifier:
                 CPU 8 per thread, whose activations stay in its cache
     threads     of the CPU that a run may use; 0: all
     live        on a GPU: calls with 1 or 8 patches are replayed CUDA graphs, which saves the time
-                of launching their kernels one by one (cuda_graphs.py). For programs that ask often
-                for few patches; to be made before other threads use the GPU. .note tells if it
+                of launching their kernels one by one (cuda_graphs.py). For programs that often
+                score a few patches; to be made before other threads use the GPU. .note tells if it
                 could not be had
 
     Attributes: .metadata (dict, as exported) .threshold .mpp (µm/px of the patches, None: unknown)
@@ -73,8 +73,13 @@ class Classifier:
 
     def capture(self, device, threads):
         """Capture small batches; where that fails, the session is opened again without."""
+        if self.device == "cpu":
+            return
         if not cuda_graphs.enabled(self.session):
-            self.note += "; no CUDA graphs: not all of the model runs on CUDA"
+            reason = "could not be opened for them, as if a part of the model runs on the CPU"
+            if device.startswith("tensorrt"):
+                reason = "not with TensorRT"
+            self.note += f"; no CUDA graphs: {reason}"
             return
         try:
             self.captured = cuda_graphs.CapturedRuns(
@@ -273,7 +278,7 @@ def describe_parity(parity):
         "patches",
         f"largest {difference}",
         f"mean {difference}",
-        "of what may be",
+        "share of limit",
         "changed decisions",
         "Δ AUROC",
     )
@@ -282,6 +287,7 @@ def describe_parity(parity):
         f"against torch fp32 on {parity['source']}; required: {parity['wanted']}\n"
         + common.table(rows, header, right=range(1, 8))
         + torch_loss(parity)
+        + (f"\nnote: {parity['note']}" if parity.get("note") else "")
     )
 
 
@@ -295,7 +301,7 @@ def torch_loss(parity):
 
 def parity_cells(row):
     """A row of "measured" in the parity report as texts: provider, batch, patches, largest and mean
-    difference, its share of what may be (not known of int8 and of earlier reports), changed
+    difference, its share of the limit (not known of int8 and of earlier reports), changed
     decisions, change of AUROC.
     """
     change = used = "–"
@@ -413,6 +419,7 @@ def is_parity(value):
         isinstance(value, dict)
         and is_text(value.get("source"))
         and is_text(value.get("wanted"))
+        and (value.get("note") is None or is_text(value["note"]))
         and isinstance(value.get("measured"), list)
         and all(isinstance(row, dict) and is_measured(row) for row in value["measured"])
     )

@@ -13,6 +13,7 @@ from onnx_model.nodes import (
     linear,
     normalised,
     patch_product,
+    softmax,
     stream_type,
     to_numpy,
 )
@@ -89,7 +90,7 @@ def window_attention(g, q, k, v, half, at, bias, d, windows):
     scale = g.tensor(f"{at}.scale", d**-0.5, float_type(half))
     scores = g.op("MatMul", g.op("Mul", q, scale, at=at), k, at=at)
     scores = g.op("Add", scores, g.tensor(f"{at}.bias", bias, float_type(half)), at=at)
-    y = g.op("MatMul", g.op("Softmax", scores, at=at, axis=-1), v, at=at)
+    y = g.op("MatMul", softmax(g, scores, half, at), v, at=at)
     y = g.op("Transpose", y, at=at, perm=[0, 1, 3, 2, 4])
     return g.op("Reshape", y, g.ints(0, windows * area, -1), at=at)
 

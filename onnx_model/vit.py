@@ -58,8 +58,11 @@ def tokens(g, encoder, x, input_type, mean, std):
     patches = np.broadcast_to(bias, (encoder.grid**2, len(bias)))
     if position is not None:
         patches = position + bias
-    # The tokens before the patches are zeros to which a constant is added, like the position.
-    x = g.op("Pad", x, g.ints(0, len(prefix), 0, 0, 0, 0), at="tokens")
+    # The tokens before the patches are zeros to which a constant is added, like the position. No
+    # Pad, for which ONNX Runtime up to 1.24 has no kernel on GPUs at these opsets.
+    some = g.op("Slice", x, g.ints(0), g.ints(len(prefix)), g.ints(1), at="tokens")
+    zeros = g.op("Mul", some, g.tensor("zero", 0, np.float32), at="tokens")
+    x = g.op("Concat", zeros, x, at="tokens", axis=1)
     constant = np.concatenate([prefix, patches])[None]
     return g.op("Add", x, g.tensor("tokens", constant, np.float32), at="tokens")
 

@@ -128,10 +128,12 @@ def allowed(model, images, precision="fp32"):
     """
     with torch.inference_mode():
         logits = model(torch.from_numpy(images)).numpy().astype(np.float64)
+        embeddings = model.embed(torch.from_numpy(images)).numpy()
     bare = models.PatchClassifier(model.encoder, model.tta).eval()
     bare.head = None
     terms = rounding.longest_sum(model.encoder)
-    bounds = [parity.bound(precision, rounding.gain(m, images), terms) for m in (model, bare)]
+    gains = rounding.gain(model, images, logits), rounding.gain(bare, images, embeddings)
+    bounds = [parity.bound(precision, gain, terms) for gain in gains]
     return parity.allowed_of_logits(logits, bounds[0]), bounds[1]
 
 

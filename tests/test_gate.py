@@ -346,7 +346,7 @@ def test_noise_is_gone_afterwards_and_the_same_again():
     model, images, _ = right("swiglu", "fp32")
     with torch.inference_mode():
         before = model(torch.from_numpy(images))
-        gains = [rounding.gain(model, images) for _ in range(2)]
+        gains = [rounding.gain(model, images, before.numpy()) for _ in range(2)]
         assert gains[0] == gains[1] > 0
         assert torch.equal(model(torch.from_numpy(images)), before)
 
@@ -412,9 +412,21 @@ def test_a_decision_may_change_only_at_the_threshold():
     expected = np.full(16, 0.2)
     expected[::2] = 0.4995
     found, rows = on_gpu(np.where(expected > 0.3, 0.5003, expected), expected, 1e-3)
-    assert found == [] and rows[-1]["changed"] == 8 and rows[-1]["unexplained"] == 0
-    row = rows[-1] | {"used": 0.9, "unexplained": 2}
-    assert "2 decisions change" in parity.problems([row], "fp16")[0]
+    assert found == [] and rows[-1]["changed"] == 8
+    found, rows = on_gpu(np.where(expected > 0.3, 0.5017, expected), expected, 1e-3)
+    assert rows[-1]["changed"] == 8 and "times what rounding in fp16 explains" in found[0]
+
+
+def test_a_bound_that_is_no_number_is_no_bound():
+    expected = np.full(16, 0.2)
+    assert on_gpu(expected + 0.01, expected, np.nan)[0]
+
+
+def test_more_than_too_much_is_never_explained():
+    """Not even if torch's float16 on the GPU loses as much again."""
+    expected = np.full(16, 0.2)
+    off = parity.TOO_MUCH["probability"]
+    assert on_gpu(expected + 1.1 * off, expected, off, expected + off)[0]
 
 
 def test_auroc_counts_beside_the_bound():
@@ -428,7 +440,6 @@ def test_auroc_counts_beside_the_bound():
         "auroc_change": -0.004,
         "pairs": 32 * 32,
         "used": 0.5,
-        "unexplained": 0,
     }
     for precision in ("fp32", "fp16"):
         assert parity.problems([row], precision) == []
@@ -479,7 +490,7 @@ def test_reports_say_what_was_required_and_older_ones_still_read():
     }
     assert session.is_parity(old)
     assert session.describe_parity(old).split("\n")[-1].split()[5:] == ["–", "0", "–"]
-    row = old["measured"][0] | {"used": 0.3456, "torch": 4e-3, "allowed": 1e-2, "unexplained": 0}
+    row = old["measured"][0] | {"used": 0.3456, "torch": 4e-3, "allowed": 1e-2}
     new = old | {"wanted": parity.wanted("fp16", "probability", np.array([1e-2]))}
     new["measured"] = [row]
     assert session.is_parity(new)
@@ -489,4 +500,6 @@ def test_reports_say_what_was_required_and_older_ones_still_read():
     for key in ("used", "torch"):
         assert not session.is_parity(new | {"measured": [row | {key: "x"}]})
     assert "AUROC" in parity.wanted("int8", "probability", None)
-    assert "1.0e-02 |e|" in parity.wanted("fp16", "embedding", np.array([1e-2]))
+    assert "|Δe| / |e| explained by rounding in fp16 (≤ 1.0e-02)" in parity.wanted(
+        "fp16", "embedding", np.array([1e-2])
+    )

@@ -171,7 +171,7 @@ def test_a_step_that_cannot_be_captured_runs_eagerly_with_one_note(monkeypatch, 
     trainer = make_engine(settings)
     trainer.may_capture = True
     got = run(trainer, 8)
-    note = "note: the step runs without a CUDA graph (operation not permitted when stream is cap"
+    note = "the step runs without a CUDA graph (operation not permitted when stream is cap"
     assert capsys.readouterr().err.count(note) == 1
     assert_same(got, run(make_engine(settings), 8))
 
