@@ -76,7 +76,7 @@ class Classifier:
         if self.device == "cpu":
             return
         if not cuda_graphs.enabled(self.session):
-            reason = "could not be opened for them, as if a part of the model runs on the CPU"
+            reason = "not all of the model runs on CUDA"
             if device.startswith("tensorrt"):
                 reason = "not with TensorRT"
             self.note += f"; no CUDA graphs: {reason}"

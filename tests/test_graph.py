@@ -85,7 +85,8 @@ def test_one_attention_per_block_and_nothing_left_to_fold(family, tmp_path):
     assert not any("gamma" in tensor.name for tensor in proto.graph.initializer), (
         "LayerScale is folded"
     )
-    assert kinds.count("Mul") == (2 if FAMILIES[family].mlp == "swiglu" else 0) * 2
+    # Two per block for SwiGLU, and one that makes the zeros in the place of the class token.
+    assert kinds.count("Mul") == (4 if FAMILIES[family].mlp == "swiglu" else 0) + 1
 
 
 def kinds_of(proto):
@@ -279,6 +280,18 @@ def test_a_residual_stream_beyond_float16_stays_float32(family, tmp_path):
         write_model(tmp_path / "m.onnx", model, "fp16", peaks={})
     (p,) = session(tmp_path / "m.onnx").run(["probability"], {"patches": images})
     assert not np.abs(p - expected).max() <= 5e-3, "the stream would have done in float16"
+
+
+def test_layerscale_counts_among_the_peaks():
+    """It is folded into the product, which float16 may not hold though it holds that before it."""
+    model = classifier("clsmean")
+    block = model.encoder.blocks[0]
+    with torch.no_grad():
+        block.mlp.fc2.bias[3] = 6e3
+        block.ls2.gamma[3] = 30
+    with graph.activation_peaks(model.encoder) as peaks, torch.inference_mode():
+        model(torch.from_numpy(patches(2)))
+    assert peaks[0, "mlp"] > 1.7e5 and 0 in graph.float32_blocks(peaks)
 
 
 @pytest.mark.parametrize("family", ["gelu", "swiglu"])
