@@ -16,6 +16,10 @@ import models
 from onnx_model import graph
 
 VITS = [name for name in FAMILIES if name != "resnet50"]
+LARGE = ("swin", "resnet50")  # seconds each
+MARKED = [
+    pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in FAMILIES
+]
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +39,7 @@ def torch_numbers(model, images):
         return torch.sigmoid(model.classify(embedding)).numpy(), embedding.numpy()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MARKED)
 def test_every_precision_and_batch(family, tmp_path):
     model, images = classifier(family), patches(3 if family == "resnet50" else 64)
     probability, embedding = torch_numbers(model, images)

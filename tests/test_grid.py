@@ -27,6 +27,7 @@ def begun(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FRACS", "0.1 1")
     monkeypatch.setenv("FOLDS", "0 1 2")
+    monkeypatch.setenv("VAL_PATCHES", "all")
     monkeypatch.setenv("RUNS", str(tmp_path / "runs"))
     tissue = annotations()
     for frac in (0.1, 1.0):
