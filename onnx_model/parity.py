@@ -24,7 +24,7 @@ gain  of the network: the output's change when every layer errs by one roundoff 
       roundoffs. Depth, scale of the logits and what the network does to small changes are in it;
       encoders/rounding.py measures it. Logits are divided by the temperature, and so is the gain.
 SAFETY  gain is a root mean square, of errors of one roundoff each, and the bound is for the worst
-      of hundreds of patches. Measured on 37 random, adapted and trained networks of all families,
+      of hundreds of patches. Measured on 36 random, adapted and trained networks of all families,
       largest |Δ| / (u · gain): ONNX Runtime on a CPU 0.06 to 2.3 in fp32, 0.1 to 1.6 in fp16;
       torch in true float16, all of it, 0.15 to 3.0. On an H200 two of them were refused by fixed
       tolerances: 1.2e-5 in fp32 (|Δp| up to 1.8e-5 is allowed to that network) and 5.2e-3 in fp16

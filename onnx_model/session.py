@@ -86,7 +86,7 @@ class Classifier:
                 self.session, gpu_index(self.device), self.shape, self.dtype, self.outputs[0]
             )
         except Exception as error:  # of onnxruntime and CUDA, which have no common class but this
-            reason = str(error).strip().split("\n")[0][:200]
+            reason = common.first_line(error)
             self.session, self.device, self.note = open_session(self.path, device, threads)
             self.note += f"; no CUDA graphs: {reason}"
 
