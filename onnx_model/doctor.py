@@ -100,9 +100,7 @@ def libraries():
     names = LIBRARIES["12"]
     if provider.stat().st_size < 1 << 30 and b"libcublas.so.13" in provider.read_bytes():
         names = LIBRARIES["13"]
-    if hasattr(onnxruntime, "preload_dlls"):
-        with devices.muted():
-            onnxruntime.preload_dlls()
+    devices.preload()
     return {name: loads(name) for name in names}
 
 
